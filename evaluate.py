@@ -392,7 +392,7 @@ def draw_all(run: Path, encoder: Encoder, train: object, test: object, config: d
         texts = encoder.texts(test.tokens)
         sample = np.random.default_rng(1).permutation(len(test.concept))
         figures["top5.png"] = draw_top5(test, images, texts, sample[:18])
-        figures["retrieval.png"] = draw_retrieval(test, images, texts, sample[18:26])
+        figures["retrieval.png"] = draw_retrieval(test, images, texts, sample[-8:])
     for name, fig in figures.items():
         glip.write_safely(run / name, lambda file, fig=fig: fig.savefig(file, format="png"))
     return list(figures)
@@ -426,7 +426,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     """Everything that `python evaluate.py` does; the content of results.json is returned."""
     run = Path(options.run) if options.run else last_run()
     if not (run / "model.pt").is_file():
-        raise InputError(f"{run}: no model.pt in it; name the folder of a run, such as runs/demo")
+        raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
     device = pick_device(options.device)
     content = glip.load_checkpoint(run / "model.pt")
     if "config" not in content:
@@ -453,8 +453,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
             tables["after tuning"] = evaluate(encoder, test)
     results = {
         "name": run.name, "command": content["command"], "config": portable(config),
-        "finished": content["stage"] == "tune" or not config["tune_epochs"],
-        "last_step": {content["stage"]: content["step"]}, "world": content["world"],
+        "steps": content["steps"], "world": content["world"],
         "bf16": content["bf16"], "train_seconds": content["seconds"],
         "counts": {**train.counts, "training pictures": len(train.concept),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},

@@ -1,0 +1,29 @@
+# make demo: set up, pre-train on the embedded data, evaluate, draw.  make test: set up, test.
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test compare readme setup
+
+demo: setup
+	test -f runs/demo/model.pt || $(RUN) train.py
+	$(RUN) evaluate.py runs/demo --linear-probe
+
+test: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+
+# The comparison of masks in the README: about an hour on two cores; finished runs are skipped.
+compare: setup
+	$(RUN) sweep.py
+
+# Rewrite the README's tables from results/*.json.
+readme: setup
+	$(RUN) report.py
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@

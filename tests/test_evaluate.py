@@ -1,0 +1,192 @@
+"""Metrics against plain loops, the probe against scikit-learn, the command end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import data
+import evaluate
+import glip
+from evaluate import ranks, retrieval, zero_shot
+from tests.test_data import make_pictures
+from tests.test_model import broken_checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+
+def features(n, width=32, seed=0):
+    return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_perfect_features_score_100_and_permuted_ones_chance():
+    names, flags = features(50), np.arange(50) % 5 == 0
+    concept = np.random.default_rng(0).integers(0, 50, 400)
+    perfect = zero_shot(names[concept], names, concept, flags)
+    assert set(perfect.values()) == {1.0} and len(perfect) == 4
+    chance = zero_shot(features(20_000, seed=1), names, np.arange(20_000) % 50, flags)
+    assert chance["zero-shot top-1"] == pytest.approx(1 / 50, abs=0.005)
+    assert chance["zero-shot top-5"] == pytest.approx(5 / 50, abs=0.01)
+    assert chance["zero-shot top-5 without flags"] == pytest.approx(5 / 40, abs=0.01)
+
+
+def test_equal_scores_are_not_counted_as_right():
+    scores = torch.zeros(3, 10)
+    assert ranks(scores, F.one_hot(torch.tensor([0, 4, 9]), 10).bool()).tolist() == [9, 9, 9]
+
+
+def test_without_flags_neither_asks_for_nor_offers_flags():
+    names, flags = features(6), np.array([True, True, False, False, False, False])
+    concept = np.array([0, 1, 2, 3])
+    images = names[[1, 0, 0, 3]]  # flags confused with each other, and 2 taken for a flag
+    result = zero_shot(images, names, concept, flags)
+    assert result["zero-shot top-1"] == 0.25
+    scores = (images[2:] @ names[2:].T).argmax(1) + 2
+    wanted = (scores == torch.tensor([2, 3])).double().mean().item()
+    assert result["zero-shot top-1 without flags"] == wanted
+
+
+def test_retrieval_equals_a_plain_loop():
+    images, texts = features(90, 8), features(30, 8, seed=2)
+    concept = torch.arange(90) % 30
+    result = retrieval(images, texts, concept)
+    for k in (1, 5, 10):
+        hits = sum(
+            int(concept[i]) in (images[i] @ texts.T).argsort(descending=True)[:k] for i in range(90)
+        )
+        assert result[f"image to text R@{k}"] == pytest.approx(hits / 90)
+        hits = 0
+        for j in range(30):  # any of the caption's three pictures counts
+            best = (images @ texts[j]).argsort(descending=True)
+            wrong_before = 0
+            for i in best.tolist():
+                if concept[i] == j:
+                    break
+                wrong_before += 1
+            hits += wrong_before < k
+        assert result[f"text to image R@{k}"] == pytest.approx(hits / 30)
+
+
+def test_every_picture_is_encoded_once_whatever_the_block():
+    torch.manual_seed(0)
+    model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2))
+    encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+    images = torch.rand(300, 3, 16, 16)
+    found = encoder.images(lambda ids: images[ids], 300)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.encode_image(images), atol=1e-6, rtol=0)
+    masked = {"mask": "gaussian", "mask_ratio": 0.5, "sigma": 0.2}
+    a, b = (encoder.images(lambda ids: images[ids], 300, masked) for _ in range(2))
+    assert torch.equal(a, b) and not torch.allclose(a, found)
+    assert torch.allclose(encoder.images(lambda ids: images[ids], 280, masked), a[:280], atol=1e-6)
+
+
+def test_probe_equals_scikit_learn_and_never_sees_the_test_labels():
+    digits = load_digits()
+    x, y, groups = digits.data.astype(np.float32), digits.target, np.arange(len(digits.target))
+    found = evaluate.linear_probe(x, y, groups)
+    rng_split = np.random.RandomState(0).permutation(len(y))  # as GroupShuffleSplit draws it
+    size = int(np.ceil(0.2 * len(y)))
+    test, rest = np.sort(rng_split[:size]), np.sort(rng_split[size:])
+    plain = make_pipeline(StandardScaler(), LogisticRegression(C=found["C"], max_iter=200))
+    assert found["test"] == len(test)
+    assert found["accuracy"] == pytest.approx(plain.fit(x[rest], y[rest]).score(x[test], y[test]))
+    assert found["accuracy"] > 0.95
+    spoilt = y.copy()
+    spoilt[test] = np.random.default_rng(0).permutation(spoilt[test])
+    blind = evaluate.linear_probe(x, spoilt, groups)
+    assert blind["C"] == found["C"] and blind["accuracy"] < 0.2
+
+
+def test_probe_keeps_groups_together():
+    """Features that only tell the group say nothing about the label of another group."""
+    groups = np.repeat(np.arange(60), 5)
+    labels = np.random.default_rng(0).integers(0, 2, 60)[groups]
+    x = np.eye(60, dtype=np.float32)[groups]
+    assert evaluate.linear_probe(x, labels, groups)["accuracy"] < 0.85
+
+
+def run_command(*words, cwd=ROOT):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def test_train_then_evaluate_by_the_readmes_commands(tmp_path):
+    """In an empty folder: two runs, the one written last is evaluated; numbers and pictures."""
+    words = ["--batch-size", "32", "--tune-batch-size", "32", "--image-size", "32", "--steps", "4",
+             "--eval-every", "100", "--precision", "fp32"]  # fmt: skip
+    for extra in (["--tune-epochs", "0"], ["--tune-epochs", "0.01", "--data", "scenes-center"]):
+        done = run_command(str(ROOT / "train.py"), *words, *extra, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    done = run_command(str(ROOT / "evaluate.py"), "--linear-probe", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = [p for p in (tmp_path / "runs").iterdir() if "scenes" in p.name]
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["held_out"]) == {"masked inference", "full picture", "after tuning"}
+    assert results["counts"]["held-out pictures"] == 1809
+    assert set(results["linear_probe"]) == {"digits", "MNIST-5k", "vendor of an emoji"}
+    assert results["steps"] == {"pretrain": 4, "tune": 3} and results["config"]["seed"] == 0
+    assert {"cpu", "cores", "memory_gib", "commit", "versions"} <= set(results["trained_on"])
+    assert str(tmp_path) not in json.dumps(results)
+    for name in ("loss.png", "masks.png", "top5.png", "retrieval.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    top1 = results["held_out"]["after tuning"]["zero-shot top-1"]
+    assert f"{100 * top1:.1f} %" in done.stdout
+    # The number is the model's: encoded here one picture at a time, without evaluate's code.
+    model, _ = glip.load_model(run / "model.pt")
+    _, test = data.load("scenes-center", 32)
+    with torch.no_grad():
+        names = model.encode_text(glip.tokenize(test.captions))
+        seen = torch.cat([model.encode_image(test.render(np.array([i]), None)) for i in range(300)])
+    encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+    found = encoder.images(lambda ids: test.render(ids, None), 300)
+    torch.testing.assert_close(found, seen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.texts(test.tokens), names, atol=1e-5, rtol=0)
+
+
+def test_own_pictures_are_evaluated_by_retrieval(tmp_path, monkeypatch):
+    make_pictures(tmp_path / "own", 60)
+    monkeypatch.setenv("NANOGLIP_CACHE", str(tmp_path / "cache"))
+    words = ["--data", "own", "--batch-size", "8", "--tune-batch-size", "8", "--image-size", "16",
+             "--steps", "3", "--tune-epochs", "0.3", "--precision", "fp32",
+             "--workers", "1"]  # fmt: skip
+    done = run_command(str(ROOT / "train.py"), *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_command(str(ROOT / "evaluate.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (tmp_path / "runs").iterdir()
+    results = json.loads((run / "results.json").read_text())
+    assert "text to image R@1" in results["held_out"]["after tuning"]
+    assert "zero-shot top-1" not in results["held_out"]["after tuning"]
+    assert (run / "retrieval.png").exists()
+
+
+def test_bad_runs_are_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cases = {"": "runs/ holds no finished run", "nowhere": "no model.pt in it"}
+    for i, file in enumerate(broken_checkpoints(tmp_path)):
+        if file.exists():
+            run = tmp_path / f"run{i}"
+            run.mkdir()
+            file.rename(run / "model.pt")
+            cases[run.name] = "model.pt"
+    for name, words in cases.items():
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *([name] if name else [])])
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main()
+        told = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and told[-1].startswith("evaluate.py: ")
+        assert words in told[-1], name
+    assert not (tmp_path / "executed").exists()

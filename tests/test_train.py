@@ -1,0 +1,280 @@
+"""The loop by its command: settings, determinism, processes, learning, bad input."""
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import glip
+import train
+from train import RECIPES, TrainConfig, lr_at, parse, run_name
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--image-size", "32", "--batch-size", "32", "--tune-batch-size", "32", "--precision",
+         "fp32", "--eval-every", "1000", "--log-every", "5"]  # fmt: skip
+
+
+def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script as a user does."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def test_a_flag_given_by_hand_wins_over_the_recipe_wherever_it_stands():
+    for words in (["--lr", "0.5", "--recipe", "cc12m"], ["--recipe=cc12m", "--lr=0.5"]):
+        config = parse([*words, "--data", "x"])
+        assert config.lr == 0.5 and config.model == "ViT-B-16" and config.recipe == "cc12m"
+    assert parse(["--recipe", "cc12m"]).epochs == 30
+    assert parse(["--recipe", "cc12m", "--steps", "7"]).epochs == 0
+    assert parse(["--recipe", "cc12m", "--epochs", "2"]).epochs == 2
+    assert parse([]) == TrainConfig()
+
+
+def test_the_papers_recipe_is_the_papers():
+    config = TrainConfig(**RECIPES["cc12m"])
+    assert (config.model, config.mask, config.sigma) == ("ViT-B-16", "gaussian", 0.2)
+    assert (config.epochs, config.batch_size, config.lr) == (30, 1280, 1e-3)
+    assert (config.tune_epochs, config.tune_batch_size, config.tune_lr) == (1, 640, 1e-5)
+
+
+def test_no_mask_means_ratio_zero():
+    assert parse(["--mask", "none"]).mask_ratio == 0
+    with pytest.raises(glip.InputError, match="leave --mask-ratio out"):
+        parse(["--mask", "none", "--mask-ratio", "0.5"])
+
+
+def test_run_names_tell_what_differs_and_have_no_clock():
+    assert run_name(TrainConfig()) == "demo"
+    config = TrainConfig(mask="random", seed=2, vendors=("Goog", "FB"), workers=3, out="x")
+    assert run_name(config) == "demo_vendors=Goog-FB_mask=random_seed=2"
+    compare = parse(["--recipe", "compare", "--mask", "none"])
+    assert run_name(compare) == "compare_mask=none"
+    assert "/" not in run_name(TrainConfig(data="../my pictures/list.csv"))
+
+
+def test_the_schedule_warms_up_and_falls_to_zero():
+    rates = [lr_at(step, 100, 10, 2.0) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[100] == pytest.approx(0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert lr_at(0, 1, 0, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_decay_is_for_matrices(name):
+    model = glip.GLIP(glip.GLIPConfig(16, 8, 8, 2, 1, 4, 8, 1, 1, 9, 20))
+    optimizers = train.make_optimizers(model, TrainConfig(optimizer=name))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert len(optimizers) == (2 if name == "muon" else 1)
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
+    for group in groups:
+        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.2) for p in group["params"])
+    if name == "muon":  # 3 blocks of 4 matrices
+        assert len(groups[-1]["params"]) == 12
+
+
+def test_muon_is_torchs_muon():
+    """timm's, which we use because torch before 2.9 has none, against torch's own."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon to compare with")
+    torch.manual_seed(0)
+    model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 1, 4, 24, 1, 1, 9, 20))
+    twin = copy.deepcopy(model)
+    _, ours = train.make_optimizers(model, TrainConfig())
+    matrices = [p for n, p in twin.named_parameters() if "resblocks" in n and p.ndim == 2]
+    theirs = torch.optim.Muon(matrices, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours.param_groups[0]["params"], matrices, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [q.detach().clone() for q in matrices]
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 1e-3
+            optimizer.step()
+        for p, q, old in zip(ours.param_groups[0]["params"], matrices, before, strict=True):
+            assert (p - q).norm() < 0.05 * (q - old).norm()
+            q.data.copy_(p.data)
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    for flags, native in (({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"avx2"}, False)):
+        monkeypatch.setattr(evaluate, "cpu_flags", lambda flags=flags: flags)
+        assert evaluate.use_bf16("auto", cpu) == native
+        assert evaluate.use_bf16("bf16", cpu) and not evaluate.use_bf16("fp32", cpu)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run through the real command, tuning and checkpoints included."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    done = command("train.py", *SMALL, "--steps", "30", "--tune-epochs", "0.02", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_leaves_what_the_readme_says(run):
+    out, done = run
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "log.jsonl", "pretrained.pt", "model.pt"
+    }  # fmt: skip
+    assert "keeps 4 of 16 patches (75.0% removed)" in done.stdout
+    logged = [r for r in records(out) if "loss" in r]
+    assert [(r["stage"], r["step"]) for r in logged if r["stage"] == "pretrain"] == [
+        ("pretrain", step) for step in (5, 10, 15, 20, 25, 30)
+    ]
+    assert logged[0]["ln_batch"] == pytest.approx(math.log(32))
+    content = glip.load_checkpoint(out / "model.pt")
+    assert content["steps"]["pretrain"] == 30 and content["stage"] == "tune"
+    assert "/" not in content["command"].replace("./", "")
+    model, config = glip.load_model(out / "pretrained.pt")
+    assert config.image_size == 32 and not torch.equal(
+        model.visual.proj, glip.load_model(out / "model.pt")[0].visual.proj
+    )
+
+
+def test_same_seed_gives_the_same_bits(run, tmp_path):
+    out, _ = run
+    again = tmp_path / "b"
+    words = [*SMALL, "--steps", "30", "--tune-epochs", "0.02", "--workers", "2"]
+    assert command("train.py", *words, "--out", str(again)).returncode == 0
+    for name in ("pretrained.pt", "model.pt"):
+        a, b = (glip.load_checkpoint(folder / name)["model"] for folder in (out, again))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    other = tmp_path / "c"
+    words = [*SMALL, "--steps", "5", "--tune-epochs", "0", "--seed", "1"]
+    assert command("train.py", *words, "--out", str(other)).returncode == 0
+    assert records(other)[0]["loss"] != records(out)[0]["loss"]
+
+
+def test_torchrun_gives_the_single_process_run(run, tmp_path):
+    out, _ = run
+    words = [*SMALL, "--steps", "30", "--tune-epochs", "0.02", "--out", str(tmp_path / "two")]
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                   "train.py", *words)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, two = ([r for r in records(f) if "loss" in r] for f in (out, tmp_path / "two"))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in alone], abs=1e-4)
+    content = glip.load_checkpoint(tmp_path / "two" / "model.pt")
+    assert content["world"] == 2 and not any(key.startswith("module.") for key in content["model"])
+
+
+def test_it_learns(tmp_path, monkeypatch):
+    """Plain colours and their names: under a mask the loss falls from guessing to near zero."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    colours = ("red", "green", "blue", "yellow", "black", "white", "gray", "purple", "orange")
+    for i, colour in enumerate(colours * 3):
+        picture = Image.new("RGB", (20 + i, 24), colour)
+        picture.save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"the colour {colour}")
+    config = replace(
+        TrainConfig(), data=str(tmp_path), batch_size=8, steps=60, image_size=16, warmup=10,
+        tune_epochs=0, eval_every=1000, precision="fp32", workers=0, out=str(tmp_path / "run"),
+        log_every=1,
+    )  # fmt: skip
+    train.train(config)
+    losses = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
+    assert losses[0] > 0.7 * math.log(8) and losses[-1] < 0.1 * math.log(8)
+
+
+def test_tuning_at_another_image_size(tmp_path):
+    config = replace(
+        TrainConfig(), batch_size=16, tune_batch_size=8, steps=2, image_size=16, mask="random",
+        tune_image_size=24, tune_epochs=0.002, precision="fp32", out=str(tmp_path / "run"),
+    )  # fmt: skip
+    train.train(config)
+    assert glip.load_model(tmp_path / "run/pretrained.pt")[1].image_size == 16
+    assert glip.load_model(tmp_path / "run/model.pt")[1].image_size == 24
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--mask-ratio", "1.0"], "mask ratio 1.0 is outside [0, 1)"),
+        (["--mask-ratio", "-0.1"], "outside [0, 1)"),
+        (["--batch-size", "1"], "--batch-size 1: a contrast needs at least 2 pairs"),
+        (["--batch-size", "5000"], "--batch-size 5000 must lie between 2 and the 1809 distinct"),
+        (["--tune-batch-size", "5000"], "must lie between 2 and the 1809 distinct"),
+        (["--data", "nowhere/"], "--data nowhere/: no such folder or file"),
+        (["--image-size", "30"], "image size 30 is not a multiple of the patch size 8"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "3", "--epochs", "2"], "give one of them"),
+        (["--lr", "0"], "--lr must be above 0"),
+        (["--recipe", "cc3m"], "give --data PATH"),
+        (["--vendors", "Twtr"], "vendor Twtr is held out"),
+        (["--device", "mps"], "this machine or its torch has none"),
+        (["--mask", "none", "--mask-ratio", "0.5"], "leave --mask-ratio out"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    told = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert sentence in told[-1] and told[-1].startswith("train.py: ")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--mask", "blok"], "none,random,gaussian"),
+        (["--model", "ViT-B-17"], "ViT-B-16"),
+        (["--recipe", "demos"], "cc12m"),
+        (["--lrr", "1"], "--lr"),
+        (["--steps", "many"], "--steps"),
+    ],
+)
+def test_unknown_choices_are_listed(words, told, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(words)
+    message = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert told in re.sub(r"[\s│']", "", message.err + message.out)
+
+
+def test_another_run_is_never_overwritten(run):
+    out, _ = run
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    done = command("train.py", *SMALL, "--steps", "1", "--out", str(out))
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("choose another --out, or remove the folder")
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = replace(
+        TrainConfig(), batch_size=16, steps=40, image_size=16, lr=1e20, warmup=0, tune_epochs=0,
+        precision="fp32", out=str(tmp_path / "run"), log_every=2, eval_every=1000,
+    )  # fmt: skip
+    with pytest.raises(glip.InputError, match="lower --lr"):
+        train.train(config)
