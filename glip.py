@@ -141,7 +141,7 @@ def sample_ids_keep(*args: object, **kwargs: object) -> Tensor:
 SIZES = {
     # name: image_size, patch_size, width, layers, heads, embed_dim, text width, layers, heads
     # The published sizes are open_clip's of the same name; Ti is DeiT's tiny tower, nano our demo.
-    "ViT-nano-8": (64, 8, 192, 6, 3, 128, 128, 3, 2),
+    "ViT-nano-8": (64, 8, 192, 3, 3, 128, 128, 3, 2),
     "ViT-Ti-16": (224, 16, 192, 12, 3, 192, 192, 12, 3),
     "ViT-S-16": (224, 16, 384, 12, 6, 384, 384, 12, 6),
     "ViT-B-32": (224, 32, 768, 12, 12, 512, 512, 12, 8),

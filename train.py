@@ -55,7 +55,7 @@ PAPER = {
 }  # fmt: skip
 RECIPES = {
     "demo": {},
-    "compare": {"steps": 240, "tune_epochs": 0.6},  # a row of the comparison of masks: 100 s
+    "compare": {"steps": 450, "tune_epochs": 0.5},  # a row of the comparison of masks: 100 s
     "cc3m": PAPER,
     "cc12m": PAPER,
 }
@@ -84,16 +84,16 @@ class TrainConfig:
     # Pre-training
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
     batch_size: int = 256  # pairs per step, over all processes
-    steps: int = 400  # updates
+    steps: int = 1250  # updates
     epochs: float = 0.0  # passes over the data, instead of steps
     lr: float = 1e-3  # highest learning rate; warm-up, then half a cosine to 0
-    weight_decay: float = 0.2  # AdamW's, on matrices only
+    weight_decay: float = 0.1  # on matrices only
     beta2: float = 0.98  # AdamW's second decay
     warmup: int = 50  # steps of linear warm-up
 
     # Unmasked tuning, with a fresh optimizer and schedule
-    tune_epochs: float = 2.0  # passes over the data (0: none)
-    tune_batch_size: int = 512  # pairs per step, over all processes
+    tune_epochs: float = 1.0  # passes over the data (0: none)
+    tune_batch_size: int = 256  # pairs per step, over all processes
     tune_lr: float = 3e-4  # highest learning rate
     tune_warmup: int = 5  # steps of linear warm-up
     tune_image_size: int = 0  # pixels a side (0: as in pre-training)
@@ -186,11 +186,14 @@ def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+MUON_SCALE = 2.0  # Muon's learning rate in AdamW's, from the search told in the README
+
+
 def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW with CLIP's constants, and for the blocks' matrices Muon if asked for.
 
-    Weight decay acts on matrices, not on vectors and scalars. Muon's steps are scaled to AdamW's
-    size, so that one learning rate serves both.
+    Weight decay acts on matrices, not on vectors and scalars. Muon's updates are scaled to the size
+    of AdamW's, then by MUON_SCALE, so that one learning rate serves both.
     """
     groups = {"muon": [], "matrices": [], "vectors": []}
     for name, p in model.named_parameters():
@@ -201,8 +204,9 @@ def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimi
     adamw = torch.optim.AdamW([decayed, plain], betas=(0.9, config.beta2), eps=1e-6, fused=True)
     if not groups["muon"]:
         return [adamw]
+    inner = {"params": groups["muon"], "scale": MUON_SCALE}
     muon = Muon(
-        groups["muon"], weight_decay=config.weight_decay, momentum=0.95, nesterov=True,
+        [inner], weight_decay=config.weight_decay, momentum=0.95, nesterov=True,
         ns_coefficients="original", adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip
     return [adamw, muon]
@@ -333,7 +337,7 @@ def update(
     loss.backward()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return loss, scale

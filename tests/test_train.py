@@ -89,7 +89,7 @@ def test_every_parameter_has_one_optimizer_and_decay_is_for_matrices(name):
     held = [p for group in groups for p in group["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
     for group in groups:
-        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.2) for p in group["params"])
+        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.1) for p in group["params"])
     if name == "muon":  # 3 blocks of 4 matrices
         assert len(groups[-1]["params"]) == 12
 
@@ -103,7 +103,7 @@ def test_muon_is_torchs_muon():
     twin = copy.deepcopy(model)
     _, ours = train.make_optimizers(model, TrainConfig())
     matrices = [p for n, p in twin.named_parameters() if "resblocks" in n and p.ndim == 2]
-    theirs = torch.optim.Muon(matrices, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for p, q in zip(ours.param_groups[0]["params"], matrices, strict=True):
             p.grad = torch.randn_like(p)
