@@ -5,7 +5,7 @@
     scenes-corner    in a corner, where a centred mask should not help,
     scenes-anywhere  or anywhere
     PATH             a folder of pictures with equally named .txt files, or a CSV/TSV of paths and
-                     captions; a twentieth of the captions is held out
+                     captions; a twentieth of the pictures is held out
 
 What you should see for emoji: 12,120 pictures of 1,809 names by seven vendors; 44 newer names are
 dropped because every vendor shows the same placeholder. Decoding takes about 10 s, once.
@@ -18,10 +18,10 @@ import csv
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from glip import GLIPConfig, InputError, tokenize, write_safely
+from glip import GLIPConfig, InputError, lengths, tokenize, write_safely
 
 CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parent / ".cache"))
 
@@ -67,7 +67,11 @@ PHOTOS = {  # photographs inside scikit-learn and scikit-image; motorcycle_* are
               "motorcycle_right.png"),
     "test": ("flower.jpg", "coffee.png", "chelsea.png"),
 }  # fmt: skip
-SIDED = {"left", "right", "leftwards", "rightwards", "clockwise", "counterclockwise", "button"}
+SIDED = {  # names with one of these words mean another thing, or show letters, when mirrored
+    "left", "right", "leftwards", "rightwards", "clockwise", "counterclockwise", "arrow", "button",
+    "keycap", "input", "o’clock", "thirty", "waxing", "waning", "quarter", "moon", "increasing",
+    "decreasing", "sign",
+}  # fmt: skip
 
 
 def emoji_name(sequence: str) -> str | None:
@@ -169,14 +173,8 @@ class Emoji:
             self.photos = photographs(split, image_size)
         else:  # on white, once and for all
             self.art = self.art[:, :3] + (255 - self.art[:, 3:])
-        mirrored = [not (flag or SIDED & set(name.lower().split()))
-                    for name, flag in zip(self.captions, self.flags, strict=True)]  # fmt: skip
-        self.mirrors = np.array(mirrored)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Token ids of every caption, (names, 77)."""
-        return tokenize(self.captions)
+        words = [set(re.split(r"[\s-]+", name)) for name in self.captions]
+        self.mirrors = ~self.flags & np.array([not SIDED & name for name in words])
 
     def render(self, ids: np.ndarray, draws: np.ndarray | None) -> Tensor:
         """Pictures `ids` (B,), augmented by draws (B, DRAWS) in [0, 1) if given -> (B, 3, S, S)."""
@@ -206,12 +204,11 @@ class Emoji:
             top, left = (int(d * (length - size + 1))
                          for d, length in zip(draw[1:3], photo.shape[1:], strict=True))  # fmt: skip
             image[:] = photo[:, top : top + size, left : left + size]
-            y, x = np.floor(draw[3:5] * (2 * jitter + 1)).astype(int)  # 0 to 2 jitters
             if self.place == "center":
-                y, x = room // 2 + y - jitter, room // 2 + x - jitter
+                y, x = (room // 2 - jitter + int(d * (2 * jitter + 1)) for d in draw[3:5])
             elif self.place == "corner":
+                y, x = (int(d * (jitter + 1)) for d in draw[3:5])
                 corner = int(draw[5] * 4)
-                y, x = min(y, jitter), min(x, jitter)
                 y, x = (room - y if corner // 2 else y), (room - x if corner % 2 else x)
             else:
                 y, x = (int(d * (room + 1)) for d in draw[3:5])
@@ -249,7 +246,8 @@ def own_pictures(path: Path) -> list[tuple[Path, str]]:
             raise InputError(f"{path}: no picture has an equally named .txt beside it; add some")
     elif path.suffix.lower() in (".csv", ".tsv"):
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        csv.field_size_limit(2**24)
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             table = csv.DictReader(file, delimiter=separator)
             columns = {(name or "").strip().lower(): name for name in table.fieldnames or []}
             image = next((columns[c] for c in PATH_COLUMNS if c in columns), None)
@@ -260,10 +258,13 @@ def own_pictures(path: Path) -> list[tuple[Path, str]]:
                     f"and a caption column ({', '.join(CAPTION_COLUMNS)}); it has "
                     f"{', '.join(columns) or 'nothing'}"
                 )
-            rows = [
-                (path.parent / (row[image] or ""), row[caption] or "", f"{path} row {number}")
-                for number, row in enumerate(table, start=2)
-            ]
+            try:
+                rows = [
+                    (path.parent / (row[image] or ""), row[caption] or "", f"{path} row {number}")
+                    for number, row in enumerate(table, start=2)
+                ]
+            except csv.Error as error:
+                raise InputError(f"{path} line {table.line_num}: {error}; mend the row") from None
         if not rows:
             raise InputError(f"{path}: there is no row below the heading; add pictures")
     else:
@@ -296,10 +297,8 @@ def readable(rows: list[tuple[Path, str]], side: int) -> list[tuple[Path, str]]:
     """
 
     def state(path: Path) -> str:
-        return f"{path.resolve()} {s.st_size} {s.st_mtime_ns}" if (s := stat(path)) else str(path)
-
-    def stat(path: Path) -> os.stat_result | None:
-        return path.stat() if path.is_file() else None
+        found = path.stat() if path.is_file() else None
+        return f"{path.resolve()} {found and (found.st_size, found.st_mtime_ns)}"
 
     def trouble(row: tuple[Path, str]) -> str | None:
         try:
@@ -339,11 +338,6 @@ class Pictures:
         number = {text: i for i, text in enumerate(self.captions)}
         self.concept = np.array([number[text] for _, text in rows], dtype=int)
 
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Token ids of every caption, (captions, 77)."""
-        return tokenize(self.captions)
-
     def render(self, ids: np.ndarray, draws: np.ndarray | None) -> Tensor:
         """Pictures `ids` (B,), randomly cropped by draws (B, DRAWS) if given -> (B, 3, S, S)."""
         images = np.empty((len(ids), 3, self.image_size, self.image_size), np.uint8)
@@ -377,6 +371,9 @@ def random_crop(width: int, height: int, draw: np.ndarray) -> tuple[float, float
 # ------------------------------------------------------------------------------------------------
 
 
+MAX_HELD_OUT = 5000  # pictures of a PATH
+
+
 def load(
     data: str,
     image_size: int,
@@ -385,11 +382,13 @@ def load(
 ) -> tuple[Emoji | Pictures, Emoji | Pictures]:
     """Open a data set: (training pairs, held-out pairs). Raises InputError for what is not there.
 
-    For emoji the held-out pairs are another vendor's pictures (and other backgrounds); for PATH one
-    caption in twenty, chosen by a hash of the caption, so that they are the same in every run.
+    For emoji the held-out pairs are another vendor's pictures (and other backgrounds); to hold out
+    another than Twitter, for validation, leaves both out of training. For PATH they are one picture
+    in twenty, at most MAX_HELD_OUT, chosen by a hash of its name and so the same in every run; no
+    caption of theirs is trained on, and of several captions the first counts.
     """
     if data in EMBEDDED:
-        vendors = vendors or tuple(v for v in VENDORS if v != held_out)
+        vendors = vendors or tuple(v for v in VENDORS if v not in (held_out, HELD_OUT))
         unknown = sorted({*vendors, held_out} - {*VENDORS})
         if unknown:
             raise InputError(f"unknown vendor {unknown[0]}: choose from {', '.join(VENDORS)}")
@@ -403,12 +402,16 @@ def load(
             f"--data {data}: no such folder or file, nor one of {', '.join(EMBEDDED)}"
         )
     rows = readable(own_pictures(path), image_size)
-    test = {text for _, text in rows if zlib.crc32(text.encode()) % 20 == 0}
-    counts = {"pictures": len(rows), "captions held out": len(test)}
-    return tuple(
-        Pictures([row for row in rows if (row[1] in test) == held], image_size, counts)
-        for held in (False, True)
-    )
+    hashes = {path: zlib.crc32(path.name.encode()) for path, _ in rows}
+    chosen = sorted((path for path in hashes if hashes[path] % 20 == 0), key=hashes.get)
+    chosen = set(chosen[:MAX_HELD_OUT])
+    test = {path: text for path, text in reversed(rows) if path in chosen}
+    captions = {text for path, text in rows if path in chosen}
+    train = [(path, text) for path, text in rows if path not in chosen and text not in captions]
+    counts = {"pictures": len(hashes), "rows": len(rows)}
+    if not train:
+        raise InputError(f"--data {data}: too few captions to hold some out; add pictures")
+    return Pictures(train, image_size, counts), Pictures(list(test.items()), image_size, counts)
 
 
 class Order:
@@ -428,8 +431,9 @@ class Order:
         self.steps_per_epoch = sum(widths[: self.passes]) // batch_size
         self.unplaced = len(concept) - self.steps_per_epoch * batch_size
         if batch_size < 2 or self.passes == 0:
+            flag = "--batch-size" if stage == "pretrain" else "--tune-batch-size"
             raise InputError(
-                f"--batch-size {batch_size} must lie between 2 and the {int((sizes > 0).sum())} "
+                f"{flag} {batch_size} must lie between 2 and the {int((sizes > 0).sum())} "
                 "distinct captions of the training data, or equal captions would be negatives"
             )
         self.last = (-1, np.empty(0, int))
@@ -475,8 +479,8 @@ class Batches(Dataset):
         position = step * self.order.batch_size + start
         draws = noise(seed, f"augment/{stage}", position, self.share, DRAWS)
         masks = noise(seed, f"mask/{stage}", position, self.share, self.patches)
-        tokens = self.pairs.tokens[self.pairs.concept[ids]]
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())]
+        tokens = tokenize([self.pairs.captions[i] for i in self.pairs.concept[ids]])
+        tokens = tokens[:, : int(lengths(tokens).max())]
         return self.pairs.render(ids, draws), tokens, torch.from_numpy(masks)
 
 

@@ -2,7 +2,7 @@
 
     python evaluate.py                      the run written last
     python evaluate.py runs/demo --linear-probe
-    python evaluate.py runs/demo --publish  copies its results.json to results/
+    python evaluate.py runs/demo --publish  copies its results.json to results/; --figures its PNGs
 
 Prints tables and writes into the run's folder results.json and PNGs: loss.png, masks.png, top5.png,
 retrieval.png. Pictures show Google's and Twitter's art only, whose licences allow it.
@@ -117,20 +117,23 @@ class Encoder:
         return torch.cat(features)
 
     @torch.inference_mode()
-    def texts(self, tokens: Tensor) -> Tensor:
-        """text_features (n, E) of token ids (n, T)."""
+    def texts(self, captions: list[str]) -> Tensor:
+        """text_features (n, E) of n captions."""
         features = []
-        for block in tokens.split(512):
-            block = block[:, : int((block != 0).sum(1).max())].to(self.device)
+        for block in glip.tokenize(captions).split(512):
+            block = block[:, : int(glip.lengths(block).max())].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 features.append(self.model.encode_text(block).cpu())
         return torch.cat(features)
 
 
 def ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """How many wrong answers score at least as high as the best right one. (Q, M) twice -> (Q,)."""
+    """How many wrong answers do not score below the best right one. (Q, M) twice -> (Q,).
+
+    Equal scores, and scores that are not numbers, count as wrong: no model profits from them.
+    """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best) & ~right).sum(dim=1)
+    return (~(scores < best) & ~right).sum(dim=1)
 
 
 def share(found: Tensor, within: int) -> float:
@@ -176,7 +179,7 @@ def quick(model: GLIP, pairs: Emoji | Pictures, device: torch.device, precision:
 def evaluate(encoder: Encoder, pairs: Emoji | Pictures, mask: dict | None = None) -> dict:
     """Zero-shot (emoji) and retrieval of the held-out pairs, under a mask if given."""
     images = encoder.images(lambda ids: pairs.render(ids, None), len(pairs.concept), mask)
-    texts = encoder.texts(pairs.tokens)
+    texts = encoder.texts(pairs.captions)
     result = {}
     if isinstance(pairs, Emoji):
         result = zero_shot(images, texts, pairs.concept, pairs.flags)
@@ -244,7 +247,8 @@ def probe_all(encoder: Encoder, run: Path) -> dict:
     results = {}
     stamp = (run / "model.pt").stat().st_mtime_ns
     for name, (images, labels, groups) in probe_sets(encoder.model.config.pixels[0]).items():
-        cache = run / f"features-{name.replace(' ', '-')}-{stamp}.npy"
+        kind = "bf16" if encoder.bf16 else "fp32"
+        cache = run / f"features-{name.replace(' ', '-')}-{kind}-{stamp}.npy"
         if not cache.exists():
             features = encoder.images(lambda ids, images=images: images[ids], len(images)).numpy()
             glip.write_safely(cache, lambda file, features=features: np.save(file, features))
@@ -256,7 +260,7 @@ def probe_all(encoder: Encoder, run: Path) -> dict:
 # Pictures
 # ------------------------------------------------------------------------------------------------
 
-INK, GOOD, BAD = "#222222", "#0072b2", "#999999"  # readable without telling red from green
+GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
 
 
 def figure(rows: float, columns: float) -> object:
@@ -266,11 +270,10 @@ def figure(rows: float, columns: float) -> object:
     return Figure(figsize=(columns, rows), layout="constrained", dpi=110)
 
 
-def show(axes: object, image: Tensor, title: str = "", colour: str = INK) -> None:
-    """Draw a picture (3, S, S) with a line of text above."""
+def show(axes: object, image: Tensor) -> None:
+    """Draw a picture (3, S, S) without ticks."""
     axes.imshow(image.permute(1, 2, 0).numpy())
-    axes.set_xticks([]), axes.set_yticks([])
-    axes.set_title(title, fontsize=7, color=colour)
+    axes.set(xticks=[], yticks=[])
 
 
 def draw_curves(run: Path) -> object:
@@ -279,20 +282,21 @@ def draw_curves(run: Path) -> object:
     first = max((r["step"] for r in records if r["stage"] == "pretrain"), default=0)
     fig = figure(3.2, 8)
     left, right = fig.subplots(1, 2)
-    for stage, colour, marker in (("pretrain", GOOD, "o"), ("tune", "#d55e00", "s")):
+    for stage, colour, marker in (("pretrain", GOOD, "o"), ("tune", OTHER, "s")):
         rows = [r for r in records if r["stage"] == stage]
         start = first if stage == "tune" else 0
         losses = [(start + r["step"], r["loss"]) for r in rows if "loss" in r]
         scores = [(start + r["step"], r) for r in rows if "loss" not in r]
         if losses:
             left.plot(*zip(*losses, strict=True), color=colour, label=stage)
+            guess = next(r["ln_batch"] for r in rows if "ln_batch" in r)
+            left.hlines(guess, start, losses[-1][0], colors=BAD, linestyles="--")
         for name, line in (("top-1", "-"), ("top-5", ":"), ("text R@1", "-"), ("text R@5", ":")):
             points = [(x, 100 * v) for x, r in scores for k, v in r.items() if k.endswith(name)]
             if points:
                 style = {"color": colour, "marker": marker, "label": f"{name}, {stage}"}
                 right.plot(*zip(*points, strict=True), line, **style)
-    ln_batch = next(r["ln_batch"] for r in records if "ln_batch" in r)
-    left.axhline(ln_batch, color=BAD, linestyle="--", label="ln(batch): guessing")
+    left.plot([], [], color=BAD, linestyle="--", label="ln(batch): guessing")
     left.set(xlabel="step", ylabel="contrastive loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="held-out, full picture (%)", ylim=(0, None))
     for axes in (left, right):
@@ -321,7 +325,7 @@ def draw_masks(images: Tensor, grid: tuple[int, int], ratio: float, sigma: float
             seen = keep.view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
             show(cell, torch.where(seen, image, torch.tensor(110, dtype=torch.uint8)))
         heat = row[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
-        row[-1].set_xticks([]), row[-1].set_yticks([])
+        row[-1].set(xticks=[], yticks=[])
         fig.colorbar(heat, ax=row[-1], shrink=0.8).ax.tick_params(labelsize=6)
         row[0].set_ylabel(mask, fontsize=9)
     axes[0, -1].set_title("share kept", fontsize=8)
@@ -378,7 +382,7 @@ def shorten(text: str, length: int) -> str:
 
 def draw_all(run: Path, encoder: Encoder, train: object, test: object, config: dict) -> list[str]:
     """Write the run's PNGs; art that may not be published is left out. Returns their names."""
-    figures = {"loss.png": draw_curves(run)}
+    figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
     grid, ratio = encoder.model.config.grid, config["mask_ratio"] or 0.75
     art = test
     if isinstance(test, Emoji):
@@ -389,7 +393,7 @@ def draw_all(run: Path, encoder: Encoder, train: object, test: object, config: d
         figures["masks.png"] = draw_masks(images, grid, ratio, config["sigma"])
     if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in data.FREE_ART):
         images = encoder.images(lambda ids: test.render(ids, None), len(test.concept))
-        texts = encoder.texts(test.tokens)
+        texts = encoder.texts(test.captions)
         sample = np.random.default_rng(1).permutation(len(test.concept))
         figures["top5.png"] = draw_top5(test, images, texts, sample[:18])
         figures["retrieval.png"] = draw_retrieval(test, images, texts, sample[-8:])
@@ -410,8 +414,12 @@ class EvaluateConfig:
     run: Annotated[str, tyro.conf.Positional] = ""  # folder of a run (default: the latest)
     linear_probe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # also probe the features
     publish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy results.json to results/
+    figures: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy the PNGs to results/
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
+
+
+SETTINGS = {"data", "vendors", "held_out", "mask", "mask_ratio", "sigma", "seed", "out", "model"}
 
 
 def last_run() -> Path:
@@ -429,9 +437,10 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
     device = pick_device(options.device)
     content = glip.load_checkpoint(run / "model.pt")
-    if "config" not in content:
-        raise InputError(f"{run}/model.pt holds no training record, so its data is unknown")
-    config = content["config"]
+    record = {"config", "steps", "stage", "seconds", "machine", "command", "world", "bf16"}
+    config = content.get("config", {})
+    if record - content.keys() or SETTINGS - config.keys():
+        raise InputError(f"{run}/model.pt holds no full training record; name a run of train.py")
     encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), device, options.precision)
     opened = partial(data.load, config["data"], vendors=tuple(config["vendors"]),
                      held_out=config["held_out"])  # fmt: skip
@@ -467,11 +476,13 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     glip.write_safely(run / "results.json", lambda file: file.write(text.encode()))
     print(describe(results))
     print(f"wrote {run}/results.json, {', '.join(pictures)}")
-    if options.publish:
-        target = Path(__file__).parent / "results" / f"{run.name}.json"
-        target.parent.mkdir(exist_ok=True)
-        glip.write_safely(target, lambda file: file.write(text.encode()))
-        print(f"published results/{target.name}")
+    public = {f"{run.name}.json": run / "results.json"} if options.publish else {}
+    public |= {name: run / name for name in pictures} if options.figures else {}
+    for name, path in public.items():
+        content = path.read_bytes()
+        target = Path(__file__).parent / "results" / name
+        glip.write_safely(target, lambda file, content=content: file.write(content))
+        print(f"published results/{name}")
     return results
 
 

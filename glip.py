@@ -66,6 +66,8 @@ def gaussian_scores(noise: Tensor, grid: tuple[int, int], sigma: float | tuple) 
     logarithm and, at sigma 0.1 and 50 %, keep the rim six times less often.
     """
     across_rows, across_columns = sigma if isinstance(sigma, tuple | list) else (sigma, sigma)
+    if not (across_rows > 0 and across_columns > 0):
+        raise InputError(f"sigma {sigma} is a variance and must be above 0")
     y = centres(grid[0], noise.device)[:, None] ** 2 / across_rows             # (rows, 1)
     x = centres(grid[1], noise.device)[None, :] ** 2 / across_columns          # (1, columns)
     peak = 1 / (2 * math.pi * math.sqrt(across_rows * across_columns))
@@ -118,11 +120,12 @@ def sample_mask(
     if tuple(noise.shape) != (batch, n):
         raise InputError(f"noise has shape {tuple(noise.shape)}, the mask needs {(batch, n)}")
     inputs["sigma"] = sigma
-    declared = list(inspect.signature(MASKS[mask]).parameters)[2:]
-    missing = [name for name in declared if inputs.get(name) is None]
+    declared = list(inspect.signature(MASKS[mask]).parameters.values())[2:]
+    given = {p.name: inputs[p.name] for p in declared if inputs.get(p.name) is not None}
+    missing = [p.name for p in declared if p.default is p.empty and p.name not in given]
     if missing:
         raise InputError(f"mask '{mask}' needs {' and '.join(missing)}, which was not given")
-    scores = MASKS[mask](noise, grid, **{name: inputs[name] for name in declared})
+    scores = MASKS[mask](noise, grid, **given)
     scores, hidden = scores if isinstance(scores, tuple) else (scores, None)
     k = n if mask == "none" else num_keep(n, mask_ratio)
     ids_keep = scores.topk(k, dim=1).indices                                   # (B, K)
@@ -250,13 +253,22 @@ def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
     texts = [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts, strict=True):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        words = WORD.findall(" ".join(text.split()).lower())
-        ids = [START, *(i for word in words for i in encode_word(word)), END]
-        if len(ids) > context_length:
-            ids = [*ids[: context_length - 1], END]
+        ids = [START, *encode(text)[: context_length - 2], END]
         row[: len(ids)] = torch.tensor(ids)
     return tokens
+
+
+@lru_cache(maxsize=100_000)
+def encode(text: str) -> tuple[int, ...]:
+    """Clean a text and encode its words; nothing is added or cut."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    words = WORD.findall(" ".join(text.split()).lower())
+    return tuple(i for word in words for i in encode_word(word))
+
+
+def lengths(tokens: Tensor) -> Tensor:
+    """Tokens of each text, start and end included; 0 is a word too, so none is counted. (n, T)."""
+    return tokens.argmax(dim=1) + 1  # the end token has the highest id
 
 
 # ------------------------------------------------------------------------------------------------
@@ -437,8 +449,7 @@ class GLIP(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (B, T, D)
         before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         x = self.ln_final(self.transformer(x, before))
-        ends = tokens.argmax(dim=1)  # the end token has the highest id
-        x = x[torch.arange(len(x), device=x.device), ends]                     # (B, D)
+        x = x[torch.arange(len(x), device=x.device), lengths(tokens) - 1]      # (B, D)
         return F.normalize(at_least_fp32(x @ self.text_projection), dim=-1)    # (B, E)
 
     def forward(

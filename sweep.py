@@ -40,8 +40,9 @@ class SweepConfig:
     jobs: int = 2  # runs at a time, sharing the cores
 
 
-def measure_cost(rounds: int = 8) -> dict:
+def measure_cost(threads: int, rounds: int = 8) -> dict:
     """Seconds of a training step under each mask of the registry, alternating; medians."""
+    torch.set_num_threads(threads)  # as many as a run will have
     config = train.parse(["--recipe", "compare"])
     device = evaluate.pick_device("auto")
     bf16 = evaluate.use_bf16("auto", device)
@@ -84,12 +85,11 @@ def planned(cost: dict) -> list[list[str]]:
     ]
 
 
-def run(flags: list[str], jobs: int) -> str | None:
+def run(flags: list[str], threads: int) -> str | None:
     """Train, evaluate and publish one run, unless results/ has it; returns what went wrong."""
     name = train.run_name(train.parse(flags))
     if (RESULTS / f"{name}.json").exists():
         return None
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     commands = [["evaluate.py", f"runs/{name}", "--publish"]]
     if not (ROOT / "runs" / name / "model.pt").exists():
@@ -108,16 +108,17 @@ def run(flags: list[str], jobs: int) -> str | None:
 def main() -> None:
     """The command line."""
     options = tyro.cli(SweepConfig, description=__doc__)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     try:
         for name in SETS:  # decode once, before runs share the cache
             data.load(name, glip.SIZES[train.TrainConfig().model][0])
         path = RESULTS / "cost.json"
         if not path.exists():
-            text = json.dumps(measure_cost(), indent=1) + "\n"
+            text = json.dumps(measure_cost(threads), indent=1) + "\n"
             glip.write_safely(path, lambda file: file.write(text.encode()))
         with ThreadPoolExecutor(options.jobs) as pool:
             runs = planned(json.loads(path.read_text()))
-            failed = [x for x in pool.map(lambda flags: run(flags, options.jobs), runs) if x]
+            failed = [x for x in pool.map(lambda flags: run(flags, threads), runs) if x]
         if failed:
             raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
     except InputError as error:

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -86,7 +87,7 @@ class TrainConfig:
     batch_size: int = 256  # pairs per step, over all processes
     steps: int = 1250  # updates
     epochs: float = 0.0  # passes over the data, instead of steps
-    lr: float = 1e-3  # highest learning rate; warm-up, then half a cosine to 0
+    lr: float = 1e-3  # highest learning rate (Muon's is twice that); then half a cosine to 0
     weight_decay: float = 0.1  # on matrices only
     beta2: float = 0.98  # AdamW's second decay
     warmup: int = 50  # steps of linear warm-up
@@ -126,6 +127,8 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in arguments if a.startswith("--")}
     if {"steps", "epochs"} <= given:
         raise InputError("--steps and --epochs both set the length: give one of them")
+    if "epochs" in given and not config.epochs > 0:
+        raise InputError("--epochs must be above 0; give --steps to count in steps")
     if "steps" in given:
         config = replace(config, epochs=0.0)
     if config.mask == "none":
@@ -145,12 +148,12 @@ def check(config: TrainConfig, world: int) -> None:
             raise InputError(f"{flag} {size}: a contrast needs at least 2 pairs")
         if size % world:
             raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
-    if config.steps < 1 or config.epochs < 0 or config.tune_epochs < 0:
-        raise InputError("--steps must be at least 1, --epochs and --tune-epochs at least 0")
-    positive = ("lr", "tune_lr", "sigma", "log_every")
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("steps", "lr", "tune_lr", "sigma", "log_every"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0 and finite")
+    for name in ("tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 0 and finite")
     if not 0 <= config.beta2 < 1:
         raise InputError(f"--beta2 {config.beta2} is outside [0, 1)")
     for size in (config.image_size, config.tune_image_size):
@@ -169,6 +172,7 @@ def run_name(config: TrainConfig) -> str:
         if field.name == "mask_ratio" and config.mask == "none":
             continue
         value = "-".join(value) if isinstance(value, tuple) else str(value)
+        value = Path(value).name if field.name == "data" else value
         value = re.sub(r"[^\w.-]+", "-", value).strip("-")
         parts.append(f"{field.name.replace('_', '-')}={value}")
     return "_".join(parts)[:200]
@@ -238,10 +242,14 @@ def processes(config: TrainConfig) -> Iterator[tuple[int, int, torch.device]]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = evaluate.pick_device(config.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise InputError(f"{there} GPUs here: give torchrun --nproc_per_node {there} at most")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:  # the others wait while the first decodes, checks pictures or evaluates
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
     try:
         yield int(os.environ.get("RANK", 0)), world, device
     finally:
@@ -250,35 +258,41 @@ def processes(config: TrainConfig) -> Iterator[tuple[int, int, torch.device]]:
 
 
 def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tuple:
-    """(training pairs, held-out pairs); the first process builds the cache, the others wait."""
+    """(training pairs, held-out pairs); the first process builds the cache, the others wait.
+
+    What is wrong with the data is raised by every process, so that none hangs on the others.
+    """
+
     def opened() -> tuple:
         return data.load(config.data, image_size, config.vendors, config.held_out)
 
-    pairs = opened() if rank == 0 else None
+    pairs, problem = None, [None]
+    if rank == 0:
+        try:
+            pairs = opened()
+        except InputError as error:
+            problem = [str(error)]
     if world > 1:
-        dist.barrier()
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])
     return pairs or opened()
 
 
 def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
     """The stages with their data; raises InputError for data that cannot serve them."""
-    stages, opened = [], {}
-    size = config.image_size or glip.SIZES[config.model][0]
-    settings = [("pretrain", config.mask, config.mask_ratio, config.batch_size, config.steps,
-                 config.epochs, config.lr, config.warmup, size)]  # fmt: skip
-    if config.tune_epochs:
-        side = config.tune_image_size or size
-        settings.append(("tune", "none", 0.0, config.tune_batch_size, 1, config.tune_epochs,
-                         config.tune_lr, config.tune_warmup, side))  # fmt: skip
-    for name, mask, ratio, batch_size, steps, epochs, lr, warmup, side in settings:
-        if side not in opened:
-            opened[side] = open_data(config, side, rank, world)
-        train, test = opened[side]
+    opened = {}
+
+    def stage(
+        name: str, mask: str, ratio: float, batch_size: int, steps: int, epochs: float, lr: float,
+        warmup: int, size: int,
+    ) -> Stage:  # fmt: skip
+        model = GLIPConfig.named(config.model, size or None)
+        if model.image_size not in opened:
+            opened[model.image_size] = open_data(config, model.image_size, rank, world)
+        train, test = opened[model.image_size]
         order = Order(train.concept, batch_size, config.seed, name)
-        if epochs:
-            steps = max(1, round(epochs * order.steps_per_epoch))
-        model = GLIPConfig.named(config.model, side)
-        batches = Batches(train, order, model, rank, world)
+        steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
         n = model.grid[0] * model.grid[1]
         kept = n if mask == "none" else glip.num_keep(n, ratio)
         if rank == 0:
@@ -288,7 +302,18 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 f"pictures left over), {steps} steps; mask {mask} keeps {kept} of {n} patches "
                 f"({1 - kept / n:.1%} removed)"
             )
-        stages.append(Stage(name, mask, ratio, steps, lr, warmup, model, batches, test))
+        batches = Batches(train, order, model, rank, world)
+        return Stage(name, mask, ratio, steps, lr, warmup, model, batches, test)
+
+    stages = [stage(
+        "pretrain", config.mask, config.mask_ratio, config.batch_size, config.steps,
+        config.epochs, config.lr, config.warmup, config.image_size,
+    )]  # fmt: skip
+    if config.tune_epochs:
+        stages.append(stage(
+            "tune", "none", 0.0, config.tune_batch_size, 0, config.tune_epochs, config.tune_lr,
+            config.tune_warmup, config.tune_image_size or config.image_size,
+        ))  # fmt: skip
     return stages
 
 
@@ -307,7 +332,8 @@ def run_stage(
     bf16 = evaluate.use_bf16(config.precision, device)
     workers = config.workers
     if workers < 0:
-        workers = 0 if config.data in EMBEDDED else min(8, os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 0 if config.data in EMBEDDED else max(1, min(8, cores))
     batches = data.loader(stage.batches, 0, stage.steps, workers, pin=device.type == "cuda")
     model.train()
     report.begin(stage, model)
@@ -438,8 +464,10 @@ class Report:
 
 def command() -> str:
     """The command line that made this run, without folders of this machine."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return "python " + re.sub(r"(?<![\w./-])/\S*/", "", shlex.join(words))
+    words = [Path(sys.argv[0]).name, *(re.sub(r"(^|=)/\S*/(?=.)", r"\1", w) for w in sys.argv[1:])]
+    world = os.environ.get("WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node {world}" if world else "python"
+    return f"{launcher} {shlex.join(words)}"
 
 
 def train(config: TrainConfig) -> Path:
@@ -450,12 +478,14 @@ def train(config: TrainConfig) -> Path:
     with processes(config) as (rank, world, device):
         check(config, world)
         out = Path(config.out or Path("runs") / run_name(config))
-        if rank == 0 and out.exists() and any(out.iterdir()):
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out {out} is a file: name a folder")
+        if out.exists() and any(out.iterdir()):
             state = "a finished" if (out / "model.pt").exists() else "an unfinished"
             raise InputError(
                 f"--out {out} holds {state} run already: choose another --out, or remove the folder"
             )
-        stages = plan(config, rank, world)
+        stages = plan(config, rank, world)  # all processes meet here, and then the first writes
         torch.manual_seed(config.seed)
         model = GLIP(stages[0].model).to(device)
         if rank == 0:

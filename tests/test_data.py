@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import kstest
 
 import data
+import glip
 from data import Batches, Order
 from glip import GLIPConfig, InputError
 
@@ -112,10 +113,15 @@ def test_augmentation_shifts_and_mirrors(emoji):
     assert (train.render(np.array([50]), corner)[:, :, 0] == 255).all()
     mirror = still.copy()
     mirror[0, 2] = 0.9
-    face = np.flatnonzero(train.concept == train.captions.index("dog face"))[:1]
-    arrow = np.flatnonzero(train.concept == train.captions.index("right arrow"))[:1]
-    assert torch.equal(train.render(face, mirror), train.render(face, None).flip(-1))
-    assert torch.equal(train.render(arrow, mirror), train.render(arrow, None))
+    for name, flips in (
+        ("dog face", True), ("red apple", True), ("right arrow", False), ("three o’clock", False),
+        ("left-facing fist", False), ("waxing crescent moon", False), ("keycap 3", False),
+        ("chart increasing", False), ("flag of Chad", False), ("nine-thirty", False),
+    ):  # fmt: skip
+        i = np.flatnonzero(train.concept == train.captions.index(name))[:1]
+        plain = train.render(i, None)
+        wanted = plain.flip(-1) if flips else plain
+        assert torch.equal(train.render(i, mirror), wanted), name
 
 
 @pytest.mark.parametrize("place", data.SCENES)
@@ -194,6 +200,7 @@ def test_processes_share_the_global_batch(emoji):
     parts = [Batches(train, order, NANO, rank, 4)[7] for rank in range(4)]
     assert torch.equal(torch.cat([p[0] for p in parts]), whole[0])
     assert torch.equal(torch.cat([p[2] for p in parts]), whole[2])
+    assert (whole[1][torch.arange(48), glip.lengths(whole[1]) - 1] == glip.END).all()
     longest = max(p[1].shape[1] for p in parts)
     assert longest == whole[1].shape[1]
     for part, rows in zip(parts, whole[1].split(12), strict=True):
@@ -242,6 +249,7 @@ def test_a_folder_of_pictures(tmp_path, cache):
     train, test = data.load(str(make_pictures(tmp_path / "own")), 32)
     assert len(train.concept) + len(test.concept) == 40 and len(test.concept) > 0
     assert not set(train.captions) & set(test.captions)
+    assert not set(train.paths) & set(test.paths)
     assert all(caption.startswith("picture number ") for caption in train.captions)
     images = train.render(np.arange(10), data.noise(0, "x", 0, 10, data.DRAWS))
     assert images.shape == (10, 3, 32, 32) and images.dtype == torch.uint8
@@ -310,6 +318,32 @@ def test_the_embedded_cache_is_rebuilt_only_once(tmp_path, cache):
     assert np.array_equal(first.art, second.art) and len(times) == 2
 
 
+def test_pictures_with_several_captions_stay_on_one_side(tmp_path, cache):
+    make_pictures(tmp_path / "own")
+    files = sorted(p.name for p in (tmp_path / "own").iterdir() if p.suffix != ".txt")
+    lines = [f"own/{name},{words} {name}" for name in files for words in ("a", "the")]
+    lines += [f"own/{name},the same words" for name in files[:10]]
+    (tmp_path / "list.csv").write_text("\n".join(["path,caption", *lines]))
+    train, test = data.load(str(tmp_path / "list.csv"), 16)
+    assert not set(train.paths) & set(test.paths) and not set(train.captions) & set(test.captions)
+    assert len(test.paths) == len(set(test.paths)) == 2
+    assert all(caption.startswith("a ") for caption in test.captions)
+    assert len(set(train.paths)) == 38
+
+
+def test_held_out_pictures_are_capped(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(data, "MAX_HELD_OUT", 1)
+    train, test = data.load(str(make_pictures(tmp_path / "own")), 16)
+    assert (len(train.paths), len(test.paths)) == (39, 1)
+
+
+def test_validation_on_another_vendor_leaves_the_test_vendor_out():
+    train, test = data.load("emoji", 16, held_out="Joy")
+    names = {data.VENDORS[v] for v in train.vendor}
+    assert names == {*data.VENDORS} - {"Joy", "Twtr"}
+    assert {data.VENDORS[v] for v in test.vendor} == {"Joy"}
+
+
 def bad_inputs(folder):
     """What a user may name by mistake -> words of the sentence it must get."""
     (folder / "empty").mkdir()
@@ -318,6 +352,7 @@ def bad_inputs(folder):
     (folder / "heading.csv").write_text("path,caption\n")
     (folder / "caption.csv").write_text("path,caption\na.png,fine\nb.png,  \n")
     (folder / "notes.md").write_text("no")
+    (folder / "latin.csv").write_bytes(b"path,caption\na.png,caf\xe9\nb.png,\n")
     own = make_pictures(folder / "silent", 3)
     (own / "001.txt").write_text("\n")
     return {
@@ -328,6 +363,7 @@ def bad_inputs(folder):
         "heading.csv": "no row below the heading",
         "caption.csv": "caption.csv row 3: the caption is empty",
         "notes.md": "neither a folder",
+        "latin.csv": "latin.csv row 3: the caption is empty",
         "silent": "001.txt: the caption is empty",
     }
 

@@ -168,8 +168,8 @@ def test_docstring_on_weighted_sampling_is_true():
 
 
 def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
-    def bright(noise, grid, pixels):
-        return pixels, pixels < 0.5
+    def bright(noise, grid, pixels, threshold=0.5):
+        return pixels, pixels < threshold
 
     monkeypatch.setitem(MASKS, "bright", bright)
     pixels = torch.tensor([[0.1, 0.9, 0.6, 0.2]])
@@ -186,6 +186,9 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
         (lambda: sample_mask("random", 1, 4, 1.0), "outside"),
         (lambda: sample_mask("random", 1, 4, -0.1), "outside"),
         (lambda: sample_mask("random", 2, 4, 0.5, noise=torch.rand(2, 9)), "noise has shape"),
+        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=0.0), "sigma 0.0 is a variance"),
+        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=(0.2, -1)), "must be above 0"),
+        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=float("nan")), "must be above 0"),
     ],
 )
 def test_bad_input_is_told(call, words):

@@ -69,7 +69,15 @@ def test_run_names_tell_what_differs_and_have_no_clock():
     assert run_name(config) == "demo_vendors=Goog-FB_mask=random_seed=2"
     compare = parse(["--recipe", "compare", "--mask", "none"])
     assert run_name(compare) == "compare_mask=none"
-    assert "/" not in run_name(TrainConfig(data="../my pictures/list.csv"))
+    assert run_name(TrainConfig(data="../me/my pictures/list.csv")) == "demo_data=list.csv"
+
+
+def test_the_recorded_command_names_no_folder_of_the_machine(monkeypatch):
+    words = ["/x/train.py", "--data", "/y/z/pics", "--out=/y/z/run", "--data=own/pics"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert train.command() == "python train.py --data pics --out=run --data=own/pics"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert train.command().startswith("torchrun --nproc_per_node 8 train.py")
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
@@ -89,7 +97,7 @@ def test_every_parameter_has_one_optimizer_and_decay_is_for_matrices(name):
     held = [p for group in groups for p in group["params"]]
     assert len(held) == len({id(p) for p in held}) == len(list(model.parameters()))
     for group in groups:
-        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.1) for p in group["params"])
+        assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
     if name == "muon":  # 3 blocks of 4 matrices
         assert len(groups[-1]["params"]) == 12
 
@@ -171,6 +179,53 @@ def test_same_seed_gives_the_same_bits(run, tmp_path):
     assert records(other)[0]["loss"] != records(out)[0]["loss"]
 
 
+def test_bf16_on_all_cores_gives_the_same_bits(tmp_path):
+    """As the demo runs on a processor with native bf16."""
+    for name in "ab":
+        config = replace(
+            TrainConfig(), batch_size=64, steps=30, image_size=32, tune_epochs=0, eval_every=1000,
+            precision="bf16", out=str(tmp_path / name),
+        )  # fmt: skip
+        train.train(config)
+    a, b = (glip.load_checkpoint(tmp_path / name / "model.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_loop_masks_as_told_then_tunes_without_a_mask(tmp_path, monkeypatch):
+    """What reaches the image tower, the learning rates, and a fresh optimizer for the tuning."""
+    seen, rates, made = [], [], []
+    forward, step, make = glip.ImageTower.forward, torch.optim.AdamW.step, train.make_optimizers
+
+    def watched(self, images, ids_keep, visible):
+        if self.training:
+            seen.append(ids_keep)
+        return forward(self, images, ids_keep, visible)
+
+    def stepped(self, *words):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *words)
+
+    monkeypatch.setattr(glip.ImageTower, "forward", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    monkeypatch.setattr(train, "make_optimizers", lambda *w: made.append(make(*w)) or made[-1])
+    config = replace(
+        TrainConfig(), batch_size=16, tune_batch_size=512, steps=3, tune_epochs=0.1, image_size=32,
+        warmup=2, tune_warmup=0, seed=4, sigma=0.1, precision="fp32", eval_every=1000,
+        optimizer="adamw", lr=5.0, tune_lr=1e-9, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    train.train(config)
+    for number, ids in enumerate(seen[:3]):
+        noise = torch.from_numpy(data.noise(4, "mask/pretrain", 16 * number, 16, 16))
+        wanted = glip.sample_ids_keep("gaussian", 16, 4, 0.75, sigma=0.1, noise=noise)
+        assert torch.equal(ids, wanted)
+    assert len(seen) == 5 and seen[3] is None and seen[4] is None
+    assert rates[:3] == pytest.approx([lr_at(s, 3, 2, 5.0) for s in range(3)])
+    assert rates[3:] == pytest.approx([lr_at(s, 2, 0, 1e-9) for s in range(2)])
+    assert len(made) == 2 and made[0][0] is not made[1][0]
+    scale = glip.load_model(tmp_path / "run/model.pt")[0].logit_scale.item()
+    assert 0 <= scale <= math.log(100) + 1e-6  # a learning rate of 5 throws it out otherwise
+
+
 def test_torchrun_gives_the_single_process_run(run, tmp_path):
     out, _ = run
     words = [*SMALL, "--steps", "30", "--tune-epochs", "0.02", "--out", str(tmp_path / "two")]
@@ -220,11 +275,17 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--mask-ratio", "1.0"], "mask ratio 1.0 is outside [0, 1)"),
         (["--mask-ratio", "-0.1"], "outside [0, 1)"),
         (["--batch-size", "1"], "--batch-size 1: a contrast needs at least 2 pairs"),
-        (["--batch-size", "5000"], "--batch-size 5000 must lie between 2 and the 1809 distinct"),
-        (["--tune-batch-size", "5000"], "must lie between 2 and the 1809 distinct"),
+        (["--batch-size", "5000"], "py: --batch-size 5000 must lie between 2 and the 1809"),
+        (["--tune-batch-size", "5000"], "py: --tune-batch-size 5000 must lie between 2 and"),
+        (["--out", __file__], "is a file: name a folder"),
+        (["--lr", "nan"], "--lr must be above 0"),
+        (["--sigma", "0"], "--sigma must be above 0"),
+        (["--weight-decay", "-1"], "--weight-decay must be at least 0"),
+        (["--eval-every", "-1"], "--eval-every must be at least 0"),
+        (["--recipe", "cc3m", "--epochs", "0"], "give --steps to count in steps"),
         (["--data", "nowhere/"], "--data nowhere/: no such folder or file"),
         (["--image-size", "30"], "image size 30 is not a multiple of the patch size 8"),
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "0"], "--steps must be above 0"),
         (["--steps", "3", "--epochs", "2"], "give one of them"),
         (["--lr", "0"], "--lr must be above 0"),
         (["--recipe", "cc3m"], "give --data PATH"),
@@ -269,6 +330,14 @@ def test_another_run_is_never_overwritten(run):
     assert done.returncode == 2
     assert done.stderr.strip().endswith("choose another --out, or remove the folder")
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_bad_input_under_torchrun_is_told_without_a_traceback():
+    for words in (["--data", "nowhere/"], ["--out", "tests"]):
+        done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                       "train.py", *words)  # fmt: skip
+        assert done.returncode != 0 and done.stderr.count("train.py: --") == 1
+        assert "RuntimeError" not in done.stderr and "InputError" not in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
