@@ -80,12 +80,12 @@ def compare_table(results: list[dict]) -> str:
     groups = {}
     for r in runs:
         config = r["config"]
-        key = (config["data"], list(MASKS).index(config["mask"]), -config["steps"])
+        key = (config["data"], -list(MASKS).index(config["mask"]), -config["steps"])
         groups.setdefault(key, []).append(r["held_out"])
     rows = []
-    for (name, mask, steps), tables in sorted(groups.items(), reverse=True):
-        mask = list(MASKS)[mask]
-        budget = "both" if mask != "none" else "steps" if -steps == full else "time"
+    for (name, place, shorter), tables in sorted(groups.items(), key=lambda item: item[0]):
+        mask, steps = list(MASKS)[-place], -shorter
+        budget = "both" if mask != "none" else "steps" if steps == full else "time"
         cells = [
             spread(t[column][metric] for t in tables) if column in tables[0] else "-"
             for column, metric in (
@@ -93,7 +93,7 @@ def compare_table(results: list[dict]) -> str:
                 ("after tuning", "zero-shot top-1"), ("after tuning", "zero-shot top-5"),
             )
         ]  # fmt: skip
-        rows.append([name, mask, str(-steps), budget, str(len(tables)), *cells])
+        rows.append([name, mask, str(steps), budget, str(len(tables)), *cells])
     head = ["data", "mask", "steps", "equal in", "seeds", "masked inference, top-1",
             "full picture, top-1", "after tuning, top-1", "after tuning, top-5"]  # fmt: skip
     return table(head, rows) + f"\n\n{machine_line(runs)}."
