@@ -28,6 +28,7 @@ from pathlib import Path
 import emoji
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -59,6 +60,7 @@ FREE_ART = ("Goog", "Twtr")  # Apache-2.0 and CC BY 4.0: what published pictures
 HELD_OUT = "Twtr"
 SCENES = ("center", "corner", "anywhere")
 EMBEDDED = ("emoji", *(f"scenes-{place}" for place in SCENES))
+NATIVE = 72  # pixels a side of the art: larger pictures are enlarged when they are shown
 DRAWS = 8  # random numbers that one augmented picture may use
 SHIFT = 1 / 16  # largest shift of a training picture, as a share of its side
 EMOJI_SHARE = 0.4  # side of an emoji in a scene: a corner then stays clear of the centre
@@ -117,7 +119,7 @@ def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]
         art = {}
         for vendor, file in files[sequence].items():
             with Image.open(file) as image:
-                art[vendor] = image.convert("RGBA").convert("RGBa").resize((72, 72))
+                art[vendor] = image.convert("RGBA").convert("RGBa").resize((NATIVE, NATIVE))
         if Counter(image.tobytes() for image in art.values()).most_common(1)[0][1] >= 4:
             counts["placeholders"] += 1
             continue
@@ -159,7 +161,7 @@ class Emoji:
     def __init__(self, data: str, image_size: int, vendors: tuple[str, ...], split: str) -> None:
         self.place = data.removeprefix("scenes-") if data.startswith("scenes-") else None
         self.image_size, self.split = image_size, split
-        side = int(EMOJI_SHARE * image_size) if self.place else image_size
+        side = min(NATIVE, int(EMOJI_SHARE * image_size) if self.place else image_size)
         art, pictures, self.counts = decode_emoji(side)
         sequences = sorted({sequence for sequence, _ in pictures})
         self.captions = [emoji_name(sequence) for sequence in sequences]
@@ -184,15 +186,24 @@ class Emoji:
             )  # fmt: skip
             return torch.from_numpy(self.scenes(ids, fixed, flip=draws is not None))
         if draws is None:
-            return torch.from_numpy(self.art[ids])
-        size, reach = self.image_size, round(SHIFT * self.image_size)
+            return self.enlarged(self.art[ids])
+        size = self.art.shape[-1]
+        reach = round(SHIFT * size)
         images = np.full((len(ids), 3, size, size), 255, np.uint8)
         down, right = (np.floor(draws[:, :2] * (2 * reach + 1)).astype(int) - reach).T
         for image, i, y, x, flip in zip(images, ids, down, right, draws[:, 2], strict=True):
             art = self.mirror(self.art[i], i, flip)
             source = art[:, max(0, -y) : size - max(0, y), max(0, -x) : size - max(0, x)]
             image[:, max(0, y) : size + min(0, y), max(0, x) : size + min(0, x)] = source
-        return torch.from_numpy(images)
+        return self.enlarged(images)
+
+    def enlarged(self, images: np.ndarray) -> Tensor:
+        """Bring plain art to the picture's size. (B, 3, s, s) -> (B, 3, S, S) bytes."""
+        pictures = torch.from_numpy(images)
+        if pictures.shape[-1] == self.image_size:
+            return pictures
+        pictures = F.interpolate(pictures.float(), self.image_size, mode="bilinear")
+        return pictures.round().to(torch.uint8)
 
     def scenes(self, ids: np.ndarray, draws: np.ndarray, flip: bool) -> np.ndarray:
         """Paste emoji on crops of photographs. (B,), (B, DRAWS) -> (B, 3, S, S) bytes."""

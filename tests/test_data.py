@@ -78,6 +78,17 @@ def test_no_placeholder_is_left():
     assert shared <= 0.01 * len(test.concept)
 
 
+def test_pictures_larger_than_the_art_are_enlarged(tmp_path, cache):
+    train, _ = data.load("emoji", 144, ("Goog",))
+    small, _ = data.load("emoji", 72, ("Goog",))
+    assert [p.name for p in (tmp_path / "cache").glob("*.npy")] == ["emoji-72.npy"]
+    large = train.render(np.arange(4), data.noise(0, "x", 0, 4, data.DRAWS))
+    assert large.shape == (4, 3, 144, 144) and large.dtype == torch.uint8
+    halves = train.render(np.arange(4), None).float().unflatten(3, (72, 2)).unflatten(2, (72, 2))
+    apart = halves.mean((3, 5)) - small.render(np.arange(4), None)
+    assert apart.abs().mean() < 3
+
+
 def test_vendors_restrict_the_training_art():
     train, _ = data.load("emoji", 16, ("Goog",))
     assert set(train.vendor) == {data.VENDORS.index("Goog")}
