@@ -399,8 +399,8 @@ def load(
 
     For emoji the held-out pairs are another vendor's pictures (and other backgrounds); to hold out
     another than Twitter, for validation, leaves both out of training. For PATH they are one picture
-    in twenty, at most MAX_HELD_OUT, chosen by a hash of its name and so the same in every run; no
-    caption of theirs is trained on, and of several captions the first counts.
+    in twenty, at most MAX_HELD_OUT, chosen by a hash of its name and so the same in every run; of
+    several captions of one the first counts.
     """
     if data in EMBEDDED:
         vendors = vendors or tuple(v for v in VENDORS if v not in (held_out, HELD_OUT))
@@ -421,11 +421,10 @@ def load(
     chosen = sorted((path for path in hashes if hashes[path] % 20 == 0), key=hashes.get)
     chosen = set(chosen[:MAX_HELD_OUT])
     test = {path: text for path, text in reversed(rows) if path in chosen}
-    captions = {text for path, text in rows if path in chosen}
-    train = [(path, text) for path, text in rows if path not in chosen and text not in captions]
+    train = [(path, text) for path, text in rows if path not in chosen]
     counts = {"pictures": len(hashes), "rows": len(rows)}
     if not train:
-        raise InputError(f"--data {data}: too few captions to hold some out; add pictures")
+        raise InputError(f"--data {data}: too few pictures to hold some out; add more")
     return Pictures(train, image_size, counts), Pictures(list(test.items()), image_size, counts)
 
 
