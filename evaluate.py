@@ -302,8 +302,8 @@ def draw_curves(run: Path) -> object:
     left.plot([], [], color=BAD, linestyle="--", label="ln(batch): guessing")
     left.set(xlabel="step", ylabel="contrastive loss", ylim=(0, None))
     right.set(xlabel="step", ylabel="held-out, full picture (%)", ylim=(0, None))
-    for axes in (left, right):
-        axes.legend(fontsize=7, loc="center right")
+    for axes, place in ((left, "center right"), (right, "lower right")):
+        axes.legend(fontsize=7, loc=place)
         axes.spines[["top", "right"]].set_visible(False)
     return fig
 

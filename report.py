@@ -111,7 +111,7 @@ def cost_table(folder: Path = ROOT / "results") -> str:
     ]
     return table(head, rows) + (
         f"\n\nMedian of {cost['rounds']} alternating rounds, batch {cost['batch_size']}, "
-        f"{cost['mask_ratio']:.0%} masked, {cost['threads']} threads."
+        f"{cost['mask_ratio']:.0%} masked, threads: {cost['threads']}."
     )
 
 

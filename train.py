@@ -5,8 +5,8 @@
     python train.py --data my_pictures/ --epochs 30         your own pictures
     python train.py --recipe cc12m --data cc12m/list.csv    the paper's settings
 
-The demo takes about DEMO_MINUTES on two CPU cores with native bf16 and names DEMO_TOP1 % of 1,809
-emoji that an artist unknown to the model drew (chance: 0.06 %).
+The demo trains for four minutes on two CPU cores with native bf16, and then names about 41 % of
+1,809 emoji in the style of an artist that it never saw (three seeds in results/; chance: 0.06 %).
 
 Writes to runs/NAME: config.json, log.jsonl, latest.pt (at every evaluation, until the run is done),
 pretrained.pt (before tuning), model.pt.
