@@ -109,7 +109,7 @@ def test_results_are_published_from_a_known_commit_and_name_no_folder():
 
 
 def test_the_readmes_diff_adds_a_mask(monkeypatch):
-    """Apply the documented lines to the registry as it runs, and train a step with it."""
+    """Apply the documented lines to the source, run it, and sample from the new mask."""
     text = (ROOT / "README.md").read_text()
     diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines()
     source, added = (ROOT / "glip.py").read_text(), [x[1:] for x in diff if x.startswith("+")]
@@ -124,4 +124,4 @@ def test_the_readmes_diff_adds_a_mask(monkeypatch):
     assert list(module.MASKS)[-1] == "border"
     kept = module.sample_ids_keep("border", 2000, 8, 0.75)
     often = kept.flatten().bincount(minlength=64).view(8, 8)
-    assert often[0, 0] > 2 * often[3, 3] > 0
+    assert often[0, 0] > 500 > often[3, 3]  # a quarter of 2,000 is what random masking keeps
