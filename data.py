@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from glip import GLIPConfig, InputError, lengths, tokenize, write_safely
+from glip import GLIPConfig, InputError, lengths, tokenize, write_bytes, write_safely
 
 CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parent / ".cache"))
 
@@ -130,7 +130,7 @@ def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]
     counts |= {"pictures": len(kept), "names": len({sequence for sequence, _ in names})}
     CACHE.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"pictures": names, "counts": counts})
-    write_safely(table, lambda file: file.write(content.encode()))
+    write_bytes(table, content.encode())
     write_safely(pictures, lambda file: np.save(file, np.stack(kept)))
     return np.load(pictures, mmap_mode="r"), names, dict(counts)
 
@@ -327,7 +327,7 @@ def readable(rows: list[tuple[Path, str]], side: int) -> list[tuple[Path, str]]:
             found = tqdm(pool.map(trouble, rows), "checking pictures", len(rows))
             bad = {i: why for i, why in enumerate(found) if why}
         CACHE.mkdir(parents=True, exist_ok=True)
-        write_safely(verdict, lambda file: file.write(json.dumps(bad).encode()))
+        write_bytes(verdict, json.dumps(bad).encode())
     for i, why in list(bad.items())[:10]:
         print(f"skipped, cannot be read: {rows[i][0]} ({why})")
     if bad:

@@ -475,15 +475,13 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         results["linear_probe"] = probe_all(encoder, run)
     pictures = draw_all(run, encoder, train, test, config)
     text = json.dumps(results, indent=1) + "\n"
-    glip.write_safely(run / "results.json", lambda file: file.write(text.encode()))
+    glip.write_bytes(run / "results.json", text.encode())
     print(describe(results))
     print(f"wrote {run}/results.json, {', '.join(pictures)}")
     public = {f"{run.name}.json": run / "results.json"} if options.publish else {}
     public |= {name: run / name for name in pictures} if options.figures else {}
     for name, path in public.items():
-        content = path.read_bytes()
-        target = Path(__file__).parent / "results" / name
-        glip.write_safely(target, lambda file, content=content: file.write(content))
+        glip.write_bytes(Path(__file__).parent / "results" / name, path.read_bytes())
         print(f"published results/{name}")
     return results
 
@@ -509,7 +507,7 @@ def describe(results: dict) -> str:
             cells = "".join(f"{100 * table[metric]:>16.1f} %" for table in tables.values())
             lines.append(f"{metric:32}" + cells)
     else:
-        lines.append("no caption was held out: too few captions for a held-out twentieth")
+        lines.append("no picture was held out: too few for a twentieth of them")
     for name, probe in results.get("linear_probe", {}).items():
         lines.append(
             f"linear probe, {name:19}{100 * probe['accuracy']:>16.1f} %   (C {probe['C']:g}, "

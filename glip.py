@@ -525,6 +525,11 @@ def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object])
     os.replace(temporary, path)
 
 
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """write_safely for content that is at hand."""
+    write_safely(path, lambda file: file.write(content))
+
+
 def save_checkpoint(path: Path | str, model: GLIP, **state: object) -> None:
     """Write {"model_config", "model", **state}; state holds plain values and tensors."""
     content = {"model_config": asdict(model.config), "model": model.state_dict(), **state}

@@ -115,7 +115,7 @@ def main() -> None:
         path = RESULTS / "cost.json"
         if not path.exists():
             text = json.dumps(measure_cost(threads), indent=1) + "\n"
-            glip.write_safely(path, lambda file: file.write(text.encode()))
+            glip.write_bytes(path, text.encode())
         with ThreadPoolExecutor(options.jobs) as pool:
             runs = planned(json.loads(path.read_text()))
             failed = [x for x in pool.map(lambda flags: run(flags, threads), runs) if x]

@@ -491,7 +491,7 @@ def train(config: TrainConfig) -> Path:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(config), indent=2)
-            glip.write_safely(out / "config.json", lambda file: file.write(text.encode()))
+            glip.write_bytes(out / "config.json", text.encode())
             print(f"{config.model} on {device.type}, writing to {out}")
         report = Report(config, out, rank, world, device)
         for stage in stages:

@@ -1,8 +1,6 @@
 """Metrics against plain loops, the probe against scikit-learn, the command end to end."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import glip
 from evaluate import ranks, retrieval, zero_shot
 from tests.test_data import make_pictures
 from tests.test_model import broken_checkpoints
+from tests.test_train import command
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,21 +117,14 @@ def test_probe_keeps_groups_together():
     assert evaluate.linear_probe(x, labels, groups)["accuracy"] < 0.85
 
 
-def run_command(*words, cwd=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=environment
-    )
-
-
 def test_train_then_evaluate_by_the_readmes_commands(tmp_path):
     """In an empty folder: two runs, the one written last is evaluated; numbers and pictures."""
     words = ["--batch-size", "32", "--tune-batch-size", "32", "--image-size", "32", "--steps", "4",
              "--eval-every", "100", "--precision", "fp32"]  # fmt: skip
     for extra in (["--tune-epochs", "0"], ["--tune-epochs", "0.01", "--data", "scenes-center"]):
-        done = run_command(str(ROOT / "train.py"), *words, *extra, cwd=tmp_path)
+        done = command(str(ROOT / "train.py"), *words, *extra, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
-    done = run_command(
+    done = command(
         str(ROOT / "evaluate.py"), "--linear-probe", "--precision", "fp32", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -174,9 +166,9 @@ def test_own_pictures_are_evaluated_by_retrieval(tmp_path, monkeypatch):
     words = ["--data", "own", "--batch-size", "8", "--tune-batch-size", "8", "--image-size", "16",
              "--steps", "3", "--tune-epochs", "0.3", "--precision", "fp32",
              "--workers", "1"]  # fmt: skip
-    done = run_command(str(ROOT / "train.py"), *words, cwd=tmp_path)
+    done = command(str(ROOT / "train.py"), *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    done = run_command(str(ROOT / "evaluate.py"), cwd=tmp_path)
+    done = command(str(ROOT / "evaluate.py"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     (run,) = (tmp_path / "runs").iterdir()
     results = json.loads((run / "results.json").read_text())
