@@ -1,23 +1,27 @@
-"""GLIP, Gaussian masking for language-image pre-training: the whole method in one file.
+"""GLIP, Gaussian masking for language-image pre-training: the method, top to bottom.
 
-    picture -> N patches -> a mask keeps K of them, more often near the centre
-            -> K patch projections + positions, class token -> transformer -> image_features (B, E)
-    caption -> T tokens -> causal transformer -> end token  ----------------> text_features  (B, E)
-    loss    =  symmetric cross-entropy of the (B, B) similarities; nothing is reconstructed
+    noise    = uniform (B, N), a number for each of a picture's N patches
+    density  = exp(-(x^2 + y^2) / (2 sigma)) / (2 pi sigma), x and y: patch centres on [-1, 1]
+    ids_keep = the K highest of noise + density: the centre of a picture survives more often
+    picture  -> K patch projections + positions, class token -> transformer -> image_features (B, E)
+    caption  -> T tokens -> causal transformer -> end token ----------------> text_features  (B, E)
+    loss     = symmetric cross-entropy of the (B, B) similarities; nothing is reconstructed
+    at the end of training, a few steps with all N patches: unmasked tuning
 
 Liang & Larson, ECML-PKDD 2024, arXiv 2403.15837. (Not Grounded Language-Image Pre-training.)
+The first three lines are masks.gaussian_scores and sample_mask, beside the rivals' strategies.
 
 Shapes: B pairs, N patches of a (rows, columns) grid, K kept patches, T tokens, D tower width,
 h heads, E joint width. `mask_ratio` is the share of patches that is removed.
 """
 
+import copy
 import gzip
 import html
-import inspect
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -30,112 +34,25 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's normalisation, red green blue
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class InputError(ValueError):
-    """Bad input, told in one sentence with the remedy; the scripts print it and exit with 2."""
-
-
-# ------------------------------------------------------------------------------------------------
-# Masking: a strategy turns uniform noise (B, N) into scores (B, N); the K highest are kept.
-# What else a strategy needs (sigma, pixels, ...) it declares as further parameters. Where some kept
-# patches are only fillers it returns (scores, hidden), hidden (B, N) bool.
-# ------------------------------------------------------------------------------------------------
-
-
-def none_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
-    """CLIP: no mask; every patch is kept, in reading order. noise (B, N) -> scores (B, N)."""
-    return -torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
-
-
-def random_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
-    """FLIP (2212.00794): every patch is equally likely. noise (B, N) -> scores (B, N)."""
-    return noise
-
-
-def gaussian_scores(noise: Tensor, grid: tuple[int, int], sigma: float | tuple) -> Tensor:
-    """GLIP: noise plus a normal density centred on the picture. noise (B, N) -> scores (B, N).
-
-    The patch centres span [-1, 1] on each axis; sigma is the density's VARIANCE, as in the authors'
-    code (their 0.2 is a standard deviation of 0.447), one value or (rows, columns). Because the
-    density is added to the noise, sigma sets the width and the strength of the centre's advantage.
-    This is not weighted sampling without replacement, which would add Gumbel noise to the density's
-    logarithm and, at sigma 0.1 and 50 %, keep the rim six times less often.
-    """
-    across_rows, across_columns = sigma if isinstance(sigma, tuple | list) else (sigma, sigma)
-    if not (across_rows > 0 and across_columns > 0):
-        raise InputError(f"sigma {sigma} is a variance and must be above 0")
-    y = centres(grid[0], noise.device)[:, None] ** 2 / across_rows             # (rows, 1)
-    x = centres(grid[1], noise.device)[None, :] ** 2 / across_columns          # (1, columns)
-    peak = 1 / (2 * math.pi * math.sqrt(across_rows * across_columns))
-    return noise + (peak * torch.exp(-(y + x) / 2)).flatten()                  # (B, N)
-
-
-def centres(n: int, device: torch.device) -> Tensor:
-    """Patch centres along one axis: n numbers over [-1, 1], the outermost exactly at the ends."""
-    return torch.linspace(-1, 1, n, device=device) if n > 1 else torch.zeros(1, device=device)
-
-
-MASKS = {
-    "none": none_scores,
-    "random": random_scores,
-    "gaussian": gaussian_scores,
-}
-
-
-def num_keep(n: int, mask_ratio: float) -> int:
-    """Patches kept of n, at least one: 98, 49, 16 of 196 at 50, 75, 91.8 %."""
-    if not 0 <= mask_ratio < 1:
-        raise InputError(f"mask ratio {mask_ratio} is outside [0, 1): it is the share removed")
-    return max(1, round(n * (1 - mask_ratio)))
-
-
-def sample_mask(
-    mask: str,
-    batch: int,
-    grid: int | tuple[int, int],
-    mask_ratio: float,
-    *,
-    sigma: float | tuple[float, float] = 0.2,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    **inputs: object,
-) -> tuple[Tensor, Tensor | None]:
-    """Choose the kept patches: ids_keep (B, K) int64, and visible (B, K) bool or None for all.
-
-    A pure function of `noise` (B, N), uniform in [0, 1), drawn from `generator` if absent; `grid`
-    is patches a side or (rows, columns); `inputs` holds whatever else the mask's row declares.
-    Raises InputError for an unknown mask, a ratio outside [0, 1), or an input that is missing.
-    """
-    if mask not in MASKS:
-        raise InputError(f"unknown mask '{mask}': choose one of {', '.join(MASKS)}")
-    grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    n = grid[0] * grid[1]
-    if noise is None:
-        device = generator.device if generator else None
-        noise = torch.rand(batch, n, generator=generator, device=device)
-    if tuple(noise.shape) != (batch, n):
-        raise InputError(f"noise has shape {tuple(noise.shape)}, the mask needs {(batch, n)}")
-    inputs["sigma"] = sigma
-    declared = list(inspect.signature(MASKS[mask]).parameters.values())[2:]
-    given = {p.name: inputs[p.name] for p in declared if inputs.get(p.name) is not None}
-    missing = [p.name for p in declared if p.default is p.empty and p.name not in given]
-    if missing:
-        raise InputError(f"mask '{mask}' needs {' and '.join(missing)}, which was not given")
-    scores = MASKS[mask](noise, grid, **given)
-    scores, hidden = scores if isinstance(scores, tuple) else (scores, None)
-    k = n if mask == "none" else num_keep(n, mask_ratio)
-    ids_keep = scores.topk(k, dim=1).indices                                   # (B, K)
-    return ids_keep, None if hidden is None else ~hidden.gather(1, ids_keep)
-
-
-def sample_ids_keep(*args: object, **kwargs: object) -> Tensor:
-    """The first element of sample_mask, same arguments: ids_keep (B, K)."""
-    return sample_mask(*args, **kwargs)[0]
-
+from masks import (  # what others import from here is one name for users: glip
+    MASKS,
+    MEAN,  # noqa: F401
+    STD,  # noqa: F401
+    TEXT_MASKS,  # noqa: F401
+    InputError,
+    closest_anchor,
+    declared,
+    gaussian_scores,  # noqa: F401
+    mask_text,  # noqa: F401
+    normalise,
+    num_keep,  # noqa: F401
+    patchify,
+    sample_ids_keep,  # noqa: F401
+    sample_mask,
+    similarity_threshold,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -261,9 +178,13 @@ def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
 @lru_cache(maxsize=100_000)
 def encode(text: str) -> tuple[int, ...]:
     """Clean a text and encode its words; nothing is added or cut."""
+    return tuple(i for word in words(text) for i in encode_word(word))
+
+
+def words(text: str) -> list[str]:
+    """Clean a text and split it into what the tokenizer takes for words."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    words = WORD.findall(" ".join(text.split()).lower())
-    return tuple(i for word in words for i in encode_word(word))
+    return WORD.findall(" ".join(text.split()).lower())
 
 
 def lengths(tokens: Tensor) -> Tensor:
@@ -297,6 +218,14 @@ class Attention(nn.Module):
                 logits = logits.masked_fill(~allowed, -math.inf)
             y = logits.softmax(-1) @ v
         return self.out_proj(y.transpose(1, 2).flatten(2))                     # (B, T, D)
+
+    def of_class_token(self, x: Tensor) -> Tensor:
+        """How much the first token attends to the others, mean of heads. (B, T, D) -> (B, T-1)."""
+        (wq, wk, _), (bq, bk, _) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q = F.linear(x[:, :1], wq, bq).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = F.linear(x, wk, bk).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT                              # (B, h, 1, T)
+        return logits.softmax(-1)[:, :, 0, 1:].mean(dim=1)
 
 
 class MLP(nn.Module):
@@ -363,43 +292,56 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor, ids_keep: Tensor | None, visible: Tensor | None) -> Tensor:
         """images (B, 3, H, W), ids_keep and visible (B, K) -> (B, E)."""
-        patches = gather_patches(images, self.config, ids_keep)                # (B, K, 3pp)
-        x = F.linear(normalise(patches), self.conv1.weight.flatten(1))         # (B, K, D)
-        positions = self.positional_embedding.to(x.dtype)
+        return self.features(images, ids_keep, visible) @ self.proj
+
+    def features(self, images: Tensor, ids_keep: Tensor | None, visible: Tensor | None) -> Tensor:
+        """The class token before its projection. (B, 3, H, W), (B, K), (B, K) -> (B, D)."""
+        check_size(images, self.config)
+        x = self.embed(images, self.config.grid, ids_keep)                     # (B, 1 + K, D)
+        x = self.transformer(x, None if visible is None else attend_to(visible))
+        return self.ln_post(x[:, 0])
+
+    def embed(self, images: Tensor, grid: tuple[int, int], ids_keep: Tensor | None) -> Tensor:
+        """What enters the transformer: class token, kept patches. (B, 1 + K, D).
+
+        The paper masks after the position embedding; projection and position act on each patch
+        alone, so that to gather pixels first gives the same tokens, and a masked patch costs
+        nothing.
+        """
+        x = self.project(patchify(images, grid, ids_keep))                     # (B, K, D)
+        positions = resample_positions(self.positional_embedding, self.config.grid, grid)
+        positions = positions.to(x.dtype)
         x = x + (positions[1:] if ids_keep is None else positions[1:][ids_keep])
         first = (self.class_embedding.to(x.dtype) + positions[0]).expand(len(x), 1, -1)
-        x = self.ln_pre(torch.cat([first, x], dim=1))                          # (B, 1 + K, D)
-        x = self.transformer(x, None if visible is None else attend_to(visible))
-        return self.ln_post(x[:, 0]) @ self.proj                               # (B, E)
+        return self.ln_pre(torch.cat([first, x], dim=1))
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Patch embeddings before the position is added. (B, K, 3pp) -> (B, K, D)."""
+        return F.linear(normalise(patches), self.conv1.weight.flatten(1))
+
+    def attend(self, images: Tensor, features: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Where the class token looks, mean of heads and layers, (B, R, C); if asked, features().
+
+        Pictures (B, 3, H, W) may have any size of whole patches; positions are resampled to it.
+        """
+        grid = tuple(side // self.config.patch_size for side in images.shape[2:])
+        x, attention = self.embed(images, grid, None), 0.0
+        *others, last = self.transformer.resblocks
+        for block in others:
+            attention = attention + block.attn.of_class_token(block.ln_1(x))
+            x = block(x, None)
+        attention = attention + last.attn.of_class_token(last.ln_1(x))         # (B, N)
+        attention = (attention / (len(others) + 1)).unflatten(1, grid)
+        return attention, self.ln_post(last(x, None)[:, 0]) if features else None
 
 
-def gather_patches(images: Tensor, config: GLIPConfig, ids_keep: Tensor | None) -> Tensor:
-    """Cut kept patches out of pictures. (B, 3, H, W), (B, K) -> (B, K, 3pp), the dtype unchanged.
-
-    The paper masks after the position embedding; projection and position act on each patch alone,
-    so that to gather pixels first gives the same tokens, and a masked patch costs nothing.
-    """
+def check_size(images: Tensor, config: GLIPConfig) -> None:
+    """Raise InputError for pictures (B, 3, H, W) of another size than the model's."""
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *config.pixels):
         raise InputError(
             f"pictures have shape {tuple(images.shape)}, the model takes (B, 3, "
             f"{config.pixels[0]}, {config.pixels[1]}): resize them or load_model(image_size=...)"
         )
-    (rows, columns), p = config.grid, config.patch_size
-    patches = images.unflatten(3, (columns, p)).unflatten(2, (rows, p))        # (B, 3, R, p, C, p)
-    patches = patches.permute(0, 2, 4, 1, 3, 5)                                # (B, R, C, 3, p, p)
-    if ids_keep is None:
-        return patches.reshape(len(images), rows * columns, -1)                # (B, N, 3pp)
-    samples = torch.arange(len(images), device=images.device)[:, None]
-    return patches[samples, ids_keep // columns, ids_keep % columns].flatten(2)  # (B, K, 3pp)
-
-
-def normalise(patches: Tensor) -> Tensor:
-    """Bytes, or floats in [0, 1], -> floats of CLIP's mean 0 and deviation 1. (B, K, 3pp)."""
-    scale = 255.0 if patches.dtype == torch.uint8 else 1.0
-    x = patches.unflatten(-1, (3, -1))                                         # (B, K, 3, pp)
-    x = x.float() if x.dtype == torch.uint8 else x
-    mean, std = (torch.tensor(c, device=x.device, dtype=x.dtype)[:, None] for c in (MEAN, STD))
-    return ((x - scale * mean) / (scale * std)).flatten(2)
 
 
 def attend_to(visible: Tensor) -> Tensor:
@@ -467,6 +409,111 @@ class GLIP(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep the temperature's inverse within [1, 100], as CLIP does after every update."""
         self.logit_scale.clamp_(0, math.log(100))
+
+
+# ------------------------------------------------------------------------------------------------
+# A mask with all that it needs beside noise
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Masker:
+    """A mask's settings, and the state that training finds for it; called on pictures, it masks.
+
+    What the mask's row declares is supplied: settings, the pictures' pixels, patch embeddings, the
+    attention of a teacher. So a mask is a function of noise, pictures and the checkpointed state.
+    """
+
+    mask: str = "none"
+    mask_ratio: float = 0.0
+    sigma: float | tuple[float, float] = 0.2  # a variance, or two: rows, columns
+    centre: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]
+    min_mask_ratio: float | None = None  # share never computed, where a mask's size varies
+    embedding_weight: float = 0.0  # share of patch embeddings in cluster's similarity, now
+    teacher_scale: float = 1.0  # size of the pictures that the teacher gets
+    threshold: float | None = None  # cluster's, found by find_threshold
+    teacher: ImageTower | None = None  # attentive's, made by follow
+
+    def needs(self, name: str) -> bool:
+        """Whether the mask's row declares an input of this name."""
+        return name in declared(MASKS[self.mask])
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Tensor, noise: Tensor, tower: ImageTower, **inputs: object
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Pictures (B, 3, H, W), noise (B, N) -> ids_keep and visible (B, K); None: all are kept.
+
+        `inputs` wins over what would be supplied.
+        """
+        if self.mask == "none":
+            return None, None
+        if self.needs("attention") and "attention" not in inputs and self.teacher:
+            inputs["attention"] = self.attention(images, tower.config.grid)
+        if self.needs("embeddings") and self.embedding_weight:
+            inputs["embeddings"] = tower.project(patchify(images, tower.config.grid))
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        inputs = {**plain, "pixels": images, **inputs}
+        mask, mask_ratio = inputs.pop("mask"), inputs.pop("mask_ratio")
+        return sample_mask(
+            mask, len(images), tower.config.grid, mask_ratio, noise=noise, **inputs
+        )
+
+    def attention(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the teacher attends to, at the patches of `grid`. (B, 3, H, W) -> (B, N)."""
+        found, _ = self.teacher.attend(scaled(images, self.teacher_scale))
+        return resized_map(found, grid).flatten(1)
+
+    @torch.no_grad()
+    def find_threshold(self, blocks: Iterable[tuple[Tensor, Tensor]], tower: ImageTower) -> None:
+        """Set the threshold that hides mask_ratio of (pictures, noise) blocks on the average."""
+        closest = []
+        for images, noise in blocks:
+            embeddings = None
+            if self.embedding_weight:
+                embeddings = tower.project(patchify(images, tower.config.grid))
+            closest.append(
+                closest_anchor(noise, tower.config.grid, images, embeddings, self.embedding_weight)
+            )
+        self.threshold = similarity_threshold(torch.cat(closest), self.mask_ratio)
+
+    @torch.no_grad()
+    def follow(self, tower: ImageTower, momentum: float) -> None:
+        """Move the teacher towards the tower, of which it begins as a copy: an EMA by torch."""
+        if self.teacher is None:
+            self.teacher = copy.deepcopy(tower).requires_grad_(False)
+        pair = list(self.teacher.parameters()), list(tower.parameters())
+        get_ema_multi_avg_fn(momentum)(*pair, None)
+
+    def state(self) -> dict:
+        """Plain values and tensors, for a checkpoint."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**plain, "teacher": self.teacher and self.teacher.state_dict()}
+
+    @staticmethod
+    def restored(state: dict, tower: ImageTower) -> "Masker":
+        """The masker whose state() a checkpoint holds, beside its tower."""
+        masker = Masker(**{**state, "teacher": None})
+        if state["teacher"]:
+            masker.teacher = copy.deepcopy(tower).requires_grad_(False)
+            masker.teacher.load_state_dict(state["teacher"])
+        return masker
+
+
+def scaled(images: Tensor, scale: float) -> Tensor:
+    """Pictures at another size, as floats in [0, 1]. (B, 3, H, W) -> (B, 3, scale H, scale W)."""
+    if scale == 1:
+        return images
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    size = [round(side * scale) for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def resized_map(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample maps (B, R, C) to another grid, bilinear."""
+    if tuple(maps.shape[1:]) == tuple(grid):
+        return maps
+    return F.interpolate(maps[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,6 +14,15 @@ def noise_of(batch, n, seed=0):
     return torch.rand(batch, n, generator=torch.Generator().manual_seed(seed))
 
 
+def inputs_of(batch, grid, seed=0):
+    """Whatever a row may declare: pictures of 4-pixel patches, and a teacher's attention."""
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    draw = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(batch, 3, 4 * rows, 4 * columns, generator=draw)
+    attention = torch.rand(batch, rows * columns, generator=draw).softmax(1)
+    return {"pixels": pixels, "attention": attention}
+
+
 def keep_map(mask, ratio, sigma=0.2, draws=4000, grid=(14, 14), seed=0):
     """How often each patch is kept: (rows, columns)."""
     n = grid[0] * grid[1]
@@ -28,27 +37,35 @@ def keep_map(mask, ratio, sigma=0.2, draws=4000, grid=(14, 14), seed=0):
 def test_every_mask_keeps_k_distinct_patches(mask, grid, ratio, batch):
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     noise = noise_of(batch, rows * columns)
-    ids, visible = sample_mask(mask, batch, grid, ratio, noise=noise)
-    k = rows * columns if mask == "none" else num_keep(rows * columns, ratio)
+    inputs = inputs_of(batch, grid)
+    ids, visible = sample_mask(mask, batch, grid, ratio, noise=noise, **inputs)
+    computed = max(0, ratio - 0.2) if mask == "cluster" else ratio
+    k = rows * columns if mask == "none" else num_keep(rows * columns, computed)
     assert ids.shape == (batch, k) and ids.dtype == torch.int64
     assert all(len(set(row)) == k for row in ids.tolist())
     assert ids.min() >= 0 and ids.max() < rows * columns
     assert visible is None or visible.shape == ids.shape
-    assert torch.equal(ids, sample_ids_keep(mask, batch, grid, ratio, noise=noise.clone()))
+    again = sample_ids_keep(mask, batch, grid, ratio, noise=noise.clone(), **inputs)
+    assert torch.equal(ids, again)
 
 
 @pytest.mark.parametrize("mask", [m for m in MASKS if m != "none"])
-def test_masks_depend_on_their_noise_and_on_nothing_global(mask):
-    torch.manual_seed(1)
-    first = sample_ids_keep(mask, 4, 8, 0.5, generator=torch.Generator().manual_seed(7))
-    torch.manual_seed(2)
-    again = sample_ids_keep(mask, 4, 8, 0.5, generator=torch.Generator().manual_seed(7))
-    other = sample_ids_keep(mask, 4, 8, 0.5, generator=torch.Generator().manual_seed(8))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+def test_masks_depend_on_their_inputs_and_on_nothing_global(mask):
+    inputs, found = inputs_of(4, 8), []
+    for seed in (7, 7, 8):
+        torch.manual_seed(len(found))
+        draw = torch.Generator().manual_seed(seed)
+        found.append(sample_ids_keep(mask, 4, 8, 0.5, generator=draw, **inputs))
+    assert torch.equal(found[0], found[1])
+    without_noise = {"center-crop", "attentive"}
+    assert torch.equal(found[0], found[2]) == (mask in without_noise)
     # A sample's mask does not depend on who else is in the batch.
-    noise = noise_of(6, 64)
-    whole = sample_ids_keep(mask, 6, 8, 0.5, noise=noise)
-    assert torch.equal(whole[2:4], sample_ids_keep(mask, 2, 8, 0.5, noise=noise[2:4]))
+    noise, inputs = noise_of(6, 64), inputs_of(6, 8)
+    part = {name: values[2:4] for name, values in inputs.items()}
+    whole = sample_mask(mask, 6, 8, 0.5, noise=noise, threshold=0.1, **inputs)
+    alone = sample_mask(mask, 2, 8, 0.5, noise=noise[2:4], threshold=0.1, **part)
+    for a, b in zip(whole, alone, strict=True):
+        assert a is b is None or torch.equal(a[2:4], b)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import report
 import train
 
 ROOT = Path(__file__).parent.parent
-CHAIN = ["glip", "data", "evaluate", "train"]  # each may import those before it
+CHAIN = ["masks", "glip", "data", "evaluate", "train"]  # each may import those before it
 
 
 def test_imports_run_one_way():
@@ -112,15 +112,16 @@ def test_the_readmes_diff_adds_a_mask(monkeypatch):
     """Apply the documented lines to the source, run it, and sample from the new mask."""
     text = (ROOT / "README.md").read_text()
     diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines()
-    source, added = (ROOT / "glip.py").read_text(), [x[1:] for x in diff if x.startswith("+")]
+    source, added = (ROOT / "masks.py").read_text(), [x[1:] for x in diff if x.startswith("+")]
     row = added.pop()
     assert source.count("\nMASKS = {") == 1
     function = "\n".join(added)
     source = source.replace("\nMASKS = {", f"\n{function}\n\nMASKS = {{")
-    source = re.sub(r'(    "gaussian": gaussian_scores,\n)', rf"\1{row}\n", source)
+    last = '    "attentive": attentive_scores,\n'
+    source = source.replace(last, f"{last}{row}\n")
     module = type(glip)("patched")
     monkeypatch.setitem(sys.modules, "patched", module)
-    exec(compile(source, "glip.py", "exec"), module.__dict__)
+    exec(compile(source, "masks.py", "exec"), module.__dict__)
     assert list(module.MASKS)[-1] == "border"
     kept = module.sample_ids_keep("border", 2000, 8, 0.75)
     often = kept.flatten().bincount(minlength=64).view(8, 8)

@@ -1,0 +1,403 @@
+"""Which patches and words a tower sees: the masking strategies of the field behind one seam.
+
+    noise (B, N), uniform in [0, 1)  ->  a strategy's scores (B, N)  ->  the K highest are kept
+
+A strategy is one function and one line in MASKS (patches) or TEXT_MASKS (words). What it needs
+beside noise it declares by the names of its further parameters: sigma, centre, mask_ratio, pixels
+(pictures as the tower gets them), attention, ... Whoever calls supplies them by name. A strategy
+that cannot fill all K places returns (scores, hidden), hidden (B, N) bool: patches that only fill
+a place, and that nothing attends to.
+
+Shapes: B pairs, N patches of a (rows, columns) grid, K kept, T tokens of a caption.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's normalisation, red green blue
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class InputError(ValueError):
+    """Bad input, told in one sentence with the remedy; the scripts print it and exit with 2."""
+
+
+# ------------------------------------------------------------------------------------------------
+# From noise alone
+# ------------------------------------------------------------------------------------------------
+
+
+def none_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
+    """CLIP: no mask; every patch is kept, in reading order. noise (B, N) -> scores (B, N)."""
+    return -torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
+
+
+def random_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
+    """FLIP (2212.00794, section 3): every patch is equally likely. noise (B, N) -> scores."""
+    return noise
+
+
+def gaussian_scores(
+    noise: Tensor, grid: tuple[int, int], sigma: float | tuple, centre: tuple = (0.0, 0.0)
+) -> Tensor:
+    """GLIP (2403.15837, section 3): noise plus a normal density. noise (B, N) -> scores (B, N).
+
+    The patch centres span [-1, 1] on each axis; sigma is the density's VARIANCE, as in the authors'
+    code (their 0.2 is a standard deviation of 0.447), one value or (rows, columns); `centre` is its
+    mean, (row, column). Because the density is added to the noise, sigma sets the width and the
+    strength of the centre's advantage. This is not weighted sampling without replacement
+    (gumbel_scores), which at sigma 0.1 and 50 % keeps the rim six times less often.
+    """
+    log_weight, sigma = log_gaussian(grid, sigma, centre, noise.device)
+    peak = 1 / (2 * math.pi * math.sqrt(math.prod(sigma)))
+    return noise + peak * torch.exp(log_weight)                                # (B, N)
+
+
+def gumbel_scores(
+    noise: Tensor, grid: tuple[int, int], sigma: float | tuple, centre: tuple = (0.0, 0.0)
+) -> Tensor:
+    """Control: draw patches with Gaussian weights, without replacement. (B, N) -> scores (B, N).
+
+    What GLIP's text could also mean and its authors' code does not do: the K highest of a log
+    weight plus Gumbel noise are K successive weighted draws (1903.06059, section 2).
+    """
+    gumbel = -torch.log(-torch.log(noise.clamp(min=torch.finfo(noise.dtype).tiny)))
+    return gumbel + log_gaussian(grid, sigma, centre, noise.device)[0]
+
+
+def center_crop_scores(
+    noise: Tensor, grid: tuple[int, int], centre: tuple = (0.0, 0.0)
+) -> Tensor:
+    """Control: GLIP without its noise, the K most central patches. noise (B, N) -> scores (B, N).
+
+    Patches at equal distance are taken in reading order.
+    """
+    nearest = -log_gaussian(grid, 1.0, centre, torch.device("cpu"), torch.float64)[0]
+    place = nearest.argsort(stable=True).argsort()                             # (N,)
+    return -place.to(noise).expand_as(noise)
+
+
+def grid_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
+    """CLIPA's grid mask (2305.07017, section 3), our reading: no code of theirs was released.
+
+    Evenly spread: one patch of every cell of 2 x 2 at 75 %; at other ratios every cell gives
+    equally many or one more, and the noise says which. noise (B, N) -> scores (B, N).
+    """
+    rows, columns = grid
+    square = F.pad(noise.view(-1, rows, columns), (0, columns % 2, 0, rows % 2), value=-1.0)
+    cells = square.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)  # (B, R, C, 2, 2)
+    rank = cells.flatten(3).argsort(descending=True).argsort().view_as(cells)
+    rank = rank.transpose(2, 3).reshape_as(square)[:, :rows, :columns]
+    return noise - rank.flatten(1)                                             # (B, N)
+
+
+def block_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
+    """CLIPA's block mask (2305.07017, section 3), our reading: no code of theirs was released.
+
+    One contiguous region around a random patch, as square as the picture's border allows: minus
+    the Chebyshev distance to it; the noise breaks ties. noise (B, N) -> scores (B, N).
+    """
+    patch = torch.arange(grid[0] * grid[1], device=noise.device)
+    middle = noise.argmax(dim=1, keepdim=True)                                 # (B, 1) uniform
+    down = (patch // grid[1] - middle // grid[1]).abs()
+    across = (patch % grid[1] - middle % grid[1]).abs()                        # (B, N)
+    return noise - torch.maximum(down, across)
+
+
+def centres(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Patch centres along one axis: n numbers over [-1, 1], the outermost exactly at the ends."""
+    ends = (-1, 1) if n > 1 else (0, 0)
+    return torch.linspace(*ends, n, device=device, dtype=dtype)
+
+
+def log_gaussian(
+    grid: tuple[int, int], sigma: float | tuple, centre: tuple, device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, tuple[float, float]]:  # fmt: skip
+    """Log of a Gaussian weight whose peak is 1, at the patch centres (N,); sigma as a pair."""
+    pair = tuple(sigma) if isinstance(sigma, tuple | list) else (sigma, sigma)
+    if len(pair) != 2 or not all(0 < s < math.inf for s in pair):
+        raise InputError(f"sigma {sigma} is a variance and must be above 0: one value or two")
+    y, x = (
+        (centres(n, device, dtype) - c) ** 2 / (2 * s)
+        for n, c, s in zip(grid, centre, pair, strict=True)
+    )
+    return -(y[:, None] + x[None, :]).flatten(), pair
+
+
+# ------------------------------------------------------------------------------------------------
+# From pixels
+# ------------------------------------------------------------------------------------------------
+
+ANCHORS = 0.03  # share of the patches that are anchors; 6 of 196
+
+
+def cluster_scores(
+    noise: Tensor,
+    grid: tuple[int, int],
+    pixels: Tensor,
+    mask_ratio: float,
+    threshold: float | None = None,
+    embeddings: Tensor | None = None,
+    embedding_weight: float = 0.0,
+    min_mask_ratio: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cluster Masking (2405.08815, section 3): patches that look like an anchor go together.
+
+    noise (B, N), pixels (B, 3, H, W) -> scores (B, N), hidden (B, N). Anchors are the patches of
+    the highest noise; whatever is more similar to one than `threshold` is hidden. Visible patches
+    score above hidden ones, so those that K cannot hold are dropped by the noise, and free places
+    are filled by hidden patches. `threshold` comes from similarity_threshold on a fixed sample;
+    without it, from these pictures. embeddings (B, N, D), embedding_weight: their similarity's
+    share beside the pixels'. `min_mask_ratio` (default: mask_ratio - 0.2) sets K in sample_mask.
+    """
+    closest = closest_anchor(noise, grid, pixels, embeddings, embedding_weight)
+    if threshold is None:
+        threshold = similarity_threshold(closest, mask_ratio)
+    hidden = closest > threshold
+    # A picture that is one single cluster keeps what is least similar, rather than nothing.
+    hidden &= closest > closest.amin(dim=1, keepdim=True)
+    return noise + ~hidden, hidden                                             # (B, N), (B, N)
+
+
+def closest_anchor(
+    noise: Tensor, grid: tuple[int, int], pixels: Tensor, embeddings: Tensor | None = None,
+    embedding_weight: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Cosine similarity of every patch to the anchor most like it; of anchors, infinity. (B, N).
+
+    Patches of the normalised picture are standardised each, to which the cosine of their centred
+    pixels is equal.
+    """
+    patches = normalise(patchify(pixels, grid))                                # (B, N, 3pp)
+    patches = patches - patches.mean(dim=-1, keepdim=True)
+    n = noise.shape[1]
+    anchors = noise.topk(n - int(n * (1 - ANCHORS)), dim=1).indices            # (B, A)
+
+    def similarity(x: Tensor) -> Tensor:
+        x = F.normalize(x, dim=-1)
+        return torch.take_along_dim(x, anchors[..., None], dim=1) @ x.mT       # (B, A, N)
+
+    found = similarity(patches)
+    if embeddings is not None and embedding_weight:
+        found = torch.lerp(found, similarity(embeddings.to(found)), embedding_weight)
+    return found.amax(dim=1).scatter(1, anchors, math.inf)
+
+
+def similarity_threshold(closest: Tensor, mask_ratio: float) -> float:
+    """The threshold that hides a share of mask_ratio of all patches. closest (B, N) -> number.
+
+    It is an order statistic, and what the paper's binary search comes close to.
+    """
+    ordered = closest.flatten().sort().values
+    visible = max(1, round(len(ordered) * (1 - mask_ratio)))
+    return ordered[visible - 1].item()
+
+
+# ------------------------------------------------------------------------------------------------
+# From a teacher
+# ------------------------------------------------------------------------------------------------
+
+
+def attentive_scores(noise: Tensor, grid: tuple[int, int], attention: Tensor) -> Tensor:
+    """A-CLIP (2212.08653, section 3): what a teacher's class token attends to most is kept.
+
+    attention (B, N) -> scores (B, N); no noise. Patches are chosen one by one, where the paper
+    keeps cells of 2 x 2 (100 of 196 patches at 50 %, for which we keep 98).
+    """
+    return attention
+
+
+MASKS = {
+    "none": none_scores,
+    "random": random_scores,
+    "gaussian": gaussian_scores,
+    "gumbel": gumbel_scores,
+    "center-crop": center_crop_scores,
+    "grid": grid_scores,
+    "block": block_scores,
+    "cluster": cluster_scores,
+    "attentive": attentive_scores,
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# The seam
+# ------------------------------------------------------------------------------------------------
+
+
+def num_keep(n: int, mask_ratio: float) -> int:
+    """Patches kept of n, at least one: 98, 49, 16 of 196 at 50, 75, 91.8 %."""
+    if not 0 <= mask_ratio < 1:
+        raise InputError(f"mask ratio {mask_ratio} is outside [0, 1): it is the share removed")
+    return max(1, round(n * (1 - mask_ratio)))
+
+
+def declared(row: Callable) -> dict[str, bool]:
+    """What a strategy takes beside noise and its second argument: name -> whether it must be."""
+    names = list(inspect.signature(row).parameters.values())[2:]
+    return {p.name: p.default is p.empty for p in names}
+
+
+def apply_row(registry: dict, kind: str, name: str, first: tuple, inputs: dict) -> object:
+    """Call a registry's row on what it declares; InputError names what is unknown or missing."""
+    if name not in registry:
+        raise InputError(f"unknown {kind} '{name}': choose one of {', '.join(registry)}")
+    wanted = declared(registry[name])
+    given = {key: inputs[key] for key in wanted if inputs.get(key) is not None}
+    missing = [key for key, needed in wanted.items() if needed and key not in given]
+    if missing:
+        raise InputError(f"{kind} '{name}' needs {' and '.join(missing)}, which was not given")
+    return registry[name](*first, **given)
+
+
+def sample_mask(
+    mask: str,
+    batch: int,
+    grid: int | tuple[int, int],
+    mask_ratio: float,
+    *,
+    sigma: float | tuple[float, float] = 0.2,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **inputs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose the kept patches: ids_keep (B, K) int64, and visible (B, K) bool or None for all.
+
+    A pure function of `noise` (B, N), uniform in [0, 1), drawn from `generator` if absent; `grid`
+    is patches a side or (rows, columns); `inputs` holds whatever else the mask's row declares.
+    Raises InputError for an unknown mask, a ratio outside [0, 1), or an input that is missing.
+    """
+    grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    n = grid[0] * grid[1]
+    k = num_keep(n, mask_ratio)
+    if noise is None:
+        device = generator.device if generator else None
+        noise = torch.rand(batch, n, generator=generator, device=device)
+    if tuple(noise.shape) != (batch, n):
+        raise InputError(f"noise has shape {tuple(noise.shape)}, the mask needs {(batch, n)}")
+    inputs |= {"sigma": sigma, "mask_ratio": mask_ratio}
+    scores = apply_row(MASKS, "mask", mask, (noise, grid), inputs)
+    scores, hidden = scores if isinstance(scores, tuple) else (scores, None)
+    if mask == "none":
+        k = n
+    elif "min_mask_ratio" in declared(MASKS[mask]):
+        k = num_keep(n, min_mask_ratio(mask_ratio, inputs.get("min_mask_ratio")))
+    ids_keep = scores.topk(k, dim=1).indices                                   # (B, K)
+    return ids_keep, None if hidden is None else ~hidden.gather(1, ids_keep)
+
+
+def sample_ids_keep(*args: object, **kwargs: object) -> Tensor:
+    """The first element of sample_mask, same arguments: ids_keep (B, K)."""
+    return sample_mask(*args, **kwargs)[0]
+
+
+def min_mask_ratio(mask_ratio: float, given: float | None) -> float:
+    """Share never computed by a mask of varying size; Cluster Masking's is 0.3 at 0.5."""
+    return max(0.0, mask_ratio - 0.2) if given is None else given
+
+
+def patchify(images: Tensor, grid: tuple[int, int], ids_keep: Tensor | None = None) -> Tensor:
+    """Cut all patches, or the kept ones, out of pictures. (B, 3, H, W), (B, K) -> (B, K, 3pp)."""
+    patches = images.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))   # (B, 3, R, p, C, p)
+    patches = patches.permute(0, 2, 4, 1, 3, 5)                                # (B, R, C, 3, p, p)
+    if ids_keep is None:
+        return patches.flatten(1, 2).flatten(2)
+    samples = torch.arange(len(images), device=images.device)[:, None]
+    return patches[samples, ids_keep // grid[1], ids_keep % grid[1]].flatten(2)
+
+
+def normalise(patches: Tensor) -> Tensor:
+    """Bytes, or floats in [0, 1], -> floats of CLIP's mean 0 and deviation 1. (B, K, 3pp)."""
+    scale = 255.0 if patches.dtype == torch.uint8 else 1.0
+    x = patches.unflatten(-1, (3, -1))                                         # (B, K, 3, pp)
+    x = x.float() if x.dtype == torch.uint8 else x
+    mean, std = (torch.tensor(c, device=x.device, dtype=x.dtype)[:, None] for c in (MEAN, STD))
+    return ((x - scale * mean) / (scale * std)).flatten(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Words: the same idea. noise (B, T) and the captions' lengths (B,), start and end tokens included,
+# -> scores (B, T); the highest of the words are kept, in their order
+# ------------------------------------------------------------------------------------------------
+
+
+def truncate_text(noise: Tensor, lengths: Tensor) -> Tensor:
+    """CLIP: the first words are kept. noise (B, T) -> scores (B, T)."""
+    return -torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
+
+
+def random_text(noise: Tensor, lengths: Tensor) -> Tensor:
+    """CLIPA's random text mask (2305.07017, section 3): every word is equally likely."""
+    return noise
+
+
+def block_text(noise: Tensor, lengths: Tensor, keep: int) -> Tensor:
+    """CLIPA's block text mask (2305.07017, section 3): `keep` words in a row, from any one on."""
+    free = (lengths - 2 - keep).clamp(min=0)[:, None]  # words that go
+    first = 1 + (noise[:, :1] * (free + 1)).long()                             # (B, 1)
+    place = torch.arange(noise.shape[1], device=noise.device)
+    return ((place >= first) & (place < first + keep)).to(noise)
+
+
+def frequency_text(
+    noise: Tensor, lengths: Tensor, word_shares: Tensor, text_threshold: float
+) -> Tensor:
+    """CLIPF (2412.16148, section 3): frequent words are dropped more often. -> scores (B, T).
+
+    A word with the share f of all words goes with probability 1 - sqrt(t / f), t the
+    text_threshold; that is subtracted from the noise, GLIP's rule for words. word_shares (B, T).
+    """
+    return noise - (1 - (text_threshold / word_shares.clamp(min=1e-12)).sqrt()).clamp(min=0)
+
+
+def syntax_text(noise: Tensor, lengths: Tensor, word_classes: Tensor) -> Tensor:
+    """CLIPA's syntax mask (2305.07017, section 3): nouns stay first, adjectives, then the rest.
+
+    word_classes (B, T): 0 noun, 1 adjective, 2 other; inside a class the noise decides.
+    """
+    return noise - word_classes
+
+
+TEXT_MASKS = {
+    "truncate": truncate_text,
+    "random": random_text,
+    "block": block_text,
+    "frequency": frequency_text,
+    "syntax": syntax_text,
+}
+
+
+def mask_text(
+    text_mask: str,
+    tokens: Tensor,
+    text_tokens: int,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **inputs: object,
+) -> Tensor:
+    """Shorten captions to text_tokens, start and end included. (B, T) -> (B, text_tokens).
+
+    The start and end token stay, and so does the order of what is kept; shorter captions are
+    padded with zeros. A pure function of `noise` (B, T), drawn from `generator` if absent. Raises
+    InputError for an unknown mask, fewer than 3 tokens, or an input that is missing, by name.
+    """
+    if text_tokens < 3:
+        raise InputError(f"{text_tokens} text tokens leave no word between start and end: give 3")
+    batch, length = tokens.shape
+    if noise is None:
+        noise = torch.rand(batch, length, generator=generator)
+    ends = tokens.argmax(dim=1)  # the end token has the highest id              (B,)
+    inputs |= {"keep": text_tokens - 2}
+    scores = apply_row(TEXT_MASKS, "text mask", text_mask, (noise, ends + 1), inputs)
+    place = torch.arange(length, device=tokens.device)
+    scores = scores.float().masked_fill(place > ends[:, None], -math.inf)
+    scores = scores.masked_fill((place == 0) | (place == ends[:, None]), math.inf)
+    kept = scores.topk(min(text_tokens, length), dim=1).indices.sort(dim=1).values
+    return F.pad(tokens.gather(1, kept), (0, text_tokens - kept.shape[1]))
