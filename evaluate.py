@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +27,7 @@ from torch import Tensor
 import data
 import glip
 from data import Emoji, Pictures
-from glip import GLIP, InputError
+from glip import GLIP, InputError, Masker
 
 # ------------------------------------------------------------------------------------------------
 # The machine
@@ -102,18 +102,18 @@ class Encoder:
         self.bf16 = use_bf16(precision, device)
 
     @torch.inference_mode()
-    def images(self, render: object, count: int, mask: dict | None = None) -> Tensor:
-        """image_features (count, E) of render(ids) -> (B, 3, S, S); `mask`: sample_mask's words."""
+    def images(self, render: object, count: int, masker: Masker | None = None) -> Tensor:
+        """image_features (count, E) of render(ids) -> (B, 3, S, S), under a mask if given."""
         grid, features = self.model.config.grid, []
         for start in range(0, count, 256):
             ids = np.arange(start, min(start + 256, count))
-            keep = (None, None)
-            if mask:
-                noise = data.noise(0, "masked inference", start, len(ids), grid[0] * grid[1])
-                noise = torch.from_numpy(noise).to(self.device)
-                keep = glip.sample_mask(batch=len(ids), grid=grid, noise=noise, **mask)
+            images, keep = render(ids).to(self.device), (None, None)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.model.encode_image(render(ids).to(self.device), *keep).cpu())
+                if masker:
+                    noise = data.noise(0, "masked inference", start, len(ids), grid[0] * grid[1])
+                    noise = torch.from_numpy(noise).to(self.device)
+                    keep = masker(images, noise, self.model.visual)
+                features.append(self.model.encode_image(images, *keep).cpu())
         return torch.cat(features)
 
     @torch.inference_mode()
@@ -176,9 +176,11 @@ def quick(model: GLIP, pairs: Emoji | Pictures, device: torch.device, precision:
     return {name: full[name] for name in names}
 
 
-def evaluate(encoder: Encoder, pairs: Emoji | Pictures, mask: dict | None = None) -> dict:
+def evaluate(
+    encoder: Encoder, pairs: Emoji | Pictures, masker: Masker | None = None
+) -> dict:
     """Zero-shot (emoji) and retrieval of the held-out pairs, under a mask if given."""
-    images = encoder.images(lambda ids: pairs.render(ids, None), len(pairs.concept), mask)
+    images = encoder.images(lambda ids: pairs.render(ids, None), len(pairs.concept), masker)
     texts = encoder.texts(pairs.captions)
     result = {}
     if isinstance(pairs, Emoji):
@@ -308,31 +310,43 @@ def draw_curves(run: Path) -> object:
     return fig
 
 
-def draw_masks(images: Tensor, grid: tuple[int, int], ratio: float, sigma: float) -> object:
-    """Every mask of the registry on the same pictures, and how often it keeps each patch."""
-    p = images.shape[-1] // grid[1]
-    fig = figure(1.15 * len(glip.MASKS) + 0.3, 1.1 * (len(images) + 1.4))
-    axes = fig.subplots(len(glip.MASKS), len(images) + 1, squeeze=False)
-    n = grid[0] * grid[1]
+def draw_masks(
+    pairs: Emoji | Pictures, picks: np.ndarray, encoder: Encoder, own: Masker
+) -> object:
+    """Every mask of the registry on the same pictures, and how often it keeps each patch.
+
+    All with the ratio of `own`, the run's; where a mask needs a teacher, it is the run's, or else
+    the run's own image tower.
+    """
+    tower, grid = encoder.model.visual, encoder.model.config.grid
+    p, n = encoder.model.config.patch_size, grid[0] * grid[1]
+    ratio = own.mask_ratio or 0.75
+    many = pairs.render(np.arange(len(pairs.concept))[:2000], None)
+    noise = torch.from_numpy(data.noise(0, "gallery", 0, len(many), n))
+    fig = figure(1.1 * len(glip.MASKS) + 0.3, 1.1 * (len(picks) + 1.4))
+    axes = fig.subplots(len(glip.MASKS), len(picks) + 1, squeeze=False)
     for row, mask in zip(axes, glip.MASKS, strict=True):
-        draw = partial(glip.sample_ids_keep, mask, grid=grid, mask_ratio=ratio, sigma=sigma)
-        try:
-            noise = torch.from_numpy(data.noise(0, "gallery", 0, len(images), n))
-            kept = torch.zeros(len(images), n).scatter_(1, draw(len(images), noise=noise), 1.0)
-            many = torch.from_numpy(data.noise(0, "gallery map", 0, 2000, n))
-            often = torch.zeros(2000, n).scatter_(1, draw(2000, noise=many), 1.0).mean(0)
-        except InputError as error:  # a row that needs more than noise
-            row[0].set_title(str(error), fontsize=7)
+        masker = replace(own, mask=mask, mask_ratio=ratio, teacher=own.teacher or tower)
+        masker = replace(masker, threshold=own.threshold if mask == own.mask else None)
+        if masker.unmet():
+            row[0].set_title(f"{mask} needs {', '.join(masker.unmet())}", fontsize=7)
             continue
-        for cell, image, keep in zip(row, images, kept, strict=False):
-            seen = keep.view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
-            show(cell, torch.where(seen, image, torch.tensor(110, dtype=torch.uint8)))
+        kept = torch.ones(len(many), n)
+        if mask != "none":
+            found = [masker(*block, tower) for block in zip(many.split(256), noise.split(256))]
+            ids_keep = torch.cat([ids for ids, _ in found])
+            seen = [torch.ones_like(ids) if shown is None else shown for ids, shown in found]
+            kept = torch.zeros(len(many), n).scatter_(1, ids_keep, torch.cat(seen).float())
+        often = kept.mean(0)
+        for cell, i in zip(row, picks, strict=False):
+            seen = kept[i].view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
+            show(cell, torch.where(seen, many[i], torch.tensor(110, dtype=torch.uint8)))
         heat = row[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
         row[-1].set(xticks=[], yticks=[])
         fig.colorbar(heat, ax=row[-1], shrink=0.8).ax.tick_params(labelsize=6)
         row[0].set_ylabel(mask, fontsize=9)
     axes[0, -1].set_title("share kept", fontsize=8)
-    fig.suptitle(f"{ratio:.1%} masked, sigma {sigma} (a variance)", fontsize=9)
+    fig.suptitle(f"{ratio:.1%} masked, sigma {own.sigma} (a variance)", fontsize=9)
     return fig
 
 
@@ -382,17 +396,15 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def draw_all(run: Path, encoder: Encoder, train: object, test: object, config: dict) -> list[str]:
+def draw_all(run: Path, encoder: Encoder, test: object, config: dict, own: Masker) -> list[str]:
     """Write the run's PNGs; art that may not be published is left out. Returns their names."""
     figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
-    grid, ratio = encoder.model.config.grid, config["mask_ratio"] or 0.75
     art = test
     if isinstance(test, Emoji):
         art = Emoji(config["data"], encoder.model.config.pixels[0], data.FREE_ART, "test")
     if len(art.concept):
-        sample = np.random.default_rng(3).permutation(len(art.concept))
-        images = art.render(sample[:7], None)
-        figures["masks.png"] = draw_masks(images, grid, ratio, config["sigma"])
+        picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:7]
+        figures["masks.png"] = draw_masks(art, picks, encoder, own)
     if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in data.FREE_ART):
         images = encoder.images(lambda ids: test.render(ids, None), len(test.concept))
         texts = encoder.texts(test.captions)
@@ -421,7 +433,7 @@ class EvaluateConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
 
 
-SETTINGS = {"data", "vendors", "held_out", "mask", "mask_ratio", "sigma", "seed", "out", "model"}
+SETTINGS = {"data", "vendors", "held_out", "mask", "mask_ratio", "seed", "out", "model"}
 
 
 def last_run() -> Path:
@@ -439,7 +451,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
     device = pick_device(options.device)
     content = glip.load_checkpoint(run / "model.pt")
-    record = {"config", "steps", "stage", "seconds", "machine", "command", "world", "bf16"}
+    record = {"config", "mask", "steps", "stage", "seconds", "machine", "command", "world", "bf16"}
     config = content.get("config", {})
     if record - content.keys() or SETTINGS - config.keys():
         raise InputError(f"{run}/model.pt holds no full training record; name a run of train.py")
@@ -447,19 +459,22 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     opened = partial(data.load, config["data"], vendors=tuple(config["vendors"]),
                      held_out=config["held_out"])  # fmt: skip
     train, test = opened(image_size=encoder.model.config.pixels[0])
+    before, before_test, tuned = encoder, test, content["stage"] == "tune"
+    masked = content
+    if tuned and (run / "pretrained.pt").is_file():
+        masked = glip.load_checkpoint(run / "pretrained.pt")
+        before = Encoder(
+            glip.load_model(run / "pretrained.pt")[0].to(device), device, options.precision
+        )
+        if before.model.config != encoder.model.config:
+            before_test = opened(image_size=before.model.config.pixels[0])[1]
+    masker = Masker.restored(masked["mask"], before.model.visual)
     tables = {}
     if len(test.concept):
-        mask = {name: config[name] for name in ("mask", "mask_ratio", "sigma")}
-        before, before_test = encoder, test
-        tuned = (run / "pretrained.pt").is_file() and content["stage"] == "tune"
-        if tuned:
-            model = glip.load_model(run / "pretrained.pt")[0].to(device)
-            before = Encoder(model, device, options.precision)
-            if model.config != encoder.model.config:
-                before_test = opened(image_size=model.config.pixels[0])[1]
-        if config["mask"] != "none":
-            tables["masked inference"] = evaluate(before, before_test, mask)
-        tables["full picture"] = evaluate(before, before_test)
+        if masker.mask != "none":
+            tables["masked inference"] = evaluate(before, before_test, masker)
+        if before is not encoder or not tuned:
+            tables["full picture"] = evaluate(before, before_test)
         if tuned:
             tables["after tuning"] = evaluate(encoder, test)
     results = {
@@ -473,7 +488,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     }  # fmt: skip
     if options.linear_probe:
         results["linear_probe"] = probe_all(encoder, run)
-    pictures = draw_all(run, encoder, train, test, config)
+    pictures = draw_all(run, encoder, test, config, masker)
     text = json.dumps(results, indent=1) + "\n"
     glip.write_bytes(run / "results.json", text.encode())
     print(describe(results))

@@ -15,13 +15,12 @@ Shapes: B pairs, N patches of a (rows, columns) grid, K kept patches, T tokens, 
 h heads, E joint width. `mask_ratio` is the share of patches that is removed.
 """
 
-import copy
 import gzip
 import html
 import io
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -34,24 +33,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from masks import (  # what others import from here is one name for users: glip
+from masks import (  # noqa: F401 - half of these are for others: one name for users, glip
     MASKS,
-    MEAN,  # noqa: F401
-    STD,  # noqa: F401
-    TEXT_MASKS,  # noqa: F401
+    MEAN,
+    STD,
+    TEXT_MASKS,
     InputError,
-    closest_anchor,
+    Masker,
     declared,
-    gaussian_scores,  # noqa: F401
-    mask_text,  # noqa: F401
+    gaussian_scores,
+    mask_text,
     normalise,
-    num_keep,  # noqa: F401
+    num_keep,
     patchify,
-    sample_ids_keep,  # noqa: F401
+    sample_ids_keep,
     sample_mask,
-    similarity_threshold,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -181,6 +178,7 @@ def encode(text: str) -> tuple[int, ...]:
     return tuple(i for word in words(text) for i in encode_word(word))
 
 
+@lru_cache(maxsize=100_000)
 def words(text: str) -> list[str]:
     """Clean a text and split it into what the tokenizer takes for words."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -412,111 +410,6 @@ class GLIP(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# A mask with all that it needs beside noise
-# ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Masker:
-    """A mask's settings, and the state that training finds for it; called on pictures, it masks.
-
-    What the mask's row declares is supplied: settings, the pictures' pixels, patch embeddings, the
-    attention of a teacher. So a mask is a function of noise, pictures and the checkpointed state.
-    """
-
-    mask: str = "none"
-    mask_ratio: float = 0.0
-    sigma: float | tuple[float, float] = 0.2  # a variance, or two: rows, columns
-    centre: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]
-    min_mask_ratio: float | None = None  # share never computed, where a mask's size varies
-    embedding_weight: float = 0.0  # share of patch embeddings in cluster's similarity, now
-    teacher_scale: float = 1.0  # size of the pictures that the teacher gets
-    threshold: float | None = None  # cluster's, found by find_threshold
-    teacher: ImageTower | None = None  # attentive's, made by follow
-
-    def needs(self, name: str) -> bool:
-        """Whether the mask's row declares an input of this name."""
-        return name in declared(MASKS[self.mask])
-
-    @torch.no_grad()
-    def __call__(
-        self, images: Tensor, noise: Tensor, tower: ImageTower, **inputs: object
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Pictures (B, 3, H, W), noise (B, N) -> ids_keep and visible (B, K); None: all are kept.
-
-        `inputs` wins over what would be supplied.
-        """
-        if self.mask == "none":
-            return None, None
-        if self.needs("attention") and "attention" not in inputs and self.teacher:
-            inputs["attention"] = self.attention(images, tower.config.grid)
-        if self.needs("embeddings") and self.embedding_weight:
-            inputs["embeddings"] = tower.project(patchify(images, tower.config.grid))
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        inputs = {**plain, "pixels": images, **inputs}
-        mask, mask_ratio = inputs.pop("mask"), inputs.pop("mask_ratio")
-        return sample_mask(
-            mask, len(images), tower.config.grid, mask_ratio, noise=noise, **inputs
-        )
-
-    def attention(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the teacher attends to, at the patches of `grid`. (B, 3, H, W) -> (B, N)."""
-        found, _ = self.teacher.attend(scaled(images, self.teacher_scale))
-        return resized_map(found, grid).flatten(1)
-
-    @torch.no_grad()
-    def find_threshold(self, blocks: Iterable[tuple[Tensor, Tensor]], tower: ImageTower) -> None:
-        """Set the threshold that hides mask_ratio of (pictures, noise) blocks on the average."""
-        closest = []
-        for images, noise in blocks:
-            embeddings = None
-            if self.embedding_weight:
-                embeddings = tower.project(patchify(images, tower.config.grid))
-            closest.append(
-                closest_anchor(noise, tower.config.grid, images, embeddings, self.embedding_weight)
-            )
-        self.threshold = similarity_threshold(torch.cat(closest), self.mask_ratio)
-
-    @torch.no_grad()
-    def follow(self, tower: ImageTower, momentum: float) -> None:
-        """Move the teacher towards the tower, of which it begins as a copy: an EMA by torch."""
-        if self.teacher is None:
-            self.teacher = copy.deepcopy(tower).requires_grad_(False)
-        pair = list(self.teacher.parameters()), list(tower.parameters())
-        get_ema_multi_avg_fn(momentum)(*pair, None)
-
-    def state(self) -> dict:
-        """Plain values and tensors, for a checkpoint."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**plain, "teacher": self.teacher and self.teacher.state_dict()}
-
-    @staticmethod
-    def restored(state: dict, tower: ImageTower) -> "Masker":
-        """The masker whose state() a checkpoint holds, beside its tower."""
-        masker = Masker(**{**state, "teacher": None})
-        if state["teacher"]:
-            masker.teacher = copy.deepcopy(tower).requires_grad_(False)
-            masker.teacher.load_state_dict(state["teacher"])
-        return masker
-
-
-def scaled(images: Tensor, scale: float) -> Tensor:
-    """Pictures at another size, as floats in [0, 1]. (B, 3, H, W) -> (B, 3, scale H, scale W)."""
-    if scale == 1:
-        return images
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    size = [round(side * scale) for side in images.shape[2:]]
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def resized_map(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample maps (B, R, C) to another grid, bilinear."""
-    if tuple(maps.shape[1:]) == tuple(grid):
-        return maps
-    return F.interpolate(maps[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
-
-
-# ------------------------------------------------------------------------------------------------
 # Loss
 # ------------------------------------------------------------------------------------------------
 
@@ -539,21 +432,25 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def joined(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Everybody's features, and where this process's rows stand in them. (B, E) -> (G, E), (B,)."""
+    own = torch.arange(len(features), device=features.device)
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return features, own
+    return Gather.apply(features), own + dist.get_rank() * len(features)
+
+
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric InfoNCE in fp32 over the joint batch. (B, E), (B, E), () -> scalar.
 
     Under torch.distributed each process scores its own rows against everybody's columns. The mean
     of the losses over processes, and of the gradients (which DDP takes), are the single process's.
     """
-    joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     image_features, text_features = at_least_fp32(image_features), at_least_fp32(text_features)
     with torch.autocast(image_features.device.type, enabled=False):
-        all_images = Gather.apply(image_features) if joined else image_features
-        all_texts = Gather.apply(text_features) if joined else text_features
+        (all_images, own), (all_texts, _) = joined(image_features), joined(text_features)
         to_text = logit_scale * image_features @ all_texts.T                   # (B, G)
         to_image = logit_scale * text_features @ all_images.T                  # (B, G)
-        own = torch.arange(len(to_text), device=to_text.device)
-        own = own + (dist.get_rank() * len(to_text) if joined else 0)
         return (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
 
 

@@ -11,13 +11,16 @@ a place, and that nothing attends to.
 Shapes: B pairs, N patches of a (rows, columns) grid, K kept, T tokens of a caption.
 """
 
+import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's normalisation, red green blue
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -183,9 +186,10 @@ def closest_anchor(
         x = F.normalize(x, dim=-1)
         return torch.take_along_dim(x, anchors[..., None], dim=1) @ x.mT       # (B, A, N)
 
-    found = similarity(patches)
-    if embeddings is not None and embedding_weight:
-        found = torch.lerp(found, similarity(embeddings.to(found)), embedding_weight)
+    with torch.autocast(noise.device.type, enabled=False):  # thresholds want all digits
+        found = similarity(patches)
+        if embeddings is not None and embedding_weight:
+            found = torch.lerp(found, similarity(embeddings.to(found)), embedding_weight)
     return found.amax(dim=1).scatter(1, anchors, math.inf)
 
 
@@ -319,6 +323,129 @@ def normalise(patches: Tensor) -> Tensor:
     x = x.float() if x.dtype == torch.uint8 else x
     mean, std = (torch.tensor(c, device=x.device, dtype=x.dtype)[:, None] for c in (MEAN, STD))
     return ((x - scale * mean) / (scale * std)).flatten(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# A mask with all that it needs beside noise
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Masker:
+    """A mask's settings, and the state that training finds for it; called on pictures, it masks.
+
+    What the row declares is supplied: settings, the pictures' pixels, patch embeddings, the
+    attention of a teacher. So a mask is a function of noise, pictures and the checkpointed state.
+    """
+
+    mask: str = "none"
+    mask_ratio: float = 0.0
+    sigma: float | tuple[float, float] = 0.2  # a variance, or two: rows, columns
+    centre: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]
+    min_mask_ratio: float | None = None  # share never computed, where a mask's size varies
+    embedding_weight: float = 0.0  # share of patch embeddings in cluster's similarity, now
+    teacher_scale: float = 1.0  # size of the pictures that the teacher gets
+    threshold: float | None = None  # cluster's, found by find_threshold
+    teacher: nn.Module | None = None  # attentive's, made by follow
+
+    def needs(self, name: str) -> bool:
+        """Whether the mask's row declares an input of this name."""
+        return name in declared(MASKS[self.mask])
+
+    def unmet(self) -> list[str]:
+        """Inputs that the mask's row demands and that nobody here supplies."""
+        known = {f.name for f in fields(self)} | {"pixels", "embeddings", "attention"}
+        row = declared(MASKS[self.mask])
+        return [name for name, must in row.items() if must and name not in known]
+
+    def describe(self, grid: tuple[int, int]) -> str:
+        """How much is kept of a grid's patches, in words."""
+        n = grid[0] * grid[1]
+        if self.mask == "none":
+            return f"no mask: all {n} patches"
+        k = num_keep(n, self.mask_ratio)
+        text = f"mask {self.mask} keeps {k} of {n} patches ({1 - k / n:.1%} removed)"
+        if self.needs("min_mask_ratio"):
+            k = num_keep(n, min_mask_ratio(self.mask_ratio, self.min_mask_ratio))
+            text += f" on the average, and computes {k}"
+        return text
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Tensor, noise: Tensor, tower: nn.Module, **inputs: object
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Pictures (B, 3, H, W), noise (B, N) -> ids_keep and visible (B, K); None: all are kept.
+
+        `inputs` wins over what would be supplied.
+        """
+        if self.mask == "none":
+            return None, None
+        if self.needs("attention") and "attention" not in inputs and self.teacher:
+            inputs["attention"] = self.attention(images, tower.config.grid)
+        if self.needs("embeddings") and self.embedding_weight:
+            inputs["embeddings"] = tower.project(patchify(images, tower.config.grid))
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        inputs = {**plain, "pixels": images, **inputs}
+        mask, mask_ratio = inputs.pop("mask"), inputs.pop("mask_ratio")
+        return sample_mask(
+            mask, len(images), tower.config.grid, mask_ratio, noise=noise, **inputs
+        )
+
+    def attention(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the teacher attends to, at the patches of `grid`. (B, 3, H, W) -> (B, N)."""
+        found, _ = self.teacher.attend(scaled(images, self.teacher_scale))
+        return resized_map(found, grid).flatten(1)
+
+    @torch.no_grad()
+    def find_threshold(self, blocks: Iterable[tuple[Tensor, Tensor]], tower: nn.Module) -> None:
+        """Set the threshold that hides mask_ratio of (pictures, noise) blocks on the average."""
+        closest = []
+        for images, noise in blocks:
+            embeddings = None
+            if self.embedding_weight:
+                embeddings = tower.project(patchify(images, tower.config.grid))
+            closest.append(
+                closest_anchor(noise, tower.config.grid, images, embeddings, self.embedding_weight)
+            )
+        self.threshold = similarity_threshold(torch.cat(closest), self.mask_ratio)
+
+    @torch.no_grad()
+    def follow(self, tower: nn.Module, momentum: float) -> None:
+        """Move the teacher towards the tower, of which it begins as a copy: an EMA by torch."""
+        if self.teacher is None:
+            self.teacher = copy.deepcopy(tower).requires_grad_(False)
+        pair = list(self.teacher.parameters()), list(tower.parameters())
+        get_ema_multi_avg_fn(momentum)(*pair, None)
+
+    def state(self) -> dict:
+        """Plain values and tensors, for a checkpoint."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**plain, "teacher": self.teacher and self.teacher.state_dict()}
+
+    @staticmethod
+    def restored(state: dict, tower: nn.Module) -> "Masker":
+        """The masker whose state() a checkpoint holds, beside its tower."""
+        masker = Masker(**{**state, "teacher": None})
+        if state["teacher"]:
+            masker.teacher = copy.deepcopy(tower).requires_grad_(False)
+            masker.teacher.load_state_dict(state["teacher"])
+        return masker
+
+
+def scaled(images: Tensor, scale: float) -> Tensor:
+    """Pictures at another size, as floats in [0, 1]. (B, 3, H, W) -> (B, 3, scale H, scale W)."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    if scale == 1:
+        return images
+    size = [round(side * scale) for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def resized_map(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resample maps (B, R, C) to another grid, bilinear."""
+    if tuple(maps.shape[1:]) == tuple(grid):
+        return maps
+    return F.interpolate(maps[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------

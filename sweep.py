@@ -1,15 +1,19 @@
-"""The comparison of masks in the README: three seeds, at equal steps and at equal time.
+"""The comparison of masks in the README: every mask of the registry, at equal steps and equal time.
 
-    python sweep.py            runs what results/ lacks; about an hour on two cores
+    python sweep.py            runs what results/ lacks; about five hours on two cores
     python sweep.py --jobs 1   one run at a time, on all cores
+    python sweep.py --list     prints the runs, and which of them results/ has
+
+Interrupt it when you like: finished runs are skipped, an unfinished one starts again.
 
 Equal time is not taken with a stop-watch: the cost of a step under each mask is measured once, in
-one alternating run (results/cost.json), and the unmasked model gets as many steps as cost the same
-as the masked ones'. Masks of equal K cost the same, so one run of theirs serves both comparisons.
+one alternating run (results/cost.json), and a mask whose step costs more than GLIP's at the same
+ratio gets as many steps as cost the same. Where a step costs the same, one run serves both.
 """
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -25,12 +30,17 @@ import data
 import evaluate
 import glip
 import train
-from glip import GLIP, InputError
+from glip import GLIP, GLIPConfig, InputError
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
-SETS = ("emoji", "scenes-center")
 SEEDS = (0, 1, 2)
+RATIOS = (0.75, 0.918, 0.5)
+HOME = "scenes-center"  # where every mask runs at every ratio
+AWAY = ("emoji", "scenes-corner")  # where most run, at 75 %
+HOME_ONLY = {"grid", "block"}
+SMALL = "small pictures"  # RECLIP's in the table of costs
+SAME = 0.05  # costs that differ by less are one
 
 
 @dataclass(frozen=True)
@@ -38,51 +48,100 @@ class SweepConfig:
     """Run what is missing of the comparison of masks."""
 
     jobs: int = 2  # runs at a time, sharing the cores
+    list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the runs, start none
+
+
+def partner(ratio: float) -> int:
+    """Side in pixels of the small pictures whose patches are nearest to the K of a ratio."""
+    model = GLIPConfig.named(train.TrainConfig().model)
+    patches = glip.num_keep(model.grid[0] * model.grid[1], ratio)
+    return model.patch_size * round(patches**0.5)
 
 
 def measure_cost(threads: int, rounds: int = 8) -> dict:
-    """Seconds of a training step under each mask of the registry, alternating; medians."""
+    """Seconds of a training step, and of its mask alone, for every mask and ratio, alternating."""
     torch.set_num_threads(threads)  # as many as a run will have
-    config = train.parse(["--recipe", "compare"])
+    config = train.parse(["--recipe", "compare", "--data", HOME])
     device = evaluate.pick_device("auto")
     bf16 = evaluate.use_bf16("auto", device)
-    (stage,) = train.plan(replace(config, tune_epochs=0), 0, 1)
-    stages = {mask: replace(stage, mask=mask) for mask in glip.MASKS}
-    torch.manual_seed(0)
-    model = GLIP(stage.model).to(device)
-    optimizers = train.make_optimizers(model, config)
-    seconds = {mask: [] for mask in stages}
-    for step in range(rounds + 2):
-        for mask, variant in stages.items():
+
+    def variant(mask: str, ratio: float, size: int = 0) -> tuple:
+        changed = replace(
+            config, mask=mask, mask_ratio=ratio, image_size=size, tune_epochs=0, seed=0
+        )
+        (stage,) = train.plan(changed, 0, 1)
+        torch.manual_seed(0)
+        model = GLIP(stage.model).to(device)
+        train.renew_mask(stage, model, changed, 0, device)
+        return changed, stage, model, train.make_optimizers(model, changed)
+
+    variants = {("none", 0.0): variant("none", 0.0)}
+    for ratio in RATIOS:
+        variants |= {(m, ratio): variant(m, ratio) for m in glip.MASKS if m != "none"}
+        variants[SMALL, ratio] = variant("none", 0.0, partner(ratio))
+    steps = {key: [] for key in variants}
+    masks = {key: [] for key in variants}
+    for step in range(1, rounds + 3):
+        for key, (changed, stage, model, optimizers) in variants.items():
             start = time.perf_counter()
-            batch = variant.batches[step]
-            loss, _ = train.update(
-                model, optimizers, batch, variant, config.sigma, 1e-3, device, bf16
-            )
+            batch = stage.batches[step]
+            train.renew_mask(stage, model, changed, step, device)
+            loss, *_ = train.update(model, optimizers, batch, stage, 1e-3, device, bf16)
             loss.item()
-            if step >= 2:  # the first rounds warm up
-                seconds[mask].append(time.perf_counter() - start)
-    medians = {mask: statistics.median(values) for mask, values in seconds.items()}
+            middle = time.perf_counter()
+            train.renew_mask(stage, model, changed, step, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                stage.masker(batch[0].to(device), batch[2].to(device), model.visual)
+            if step > 2:  # the first rounds warm up
+                steps[key].append(middle - start)
+                masks[key].append(time.perf_counter() - middle)
+    rows = [
+        {"mask": mask, "mask_ratio": ratio, "step": statistics.median(steps[mask, ratio]),
+         "mask alone": statistics.median(masks[mask, ratio])}
+        for mask, ratio in variants
+    ]  # fmt: skip
     return {
-        "command": "python sweep.py", "batch_size": config.batch_size, "rounds": rounds,
-        "mask_ratio": config.mask_ratio, "model": config.model, "bf16": bf16,
-        "threads": torch.get_num_threads(), "seconds_per_step": medians,
-        "times_gaussian": {m: value / medians["gaussian"] for m, value in medians.items()},
-        "machine": evaluate.machine(device),
+        "command": "python sweep.py", "data": HOME, "batch_size": config.batch_size,
+        "rounds": rounds, "model": config.model, "bf16": bf16,
+        "threads": torch.get_num_threads(), "seconds": rows, "machine": evaluate.machine(device),
     }  # fmt: skip
 
 
+def affordable(cost: dict, mask: str, ratio: float, steps: int) -> int:
+    """Steps under a mask that cost as much as `steps` of GLIP's at this ratio."""
+    seconds = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost["seconds"]}
+    times = seconds[mask, 0.0 if mask == "none" else ratio] / seconds["gaussian", ratio]
+    return steps if times < 1 + SAME else round(steps / times)
+
+
 def planned(cost: dict) -> list[list[str]]:
-    """The flags of every run, the equal-time ones of the unmasked model included."""
-    steps = train.parse(["--recipe", "compare"]).steps
-    affordable = round(steps / cost["times_gaussian"]["none"])
-    variants = [[m] for m in ("gaussian", "random", "none")] + [["none", "--steps", affordable]]
-    return [
-        ["--recipe", "compare", "--data", name, "--mask", *map(str, variant), "--seed", str(seed)]
-        for seed in SEEDS
-        for name in SETS
-        for variant in variants
-    ]
+    """The flags of every run, in the order of what they tell; none twice."""
+    full = train.parse(["--recipe", "compare"]).steps
+    runs = []
+
+    def add(name: str, seed: int, *flags: object) -> None:
+        words = ["--recipe", "compare", "--data", name, *map(str, flags), "--seed", str(seed)]
+        runs.append(words)
+
+    def add_mask(name: str, seed: int, mask: str, ratio: float, fair: bool) -> None:
+        steps = affordable(cost, mask, ratio, full) if fair else full
+        flags = ["--mask", mask, *(["--mask-ratio", ratio] if mask != "none" else [])]
+        add(name, seed, *flags, *(["--steps", steps] if steps != full else []))
+
+    for ratio in RATIOS:
+        for fair in (False, True):
+            for seed in SEEDS:
+                for mask in glip.MASKS:
+                    add_mask(HOME, seed, mask, ratio, fair)
+                if not fair:
+                    side = partner(ratio)
+                    size = GLIPConfig.named(train.TrainConfig().model).image_size
+                    add(HOME, seed, "--mask", "none", "--image-size", side,
+                        "--tune-image-size", size)  # fmt: skip
+                for name in AWAY if ratio == RATIOS[0] else ():
+                    for mask in (m for m in glip.MASKS if m not in HOME_ONLY):
+                        add_mask(name, seed, mask, ratio, fair)
+    return list({train.run_name(train.parse(words)): words for words in runs}.values())
 
 
 def run(flags: list[str], threads: int) -> str | None:
@@ -91,9 +150,12 @@ def run(flags: list[str], threads: int) -> str | None:
     if (RESULTS / f"{name}.json").exists():
         return None
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    folder = ROOT / "runs" / name
+    if folder.exists() and not (folder / "model.pt").exists():
+        shutil.rmtree(folder)  # a run of ours that was interrupted
     commands = [["evaluate.py", f"runs/{name}", "--publish"]]
-    if not (ROOT / "runs" / name / "model.pt").exists():
-        commands.insert(0, ["train.py", *flags])
+    if not folder.exists():
+        commands.insert(0, ["train.py", *flags, "--eval-every", "100000"])
     start = time.perf_counter()
     for words in commands:
         done = subprocess.run(
@@ -110,14 +172,19 @@ def main() -> None:
     options = tyro.cli(SweepConfig, description=__doc__)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     try:
-        for name in SETS:  # decode once, before runs share the cache
+        for name in (HOME, *AWAY):  # decode once, before runs share the cache
             data.load(name, glip.SIZES[train.TrainConfig().model][0])
         path = RESULTS / "cost.json"
         if not path.exists():
             text = json.dumps(measure_cost(threads), indent=1) + "\n"
             glip.write_bytes(path, text.encode())
+        runs = planned(json.loads(path.read_text()))
+        if options.list:
+            for flags in runs:
+                there = (RESULTS / f"{train.run_name(train.parse(flags))}.json").exists()
+                print("done   " if there else "missing", "python train.py", *flags)
+            return
         with ThreadPoolExecutor(options.jobs) as pool:
-            runs = planned(json.loads(path.read_text()))
             failed = [x for x in pool.map(lambda flags: run(flags, threads), runs) if x]
         if failed:
             raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 train.py --mask gaussian    the same on eight processes
     python train.py --data my_pictures/ --epochs 30         your own pictures
     python train.py --recipe cc12m --data cc12m/list.csv    the paper's settings
+    python train.py --mask attentive --aclip                a rival's whole method
 
 The demo trains for four minutes on two CPU cores with native bf16, and then names about 41 % of
 1,809 emoji in the style of an artist that it never saw (three seeds in results/; chance: 0.06 %).
@@ -25,21 +26,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import tyro
 from timm.optim import Muon
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import aclip
 import data
 import evaluate
 import glip
-from data import EMBEDDED, HELD_OUT, VENDORS, Batches, Order
-from glip import GLIP, GLIPConfig, InputError
+from data import EMBEDDED, HELD_OUT, VENDORS, Batches, Order, TextMask
+from glip import GLIP, GLIPConfig, InputError, Masker
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the defaults are the demo's; a recipe changes some; a flag given by hand wins
@@ -52,7 +54,7 @@ PAPER = {
     "data": "", "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0, "batch_size": 1280,
     "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98, "warmup": 10_000,
     "tune_epochs": 1.0, "tune_batch_size": 640, "tune_lr": 1e-5, "tune_warmup": 1_000,
-    "log_every": 100,
+    "teacher_momentum": 0.996, "text_threshold": 1e-6, "log_every": 100,
 }  # fmt: skip
 RECIPES = {
     "demo": {},
@@ -76,7 +78,18 @@ class TrainConfig:
     # Mask
     mask: Literal[tuple(glip.MASKS)] = "gaussian"  # which patches are kept
     mask_ratio: float = 0.75  # share of patches removed, in [0, 1)
-    sigma: float = 0.2  # variance of the Gaussian, the picture spanning [-1, 1]
+    sigma: float | tuple[float, float] = 0.2  # variance on [-1, 1], or two: of rows, of columns
+    mask_center: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]: where it is centred
+    min_mask_ratio: float | None = None  # cluster: share never computed (none: mask_ratio - 0.2)
+    embedding_weight: float = 0.0  # cluster: share of patch embeddings in similarity at the end
+    teacher_scale: float = 1.0  # attentive: size of the teacher's pictures; 0.5 is A-CLIP-eff
+    teacher_momentum: float = 0.9  # attentive: of the moving average at the start; 1 at the end
+    aclip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # attentive: A-CLIP's other losses
+
+    # Words
+    text_mask: Literal[("none", *glip.TEXT_MASKS)] = "none"  # which words are kept in pre-training
+    text_tokens: int = 0  # length of a caption under a text mask, start and end included
+    text_threshold: float = 1e-4  # frequency: words of a smaller share are never dropped
 
     # Model
     model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # a row of glip.SIZES
@@ -135,7 +148,30 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         if "mask_ratio" in given and config.mask_ratio != 0:
             raise InputError("--mask none keeps every patch: leave --mask-ratio out")
         config = replace(config, mask_ratio=0.0)
+    used = [
+        glip.declared(registry[name])
+        for registry, name in ((glip.MASKS, config.mask), (glip.TEXT_MASKS, config.text_mask))
+        if name in registry
+    ]
+    for flag in sorted(given & FLAG_SERVES.keys()):
+        if not any(FLAG_SERVES[flag] in row for row in used):
+            raise InputError(
+                f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
+                f"{config.text_mask}: leave it out"
+            )
     return config
+
+
+FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it
+    "sigma": "sigma", "mask_center": "centre", "min_mask_ratio": "min_mask_ratio",
+    "embedding_weight": "embedding_weight", "teacher_scale": "attention",
+    "teacher_momentum": "attention", "aclip": "attention", "text_threshold": "text_threshold",
+}  # fmt: skip
+
+
+def flag_of(name: str) -> str:
+    """A setting as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check(config: TrainConfig, world: int) -> None:
@@ -143,22 +179,58 @@ def check(config: TrainConfig, world: int) -> None:
     if not config.data:
         raise InputError(f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
     for name in ("batch_size", "tune_batch_size"):
-        flag, size = f"--{name.replace('_', '-')}", getattr(config, name)
+        flag, size = flag_of(name), getattr(config, name)
         if size < 2:
             raise InputError(f"{flag} {size}: a contrast needs at least 2 pairs")
         if size % world:
             raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
-    for name in ("steps", "lr", "tune_lr", "sigma", "log_every"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0 and finite")
+    for name in ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"):
+        if not all(0 < value < math.inf for value in pair(getattr(config, name))):
+            raise InputError(f"{flag_of(name)} must be above 0 and finite")
     for name in ("tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every"):
         if not 0 <= getattr(config, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 0 and finite")
+            raise InputError(f"{flag_of(name)} must be at least 0 and finite")
     if not 0 <= config.beta2 < 1:
         raise InputError(f"--beta2 {config.beta2} is outside [0, 1)")
+    for name in ("embedding_weight", "teacher_momentum"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside [0, 1]")
+    if not all(-1 <= value <= 1 for value in config.mask_center):
+        raise InputError(f"--mask-center {config.mask_center} lies outside the picture, [-1, 1]")
+    if not 0 < config.teacher_scale <= 1:
+        raise InputError(f"--teacher-scale {config.teacher_scale} is outside (0, 1]")
+    if (config.text_mask != "none") != (config.text_tokens > 0):
+        raise InputError("a text mask is --text-mask with --text-tokens, 3 or more: give both")
+    if config.text_mask != "none" and not 3 <= config.text_tokens <= CONTEXT:
+        raise InputError(f"--text-tokens {config.text_tokens} is outside [3, {CONTEXT}]")
     for size in (config.image_size, config.tune_image_size):
         grid = GLIPConfig.named(config.model, size or None).grid
         glip.num_keep(grid[0] * grid[1], config.mask_ratio)
+        if config.min_mask_ratio is not None:
+            glip.num_keep(grid[0] * grid[1], config.min_mask_ratio)
+    model, masker = GLIPConfig.named(config.model, config.image_size or None), masker_of(config)
+    if masker.needs("attention"):
+        side = [round(length * config.teacher_scale) for length in model.pixels]
+        _ = replace(model, image_size=tuple(side)).grid
+    unmet = masker.unmet()
+    if unmet:
+        raise InputError(f"mask '{config.mask}' needs {', '.join(unmet)}, which train.py lacks")
+
+
+CONTEXT = GLIPConfig().context_length
+
+
+def pair(value: float | tuple[float, float]) -> tuple[float, ...]:
+    """One or two numbers as a tuple."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def masker_of(config: TrainConfig) -> Masker:
+    """The pre-training mask as set."""
+    return Masker(
+        config.mask, config.mask_ratio, config.sigma, config.mask_center,
+        config.min_mask_ratio, teacher_scale=config.teacher_scale,
+    )  # fmt: skip
 
 
 def run_name(config: TrainConfig) -> str:
@@ -171,7 +243,7 @@ def run_name(config: TrainConfig) -> str:
             continue
         if field.name == "mask_ratio" and config.mask == "none":
             continue
-        value = "-".join(value) if isinstance(value, tuple) else str(value)
+        value = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
         value = Path(value).name if field.name == "data" else value
         value = re.sub(r"[^\w.-]+", "-", value).strip("-")
         parts.append(f"{field.name.replace('_', '-')}={value}")
@@ -190,6 +262,18 @@ def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def momentum_at(step: int, steps: int, start: float) -> float:
+    """The teacher's momentum: from `start` to 1 along half a cosine, as in A-CLIP."""
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
+    """The embeddings' weight where it changes, at EMBEDDING_STEPS even places; None elsewhere."""
+    every = math.ceil(steps / EMBEDDING_STEPS)
+    return last * step / steps if step % every == 0 else None
+
+
+EMBEDDING_STEPS = 8
 MUON_SCALE = 2.0  # Muon's learning rate in AdamW's, from the search told in the README
 
 
@@ -201,6 +285,8 @@ def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimi
     """
     groups = {"muon": [], "matrices": [], "vectors": []}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         inner = config.optimizer == "muon" and "resblocks" in name
         groups["vectors" if p.ndim < 2 else "muon" if inner else "matrices"].append(p)
     decayed = {"params": groups["matrices"], "weight_decay": config.weight_decay}
@@ -226,8 +312,8 @@ class Stage:
     """Pre-training or unmasked tuning: a name and what it changes."""
 
     name: str
-    mask: str
-    mask_ratio: float
+    masker: Masker
+    aclip: bool
     steps: int
     lr: float
     warmup: int
@@ -284,7 +370,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
     opened = {}
 
     def stage(
-        name: str, mask: str, ratio: float, batch_size: int, steps: int, epochs: float, lr: float,
+        name: str, masker: Masker, batch_size: int, steps: int, epochs: float, lr: float,
         warmup: int, size: int,
     ) -> Stage:  # fmt: skip
         model = GLIPConfig.named(config.model, size or None)
@@ -293,25 +379,32 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
         train, test = opened[model.image_size]
         order = Order(train.concept, batch_size, config.seed, name)
         steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
-        n = model.grid[0] * model.grid[1]
-        kept = n if mask == "none" else glip.num_keep(n, ratio)
+        first = name == "pretrain"
+        text_mask = None
+        if first and config.text_mask != "none":
+            text_mask = TextMask(
+                config.text_mask, config.text_tokens, config.text_threshold, train
+            )
         if rank == 0:
             print(
                 f"{name}: {len(train.concept):,} pictures of {len(set(train.concept)):,} captions; "
                 f"{order.steps_per_epoch} steps of {batch_size} an epoch ({order.unplaced} "
-                f"pictures left over), {steps} steps; mask {mask} keeps {kept} of {n} patches "
-                f"({1 - kept / n:.1%} removed)"
+                f"pictures left over), {steps} steps; {masker.describe(model.grid)}"
+                + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
-        batches = Batches(train, order, model, rank, world)
-        return Stage(name, mask, ratio, steps, lr, warmup, model, batches, test)
+        extra = aclip.DRAWS if first and config.aclip else 0
+        batches = Batches(train, order, model, rank, world, text_mask, extra)
+        return Stage(
+            name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
+        )
 
     stages = [stage(
-        "pretrain", config.mask, config.mask_ratio, config.batch_size, config.steps,
+        "pretrain", masker_of(config), config.batch_size, config.steps,
         config.epochs, config.lr, config.warmup, config.image_size,
     )]  # fmt: skip
     if config.tune_epochs:
         stages.append(stage(
-            "tune", "none", 0.0, config.tune_batch_size, 0, config.tune_epochs, config.tune_lr,
+            "tune", Masker(), config.tune_batch_size, 0, config.tune_epochs, config.tune_lr,
             config.tune_warmup, config.tune_image_size or config.image_size,
         ))  # fmt: skip
     return stages
@@ -327,8 +420,9 @@ def run_stage(
     report: "Report",
 ) -> None:  # fmt: skip
     """Train `model` in place for one stage."""
-    optimizers = make_optimizers(model, config)
-    parallel = DistributedDataParallel(model, static_graph=True) if world > 1 else model
+    network = aclip.AClip(model).to(device) if stage.aclip else model
+    optimizers = make_optimizers(network, config)
+    parallel = DistributedDataParallel(network, static_graph=True) if world > 1 else network
     bf16 = evaluate.use_bf16(config.precision, device)
     workers = config.workers
     if workers < 0:
@@ -339,34 +433,62 @@ def run_stage(
     report.begin(stage, model)
     for step, batch in enumerate(batches):
         report.data_arrived()
+        renew_mask(stage, network, config, step, device)
         lr = lr_at(step, stage.steps, stage.warmup, stage.lr)
-        loss, scale = update(parallel, optimizers, batch, stage, config.sigma, lr, device, bf16)
+        found = update(parallel, optimizers, batch, stage, lr, device, bf16)
         model.clamp_logit_scale()
-        report.step(step, loss, scale, lr)
+        report.step(step, *found, lr)
+    model.visual.conv1.weight.requires_grad_(True)  # which A-CLIP froze
+
+
+def renew_mask(
+    stage: Stage, network: nn.Module, config: TrainConfig, step: int, device: torch.device
+) -> None:
+    """Before a step: the teacher follows; at fixed steps cluster's threshold is found again."""
+    masker, tower = stage.masker, (network.model if stage.aclip else network).visual
+    if masker.needs("attention"):
+        momentum = momentum_at(step, stage.steps, config.teacher_momentum)
+        masker.follow(tower, momentum)
+        if stage.aclip:
+            network.follow(momentum)
+    weight = embedding_weight_at(step, stage.steps, config.embedding_weight)
+    if masker.needs("threshold") and weight is not None and (step == 0 or weight > 0):
+        masker.embedding_weight = weight
+        blocks = ((x.to(device) for x in block) for block in stage.batches.sample())
+        masker.find_threshold(blocks, tower)
+        if dist.is_initialized():  # the first's digits for all
+            agreed = torch.tensor(masker.threshold, dtype=torch.float64, device=device)
+            dist.broadcast(agreed, 0)
+            masker.threshold = agreed.item()
 
 
 def update(
-    model: GLIP | DistributedDataParallel, optimizers: list[torch.optim.Optimizer],
-    batch: tuple[Tensor, Tensor, Tensor], stage: Stage, sigma: float, lr: float,
+    network: nn.Module, optimizers: list[torch.optim.Optimizer],
+    batch: tuple[Tensor, Tensor, Tensor, Tensor], stage: Stage, lr: float,
     device: torch.device, bf16: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step on images (B, 3, H, W), tokens (B, T), noise (B, N): returns loss, logit_scale."""
-    images, tokens, noise = (x.to(device, non_blocking=True) for x in batch)
-    ids_keep = visible = None
-    if stage.mask != "none":
-        ids_keep, visible = glip.sample_mask(
-            stage.mask, len(images), stage.model.grid, stage.mask_ratio, sigma=sigma, noise=noise
-        )
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """One step on images (B, 3, H, W), tokens (B, T), noise (B, N), more noise for A-CLIP's crops.
+
+    Returns the loss, logit_scale, and visible (B, K) or None.
+    """
+    images, tokens, noise, extra = (x.to(device, non_blocking=True) for x in batch)
+    inner = network.module if isinstance(network, DistributedDataParallel) else network
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        image_features, text_features, scale = model(images, tokens, ids_keep, visible)
-    loss = glip.clip_loss(image_features, text_features, scale)
+        if stage.aclip:
+            loss, scale, visible = aclip.aclip_loss(
+                network, inner, stage.masker, images, tokens, noise, extra
+            )
+        else:
+            ids_keep, visible = stage.masker(images, noise, inner.visual)
+            image_features, text_features, scale = network(images, tokens, ids_keep, visible)
+            loss = glip.clip_loss(image_features, text_features, scale)
     loss.backward()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return loss, scale
+    return loss, scale, visible
 
 
 class Report:
@@ -392,11 +514,13 @@ class Report:
         """Count the time since the last step ended as waiting for data."""
         self.waited += time.perf_counter() - self.ready
 
-    def step(self, step: int, loss: Tensor, scale: Tensor, lr: float) -> None:
+    def step(
+        self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float
+    ) -> None:
         """Log, evaluate and save when due; raises InputError for a loss that is not finite."""
         last = step + 1 == self.stage.steps
         if last or (step + 1) % self.config.log_every == 0:
-            self.log(step, loss, scale, lr)
+            self.log(step, loss, scale, visible, lr)
         self.bar.update()
         if last or (step + 1) % self.every == 0:
             self.seconds[self.stage.name] = time.perf_counter() - self.begun
@@ -410,7 +534,9 @@ class Report:
             self.bar.close()
         self.ready = time.perf_counter()
 
-    def log(self, step: int, loss: Tensor, scale: Tensor, lr: float) -> None:
+    def log(
+        self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float
+    ) -> None:
         """One record of log.jsonl, the loss averaged over the processes."""
         loss = loss.detach().clone()
         if self.world > 1:
@@ -423,9 +549,15 @@ class Report:
             )
         elapsed = time.perf_counter() - self.begun
         rate, waiting = (step + 1) * batch_size / elapsed, self.waited / elapsed
+        shares = {}
+        if visible is not None:  # of this process's pictures
+            shares["computed"] = visible.shape[1] / self.stage.batches.patches
+            shares["visible"] = visible.float().mean().item() * shares["computed"]
+            shares["threshold"] = self.stage.masker.threshold
         self.write(
             stage=self.stage.name, step=step + 1, loss=loss, ln_batch=math.log(batch_size), lr=lr,
-            logit_scale=scale.item(), pairs_per_second=rate, data_wait=waiting, seconds=elapsed,
+            logit_scale=scale.item(), **shares, pairs_per_second=rate, data_wait=waiting,
+            seconds=elapsed,
         )  # fmt: skip
         self.bar.set_postfix_str(
             f"loss {loss:.3f} (ln batch {math.log(batch_size):.2f}), {rate:,.0f} pairs/s, "
@@ -450,7 +582,8 @@ class Report:
         """Write a checkpoint that tells what made it."""
         glip.save_checkpoint(
             self.out / name, self.model, stage=self.stage.name, step=step,
-            config=asdict(self.config), seconds=dict(self.seconds), steps=dict(self.steps),
+            mask=self.stage.masker.state(), config=asdict(self.config),
+            seconds=dict(self.seconds), steps=dict(self.steps),
             machine=evaluate.machine(self.device), command=command(), world=self.world,
             bf16=evaluate.use_bf16(self.config.precision, self.device),
         )  # fmt: skip
