@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ HOME = "scenes-center"  # where every mask runs at every ratio
 AWAY = ("emoji", "scenes-corner")  # where most run, at 75 %
 HOME_ONLY = {"grid", "block"}
 SMALL = "small pictures"  # RECLIP's in the table of costs
-SAME = 0.05  # costs that differ by less are one
+SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
 
 
 @dataclass(frozen=True)
@@ -111,42 +112,58 @@ def affordable(cost: dict, mask: str, ratio: float, steps: int) -> int:
     """Steps under a mask that cost as much as `steps` of GLIP's at this ratio."""
     seconds = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost["seconds"]}
     times = seconds[mask, 0.0 if mask == "none" else ratio] / seconds["gaussian", ratio]
-    return steps if times < 1 + SAME else round(steps / times)
+    return steps if times < SAME else round(steps / times)
 
 
-def planned(cost: dict) -> list[list[str]]:
-    """The flags of every run, in the order of what they tell; none twice."""
-    full = train.parse(["--recipe", "compare"]).steps
+@dataclass(frozen=True)
+class Run:
+    """A cell's share of the comparison: one seed of one mask."""
+
+    data: str
+    mask: str  # of the registry, or SMALL
+    ratio: float  # whose K patches it has or is compared with
+    equal: str  # in steps or time
+    seed: int
+    flags: tuple[str, ...]  # of train.py
+
+    @property
+    def name(self) -> str:
+        """The name of its folder and of its JSON: runs that serve both readings have one."""
+        return train.run_name(train.parse(list(self.flags)))
+
+
+def planned(cost: dict) -> list[Run]:
+    """Every run, in the order of what it tells; masks of equal cost serve both readings."""
+    config = train.parse(["--recipe", "compare"])
+    size = GLIPConfig.named(config.model).image_size
     runs = []
 
-    def add(name: str, seed: int, *flags: object) -> None:
+    def add(name: str, mask: str, ratio: float, equal: str, seed: int) -> None:
+        flags = ["--mask", mask, "--mask-ratio", ratio]
+        if mask == "none":
+            flags = ["--mask", mask]
+        elif mask == SMALL:  # another stretch of the same budget: tuned at the full size
+            flags = ["--mask", "none", "--image-size", partner(ratio), "--tune-image-size", size]
+        steps = config.steps
+        if equal == "time":
+            steps = affordable(cost, mask, ratio, steps)
+        if steps != config.steps:
+            flags += ["--steps", steps]
         words = ["--recipe", "compare", "--data", name, *map(str, flags), "--seed", str(seed)]
-        runs.append(words)
+        runs.append(Run(name, mask, ratio, equal, seed, tuple(words)))
 
-    def add_mask(name: str, seed: int, mask: str, ratio: float, fair: bool) -> None:
-        steps = affordable(cost, mask, ratio, full) if fair else full
-        flags = ["--mask", mask, *(["--mask-ratio", ratio] if mask != "none" else [])]
-        add(name, seed, *flags, *(["--steps", steps] if steps != full else []))
-
-    for ratio in RATIOS:
-        for fair in (False, True):
-            for seed in SEEDS:
-                for mask in glip.MASKS:
-                    add_mask(HOME, seed, mask, ratio, fair)
-                if not fair:
-                    side = partner(ratio)
-                    size = GLIPConfig.named(train.TrainConfig().model).image_size
-                    add(HOME, seed, "--mask", "none", "--image-size", side,
-                        "--tune-image-size", size)  # fmt: skip
-                for name in AWAY if ratio == RATIOS[0] else ():
-                    for mask in (m for m in glip.MASKS if m not in HOME_ONLY):
-                        add_mask(name, seed, mask, ratio, fair)
-    return list({train.run_name(train.parse(words)): words for words in runs}.values())
+    for ratio, equal, seed in product(RATIOS, ("steps", "time"), SEEDS):
+        for mask in (*glip.MASKS, SMALL):
+            add(HOME, mask, ratio, equal, seed)
+        for name in AWAY if ratio == RATIOS[0] else ():
+            for mask in glip.MASKS:
+                if mask not in HOME_ONLY:
+                    add(name, mask, ratio, equal, seed)
+    return runs
 
 
-def run(flags: list[str], threads: int) -> str | None:
+def run(name: str, flags: tuple[str, ...], threads: int) -> str | None:
     """Train, evaluate and publish one run, unless results/ has it; returns what went wrong."""
-    name = train.run_name(train.parse(flags))
     if (RESULTS / f"{name}.json").exists():
         return None
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -179,13 +196,15 @@ def main() -> None:
             text = json.dumps(measure_cost(threads), indent=1) + "\n"
             glip.write_bytes(path, text.encode())
         runs = planned(json.loads(path.read_text()))
+        runs = {run.name: run.flags for run in runs}
         if options.list:
-            for flags in runs:
-                there = (RESULTS / f"{train.run_name(train.parse(flags))}.json").exists()
+            for name, flags in runs.items():
+                there = (RESULTS / f"{name}.json").exists()
                 print("done   " if there else "missing", "python train.py", *flags)
             return
         with ThreadPoolExecutor(options.jobs) as pool:
-            failed = [x for x in pool.map(lambda flags: run(flags, threads), runs) if x]
+            done = pool.map(lambda item: run(*item, threads), runs.items())
+            failed = [problem for problem in done if problem]
         if failed:
             raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
     except InputError as error:

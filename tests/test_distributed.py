@@ -12,16 +12,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import glip
-from glip import GLIP, GLIPConfig
+from aclip import AClip, aclip_loss
+from glip import GLIP, GLIPConfig, Masker
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
 BATCH, SEED = 12, 3
 
 
-def gradients(rank: int, world: int, mask: str) -> tuple[float, dict]:
+CASES = [*glip.MASKS, "cluster with embeddings", "the full A-CLIP"]
+
+
+def gradients(rank: int, world: int, case: str) -> tuple[float, dict]:
     """Loss and gradients of this process's share of a fixed batch, in float64."""
     torch.manual_seed(0)
-    model = GLIP(TINY).double()
+    model, teacher = GLIP(TINY).double(), GLIP(TINY).double().visual.requires_grad_(False)
+    mask = {CASES[-2]: "cluster", CASES[-1]: "attentive"}.get(case, case)
+    masker = Masker(
+        mask, 0.5, min_mask_ratio=0.25, threshold=0.02, teacher=teacher,
+        embedding_weight=0.5 if case == CASES[-2] else 0.0,
+    )  # fmt: skip
     share = BATCH // world
     rows = slice(rank * share, (rank + 1) * share)
     images = torch.from_numpy(data.noise(SEED, "images", 0, BATCH, 3 * 32 * 32)).double()
@@ -29,26 +38,34 @@ def gradients(rank: int, world: int, mask: str) -> tuple[float, dict]:
     tokens = torch.from_numpy(data.noise(SEED, "tokens", 0, BATCH, 9) * 49).long()
     tokens[:, 6] = 49
     noise = torch.from_numpy(data.noise(SEED, "mask", rank * share, share, 16))
-    ids, visible = glip.sample_mask(mask, share, 4, 0.5, noise=noise)
-    parallel = DistributedDataParallel(model) if world > 1 else model
-    loss = glip.clip_loss(*parallel(images, tokens[rows], ids, visible))
+    network = AClip(model).double() if case == CASES[-1] else model
+    parallel = DistributedDataParallel(network) if world > 1 else network
+    if case == CASES[-1]:
+        draws = torch.from_numpy(data.noise(SEED, "crops", rank * share, share, 8)).double()
+        loss, *_ = aclip_loss(parallel, network, masker, images, tokens[rows], noise, draws)
+    else:
+        ids, visible = masker(images, noise, model.visual)
+        assert visible is None or 0.1 < visible.double().mean() < 0.9
+        loss = glip.clip_loss(*parallel(images, tokens[rows], ids, visible))
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+    return loss.item(), {
+        name: p.grad for name, p in network.named_parameters() if p.grad is not None
+    }
 
 
 def work(rank: int, world: int, folder: str) -> None:
-    """One process: every mask's loss and gradients, written by the first."""
+    """One process: every case's loss and gradients, written by the first."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
     )
     torch.set_num_threads(1)
     results = {}
-    for mask in glip.MASKS:
-        loss, grads = gradients(rank, world, mask)
+    for case in CASES:
+        loss, grads = gradients(rank, world, case)
         mean = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(mean)
-        results[mask] = {"loss": mean.item() / world, "grads": grads}
+        results[case] = {"loss": mean.item() / world, "grads": grads}
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     # Leave without gloo's teardown, which now and then aborts a process that has done its work
@@ -64,9 +81,10 @@ def test_gradients_equal_the_single_process(world, tmp_path):
     """The loss alone would not tell: a gather without gradients gives the same loss."""
     mp.spawn(work, (world, str(tmp_path)), nprocs=world)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    for mask in glip.MASKS:
-        loss, grads = gradients(0, 1, mask)
-        assert results[mask]["loss"] == pytest.approx(loss, rel=1e-12)
+    for case in CASES:
+        loss, grads = gradients(0, 1, case)
+        assert results[case]["loss"] == pytest.approx(loss, rel=1e-12)
+        assert results[case]["grads"].keys() == grads.keys()
         for name, wanted in grads.items():
-            found = results[mask]["grads"][name]
-            assert (found - wanted).norm() <= 1e-10 * wanted.norm(), (mask, name)
+            found = results[case]["grads"][name]
+            assert (found - wanted).norm() <= 1e-10 * wanted.norm(), (case, name)

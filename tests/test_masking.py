@@ -1,13 +1,20 @@
-"""Every mask of the registry, and GLIP's against the authors' rule and the tables made from it."""
+"""Every mask of the registry; each against its paper's rule, by means that are not its code."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
+from torch import nn
 from torch.distributions import MultivariateNormal
 
+import data
 import glip
-from glip import MASKS, InputError, num_keep, sample_ids_keep, sample_mask
+import masks
+from glip import GLIP, MASKS, GLIPConfig, InputError, Masker, num_keep, sample_ids_keep, sample_mask
+
+TINY = GLIPConfig(32, 4, 24, 2, 3, 10, 20, 1, 2)  # 8 x 8 patches
 
 
 def noise_of(batch, n, seed=0):
@@ -172,16 +179,272 @@ def test_two_sigmas_are_rows_and_columns():
     assert torch.equal(keep_map("gaussian", 0.75, (0.2, 0.2)), keep_map("gaussian", 0.75, 0.2))
 
 
-def test_docstring_on_weighted_sampling_is_true():
-    """Additive noise keeps the rim about six times as often as sampling without replacement."""
-    axis = torch.linspace(-1, 1, 14)
-    log_density = -(axis[:, None] ** 2 + axis[None] ** 2).flatten() / (2 * 0.1)
-    gumbel = -torch.log(-torch.log(noise_of(4000, 196).clamp(1e-7, 1 - 1e-7)))
-    kept = torch.zeros(4000, 196).scatter_(1, (log_density + gumbel).topk(98).indices, 1).mean(0)
-    edge = torch.ones(14, 14, dtype=torch.bool)
-    edge[1:-1, 1:-1] = False
-    weighted, additive = kept.view(14, 14)[edge].mean(), keep_map("gaussian", 0.5, 0.1)[edge].mean()
-    assert 5 < additive / weighted < 7
+def test_weighted_sampling_keeps_the_rim_six_times_less_often():
+    """As gaussian_scores says."""
+    rim = torch.ones(14, 14, dtype=torch.bool)
+    rim[1:-1, 1:-1] = False
+    added, weighted = (keep_map(mask, 0.5, 0.1)[rim].mean() for mask in ("gaussian", "gumbel"))
+    assert 5 < added / weighted < 7
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+def test_gumbel_is_torchs_weighted_sampling_without_replacement(ratio):
+    axis = torch.linspace(-1, 1, 8)
+    weight = torch.exp(-(axis[:, None] ** 2 + axis[None] ** 2) / (2 * 0.2)).flatten()
+    draw = torch.Generator().manual_seed(3)
+    k = num_keep(64, ratio)
+    theirs = torch.multinomial(weight.expand(20_000, 64), k, generator=draw)
+    often = torch.bincount(theirs.flatten(), minlength=64).view(8, 8) / 20_000
+    ours = keep_map("gumbel", ratio, 0.2, draws=20_000, grid=(8, 8))
+    assert (often - ours).abs().max() < 0.02  # 4 standard errors of a difference
+
+
+def test_center_crop_is_the_nearest_patches_without_noise():
+    ids = sample_ids_keep("center-crop", 3, 8, 0.75, noise=noise_of(3, 64))
+    square = [8 * row + column for row in range(2, 6) for column in range(2, 6)]
+    assert all(sorted(row) == square for row in ids.tolist())
+    moved = sample_ids_keep("center-crop", 1, (5, 9), 0.9, noise=noise_of(1, 45), centre=(-1, 1))
+    assert sorted(moved[0].tolist()) == [6, 7, 8, 17]  # around the upper right corner
+
+
+@pytest.mark.parametrize("mask", ["gaussian", "gumbel", "center-crop"])
+def test_a_moved_centre_moves_the_mask(mask):
+    often = {
+        centre: torch.zeros(64).scatter_add_(
+            0, sample_ids_keep(mask, 2000, 8, 0.75, noise=noise_of(2000, 64), centre=centre)
+            .flatten(), torch.ones(2000 * 16)).view(8, 8) / 2000
+        for centre in ((0.0, 0.0), (-0.5, 0.0), (0.0, 0.5))
+    }  # fmt: skip
+    middle = {c: ndimage.center_of_mass(m.numpy()) for c, m in often.items()}
+    assert middle[0.0, 0.0] == pytest.approx((3.5, 3.5), abs=0.05)
+    assert middle[-0.5, 0.0][0] < 2.8 and middle[-0.5, 0.0][1] == pytest.approx(3.5, abs=0.05)
+    assert middle[0.0, 0.5][1] > 4.2 and middle[0.0, 0.5][0] == pytest.approx(3.5, abs=0.05)
+
+
+def kept_maps(mask, ratio, grid, draws=300, **inputs):
+    n = grid[0] * grid[1]
+    ids = sample_ids_keep(mask, draws, grid, ratio, noise=noise_of(draws, n), **inputs)
+    return torch.zeros(draws, n, dtype=torch.int).scatter_(1, ids, 1).view(draws, *grid)
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.5, 0.918, 0.3])
+@pytest.mark.parametrize("grid", [(8, 8), (14, 14), (6, 10)])
+def test_grid_is_as_even_as_k_allows(grid, ratio):
+    kept = kept_maps("grid", ratio, grid)
+    cells = kept.unfold(1, 2, 2).unfold(2, 2, 2).sum(dim=(-2, -1))             # (draws, R, C)
+    assert cells.amax() - cells.amin() <= 1
+    if ratio == 0.75:
+        assert (cells == 1).all()
+    often = kept.float().mean(0)  # and no place in a cell is preferred
+    assert (often - often.mean()).abs().max() < 5 * math.sqrt(0.25 / 300)
+
+
+def test_grid_serves_incomplete_cells():
+    kept = kept_maps("grid", 0.6, (5, 7))
+    assert (kept[:, :4, :6].unfold(1, 2, 2).unfold(2, 2, 2).sum(dim=(-2, -1)) >= 1).all()
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.5, 0.918])
+@pytest.mark.parametrize("grid", [(8, 8), (14, 14), (5, 9)])
+def test_block_is_contiguous_and_lies_anywhere(grid, ratio):
+    kept = kept_maps("block", ratio, grid)
+    for square in kept.numpy():
+        assert ndimage.label(square, np.ones((3, 3)))[1] == 1
+        whole = ndimage.binary_fill_holes(square)
+        assert (whole != square).sum() <= square.sum() * 0.2  # only its last ring has gaps
+    assert (kept.float().mean(0) > 0).all()
+
+
+# --- from pixels --------------------------------------------------------------------------------
+
+
+def photographs(count=600, size=32):
+    """Crops of the training photographs: (count, 3, size, size) bytes."""
+    photos, draw = data.photographs("train", size), np.random.default_rng(0)
+    crops = []
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        y, x = (draw.integers(0, side - size + 1) for side in photo.shape[1:])
+        crops.append(photo[:, y : y + size, x : x + size])
+    return torch.from_numpy(np.stack(crops))
+
+
+def test_cluster_hides_what_correlates_with_an_anchor():
+    """By numpy's correlation coefficients of the normalised patches, one picture at a time."""
+    images, noise = photographs(20), noise_of(20, 64)
+    _, hidden = masks.cluster_scores(noise, (8, 8), images, 0.5, threshold=0.4)
+    closest = masks.closest_anchor(noise, (8, 8), images)
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (glip.MEAN, glip.STD))
+    for image, u, h, c in zip(images, noise, hidden, closest, strict=True):
+        normal = ((image / 255 - mean) / std).numpy()
+        patches = [normal[:, 4 * r : 4 * r + 4, 4 * q : 4 * q + 4].ravel()
+                   for r in range(8) for q in range(8)]  # fmt: skip
+        alike = np.corrcoef(np.array(patches, dtype=np.float64))
+        anchors = u.argsort(descending=True)[:2].tolist()  # 3 % of 64, rounded up
+        wanted = alike[anchors].max(axis=0)
+        others = [i for i in range(64) if i not in anchors]
+        np.testing.assert_allclose(c[others], wanted[others], atol=1e-4)
+        assert h[anchors].all() and torch.isinf(c[anchors]).all()
+        sure = [i for i in others if abs(wanted[i] - 0.4) > 1e-3]
+        assert (h[sure].numpy() == (wanted[sure] > 0.4)).all()
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.918])
+@pytest.mark.parametrize("name", ["scenes-center", "emoji"])
+def test_cluster_shows_the_asked_share_on_the_average(name, ratio):
+    """The threshold of one sample, on pictures and noise that were not in it."""
+    train, _ = data.load(name, 32)
+    config = GLIPConfig(32, 4, 24, 2, 3, 10, 20, 1, 2)
+    order = data.Order(train.concept, 64, 0, "pretrain")
+    batches = data.Batches(train, order, config, 0, 1)
+    masker, tower = Masker("cluster", ratio), GLIP(config).visual
+    masker.find_threshold(batches.sample(), tower)
+    shares = []
+    for step in range(12):
+        images, _, noise, _ = batches[step]
+        ids, visible = masker(images, noise, tower)
+        assert ids.shape[1] == num_keep(64, ratio - 0.2)
+        _, hidden = masks.cluster_scores(noise, (8, 8), images, ratio, masker.threshold)
+        shares.append((~hidden).float().mean())
+        fits = (~hidden).sum(1).clamp(max=ids.shape[1])  # surplus is dropped, the rest is shown
+        assert torch.equal(visible.sum(1), fits)
+    assert torch.stack(shares).mean() == pytest.approx(1 - ratio, abs=0.02)
+    again = Masker("cluster", ratio)
+    again.find_threshold(batches.sample(), tower)
+    assert again.threshold == masker.threshold
+
+
+def test_cluster_is_coherent_in_space():
+    images, noise = photographs(), noise_of(600, 64)
+    _, hidden = masks.cluster_scores(noise, (8, 8), images, 0.5)
+    clustered = hidden.view(-1, 8, 8)
+    assert clustered.float().mean() == pytest.approx(0.5, abs=0.01)
+
+    def agreement(squares):
+        across = (squares[:, :, 1:] == squares[:, :, :-1]).float().mean()
+        return (across + (squares[:, 1:] == squares[:, :-1]).float().mean()) / 2
+
+    scattered = kept_maps("random", 0.5, (8, 8)).bool()
+    assert agreement(scattered) == pytest.approx(0.5, abs=0.02)
+    assert agreement(clustered) > 0.65
+
+
+def test_cluster_mixes_in_patch_embeddings():
+    """At weight 1 the embeddings alone decide; at 0 they say nothing."""
+    images, noise = photographs(8), noise_of(8, 64)
+    embeddings = torch.randn(8, 64, 5, generator=torch.Generator().manual_seed(0))
+    plain = masks.closest_anchor(noise, (8, 8), images)
+    weighted = masks.closest_anchor(noise, (8, 8), images, embeddings, 0.25)
+    alone = masks.closest_anchor(noise, (8, 8), images, embeddings, 1.0)
+    zero = masks.closest_anchor(noise, (8, 8), images, embeddings, 0.0)
+    assert torch.equal(plain, zero) and not torch.allclose(plain, weighted)
+    anchors = noise.topk(2, dim=1).indices
+    for x, a, found in zip(embeddings, anchors, alone, strict=True):
+        wanted = torch.nn.functional.cosine_similarity(x[:, None], x[None, a], dim=-1).amax(1)
+        others = ~torch.isinf(found)
+        torch.testing.assert_close(found[others], wanted[others], atol=1e-5, rtol=0)
+
+
+def test_a_picture_that_is_one_cluster_still_shows_something():
+    images = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8)
+    noise = noise_of(2, 64)
+    _, visible = sample_mask("cluster", 2, 8, 0.75, noise=noise, pixels=images, threshold=0.3)
+    assert visible.any(dim=1).all()
+
+
+def test_nothing_attends_to_a_filler():
+    """Other pixels in hidden patches change no bit of the features; in visible ones they do."""
+    torch.manual_seed(0)
+    model, images, noise = GLIP(TINY).eval(), photographs(6), noise_of(6, 64)
+    ids, visible = sample_mask("cluster", 6, 8, 0.75, noise=noise, pixels=images)
+    assert not visible.all() and visible.any(dim=1).all()
+
+    def repainted(chosen):
+        patch = torch.zeros(6, 64, dtype=torch.bool).scatter_(1, ids, chosen).view(6, 1, 8, 8)
+        where = patch.repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return torch.where(where, 255 - images, images)
+
+    with torch.no_grad():
+        plain = model.encode_image(images, ids, visible)
+        assert torch.equal(plain, model.encode_image(repainted(~visible), ids, visible))
+        assert not torch.equal(plain, model.encode_image(repainted(visible), ids, visible))
+        seen_alone = torch.stack([  # and fillers change nothing beside rounding
+            model.encode_image(images[i : i + 1], ids[i : i + 1, visible[i]])[0] for i in range(6)
+        ])  # fmt: skip
+    torch.testing.assert_close(plain, seen_alone, atol=1e-6, rtol=0)
+
+
+# --- from a teacher -----------------------------------------------------------------------------
+
+
+def test_the_teachers_attention_is_torchs():
+    """nn.MultiheadAttention with the blocks' weights, averaged over heads, then over layers."""
+    torch.manual_seed(0)
+    tower, images = GLIP(TINY).visual, photographs(5)
+    with torch.no_grad():
+        found, features = tower.attend(images, features=True)
+        x, maps = tower.embed(images, (8, 8), None), []
+        for block in tower.transformer.resblocks:
+            theirs = nn.MultiheadAttention(24, 3, batch_first=True)
+            theirs.load_state_dict(block.attn.state_dict())
+            y = block.ln_1(x)
+            maps.append(theirs(y, y, y, average_attn_weights=True)[1][:, 0, 1:])
+            x = block(x, None)
+        torch.testing.assert_close(found.flatten(1), torch.stack(maps).mean(0))
+        torch.testing.assert_close(features, tower.features(images, None, None))
+        torch.testing.assert_close(tower.attend(images)[0], found)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_attentive_keeps_what_the_teacher_attends_to(scale):
+    torch.manual_seed(0)
+    model, images = GLIP(TINY), photographs(5)
+    masker = Masker("attentive", 0.75, teacher_scale=scale)
+    masker.follow(model.visual, 0.5)
+    ids, visible = masker(images, noise_of(5, 64), model.visual)
+    small = masks.scaled(images, scale)
+    with torch.no_grad():
+        attention = model.visual.attend(small)[0]
+    assert tuple(attention.shape[1:]) == (8 * scale, 8 * scale) and visible is None
+    attention = torch.nn.functional.interpolate(attention[:, None], (8, 8), mode="bilinear")
+    wanted = attention.flatten(1).topk(16).indices
+    assert torch.equal(ids.sort().values, wanted.sort().values)
+
+
+def test_the_teacher_is_a_moving_average():
+    torch.manual_seed(0)
+    tower, masker = GLIP(TINY).visual, Masker("attentive", 0.75)
+    masker.follow(tower, 0.9)
+    first = [p.clone() for p in masker.teacher.parameters()]
+    for p in tower.parameters():
+        p.data += 1.0
+    masker.follow(tower, 0.9)
+    for old, now, new in zip(
+        first, masker.teacher.parameters(), tower.parameters(), strict=True
+    ):
+        torch.testing.assert_close(now, 0.9 * old + 0.1 * new)
+        assert not now.requires_grad
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_masker_lives_on_in_its_checkpoint(mask, tmp_path):
+    """What was found in training is what masks later: plain values and tensors alone."""
+    torch.manual_seed(0)
+    model, images, noise = GLIP(TINY), photographs(6), noise_of(6, 64)
+    masker = Masker(mask, 0.5, sigma=(0.1, 0.4), centre=(0.2, 0.0), embedding_weight=0.5)
+    assert masker.unmet() == []
+    masker.find_threshold([(images, noise)], model.visual)
+    if masker.needs("attention"):
+        masker.follow(GLIP(TINY).visual, 0.5)
+    glip.save_checkpoint(tmp_path / "a.pt", model, mask=masker.state())
+    again, _ = glip.load_model(tmp_path / "a.pt")
+    restored = Masker.restored(glip.load_checkpoint(tmp_path / "a.pt")["mask"], again.visual)
+    for a, b in zip(masker(images, noise, model.visual), restored(images, noise, again.visual),
+                    strict=True):  # fmt: skip
+        assert a is b is None or torch.equal(a, b)
+
+
+# --- the seam -----------------------------------------------------------------------------------
 
 
 def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
@@ -194,6 +457,8 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
     assert ids.tolist() == [[1, 2, 3]] and visible.tolist() == [[True, True, False]]
     with pytest.raises(InputError, match="'bright' needs pixels"):
         sample_mask("bright", 1, 2, 0.25)
+    monkeypatch.setitem(MASKS, "deep", lambda noise, grid, depth: noise)
+    assert Masker("deep", 0.5).unmet() == ["depth"]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +468,8 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
         (lambda: sample_mask("random", 1, 4, 1.0), "outside"),
         (lambda: sample_mask("random", 1, 4, -0.1), "outside"),
         (lambda: sample_mask("random", 2, 4, 0.5, noise=torch.rand(2, 9)), "noise has shape"),
+        (lambda: sample_mask("cluster", 1, 4, 0.5), "mask 'cluster' needs pixels"),
+        (lambda: sample_mask("attentive", 1, 4, 0.5), "mask 'attentive' needs attention"),
         (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=0.0), "sigma 0.0 is a variance"),
         (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=(0.2, -1)), "must be above 0"),
         (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=float("nan")), "must be above 0"),
