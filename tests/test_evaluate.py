@@ -86,7 +86,7 @@ def test_every_picture_is_encoded_once_whatever_the_block():
     found = encoder.images(lambda ids: images[ids], 300)
     with torch.no_grad():
         torch.testing.assert_close(found, model.encode_image(images), atol=1e-6, rtol=0)
-    masked = {"mask": "gaussian", "mask_ratio": 0.5, "sigma": 0.2}
+    masked = glip.Masker("gaussian", 0.5)
     a, b = (encoder.images(lambda ids: images[ids], 300, masked) for _ in range(2))
     assert torch.equal(a, b) and not torch.allclose(a, found)
     assert torch.allclose(encoder.images(lambda ids: images[ids], 280, masked), a[:280], atol=1e-6)

@@ -14,6 +14,7 @@ import evaluate
 import glip
 import report
 import train
+from tests.test_train import command
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["masks", "glip", "aclip", "data", "evaluate", "train"]  # each may import those before it
@@ -111,21 +112,32 @@ def test_results_are_published_from_a_known_commit_and_name_no_folder():
         assert "-dirty" not in text and '"commit": ""' not in text, path.name
 
 
-def test_the_readmes_diff_adds_a_mask(monkeypatch):
-    """Apply the documented lines to the source, run it, and sample from the new mask."""
+def test_the_readmes_diff_adds_a_mask(tmp_path):
+    """Applied to a copy: the command line, the loop, the figure and the sweep follow."""
     text = (ROOT / "README.md").read_text()
     diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines()
-    source, added = (ROOT / "masks.py").read_text(), [x[1:] for x in diff if x.startswith("+")]
-    row = added.pop()
-    assert source.count("\nMASKS = {") == 1
-    function = "\n".join(added)
-    source = source.replace("\nMASKS = {", f"\n{function}\n\nMASKS = {{")
-    last = '    "attentive": attentive_scores,\n'
-    source = source.replace(last, f"{last}{row}\n")
-    module = type(glip)("patched")
-    monkeypatch.setitem(sys.modules, "patched", module)
-    exec(compile(source, "masks.py", "exec"), module.__dict__)
-    assert list(module.MASKS)[-1] == "border"
-    kept = module.sample_ids_keep("border", 2000, 8, 0.75)
-    often = kept.flatten().bincount(minlength=64).view(8, 8)
-    assert often[0, 0] > 500 > often[3, 3]  # a quarter of 2,000 is what random masking keeps
+    before = "".join(f"{line[1:]}\n" for line in diff if not line.startswith("+"))
+    after = "".join(f"{line[1:]}\n" for line in diff)
+    for script in ROOT.glob("*.py"):
+        source = script.read_text()
+        if script.name == "masks.py":
+            assert source.count(before) == 1
+            source = source.replace(before, after)
+        (tmp_path / script.name).write_text(source)
+    small = ["--image-size", "32", "--batch-size", "16", "--steps", "2", "--tune-epochs", "0"]
+    for words in (["train.py", "--mask", "border", *small], ["evaluate.py"]):
+        done = command(*words, cwd=tmp_path, path=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "masks.png").exists() and "mask border 75.0%" in done.stdout
+    code = (
+        "import glip, sweep\n"
+        "often = glip.sample_ids_keep('border', 2000, 8, 0.75).flatten().bincount(minlength=64)\n"
+        "assert often[0] > 500 > often[27], often\n"  # a quarter is what random masking keeps
+        "row = {'step': 1.0, 'mask alone': 0.0}\n"
+        "rows = [{'mask': m, 'mask_ratio': r, **row} for m in (*glip.MASKS, sweep.SMALL)\n"
+        "        for r in (0.0, *sweep.RATIOS)]\n"
+        "assert 'border' in {run.mask for run in sweep.planned({'seconds': rows})}\n"
+    )
+    done = command("-c", code, cwd=tmp_path, path=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]

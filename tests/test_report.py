@@ -1,61 +1,104 @@
 """Tables and budgets on made-up results whose means, ranges and steps are known."""
 
+import itertools
+
+import glip
 import report
 import sweep
 import train
 
+FULL = train.parse(["--recipe", "compare"]).steps
+TIMES = {"cluster": 1.5, "attentive": 2.0, "gumbel": 1.1}  # 1.1 is nearly the same
 
-def made_up(data, mask, steps, seed, top1):
-    column = {"zero-shot top-1": top1, "zero-shot top-5": 2 * top1}
-    tables = {"full picture": {k: v / 2 for k, v in column.items()}, "after tuning": column}
-    if mask != "none":
-        tables["masked inference"] = {k: v / 4 for k, v in column.items()}
-    versions = {"torch": "2"}
-    machine = {"cores": 2, "cpu": "c", "memory_gib": 8, "versions": versions, "commit": "abc"}
-    return {
-        "name": f"{data}{mask}{steps}{seed}", "held_out": tables, "trained_on": machine,
-        "bf16": True, "steps": {"pretrain": steps, "tune": 1},
-        "config": {"recipe": "compare", "data": data, "mask": mask, "steps": steps, "seed": seed},
+
+def made_up_cost():
+    """GLIP's step takes 4, 2, 1 s at the ratios, one without a mask 6; a mask a hundredth."""
+    glips = dict(zip((0.5, 0.75, 0.918), (4.0, 2.0, 1.0), strict=True))
+    rows = [{"mask": "none", "mask_ratio": 0.0, "step": 6.0, "mask alone": 0.0}]
+    for mask, ratio in itertools.product((*glip.MASKS, sweep.SMALL), sweep.RATIOS):
+        if mask != "none":
+            step = glips[ratio] * TIMES.get(mask, 1.0)
+            rows.append({"mask": mask, "mask_ratio": ratio, "step": step,
+                         "mask alone": step / 100})  # fmt: skip
+    return {"seconds": rows, "rounds": 8, "data": "d", "batch_size": 4, "threads": 1,
+            "machine": {"commit": "abc"}}  # fmt: skip
+
+
+def made_up(name, top1):
+    column = {"zero-shot top-1": top1}
+    tables = {
+        "masked inference": {"zero-shot top-1": top1 / 5},
+        "full picture": {"zero-shot top-1": top1 / 2}, "after tuning": column,
     }  # fmt: skip
+    machine = {"cores": 2, "cpu": "c", "memory_gib": 8, "versions": {"torch": "2"}, "commit": "abc"}
+    return {"name": name, "held_out": tables, "trained_on": machine, "bf16": True}
 
 
-def test_comparison_shows_means_ranges_and_budgets():
-    runs = [
-        made_up(data, mask, steps, seed, top1 + 0.01 * seed)
-        for data in ("emoji", "scenes-center")
-        for mask, steps, top1 in (
-            ("gaussian", 100, 0.20), ("random", 100, 0.16), ("none", 100, 0.30), ("none", 40, 0.08),
-        )
-        for seed in range(3)
-    ]  # fmt: skip
-    lines = report.compare_table(runs).splitlines()
-    assert "| emoji | gaussian | 100 | both | 3 | 5.2 (5.0-5.5) | 10.5 (10.0-11.0) | " \
-        "21.0 (20.0-22.0) | 42.0 (40.0-44.0) |" in lines  # fmt: skip
-    assert "| emoji | random | 100 | both | 3 | 4.2 (4.0-4.5) | 8.5 (8.0-9.0) | " \
-        "17.0 (16.0-18.0) | 34.0 (32.0-36.0) |" in lines  # fmt: skip
-    none = [line for line in lines if line.startswith("| scenes-center | none")]
-    assert [line.split(" | ")[2:6] for line in none] == [
-        ["100", "steps", "3", "-"], ["40", "time", "3", "-"]
-    ]  # fmt: skip
-    assert "31.0 (30.0-32.0)" in none[0] and "9.0 (8.0-10.0)" in none[1]
-    assert lines[-1] == "2 cores of c, 8 GiB, torch 2, bf16, commit abc."
+def test_the_sweep_is_what_it_says():
+    """Three seeds of every cell; equal cost shares a run; equal time is paid for in steps."""
+    runs = sweep.planned(made_up_cost())
+    cells = {(run.data, run.mask, run.ratio, run.equal) for run in runs}
+    masks = (*glip.MASKS, sweep.SMALL)
+    assert cells == {
+        *itertools.product([sweep.HOME], masks, sweep.RATIOS, ("steps", "time")),
+        *itertools.product(sweep.AWAY, set(glip.MASKS) - sweep.HOME_ONLY, [0.75],
+                           ("steps", "time")),
+    }  # fmt: skip
+    steps, names = {}, {}
+    for run in runs:
+        config = train.parse(list(run.flags))
+        key = (run.data, run.mask, run.ratio, run.equal)
+        steps[key] = config.steps
+        names.setdefault(key, set()).add(run.name)
+        assert config.data == run.data and config.seed == run.seed
+        assert config.mask == ("none" if run.mask == sweep.SMALL else run.mask)
+        assert config.mask_ratio == (0 if config.mask == "none" else run.ratio)
+        if run.mask == sweep.SMALL:
+            assert (config.image_size // 8) ** 2 == {0.5: 36, 0.75: 16, 0.918: 4}[run.ratio]
+            assert config.tune_image_size == 64
+    assert all(len(found) == len(sweep.SEEDS) for found in names.values())
+    for data, mask, ratio, _ in cells:
+        slow = TIMES.get(mask, 1.0) if mask != "gumbel" else 1.0
+        slow = 6.0 / {0.5: 4, 0.75: 2, 0.918: 1}[ratio] if mask == "none" else slow
+        assert steps[data, mask, ratio, "steps"] == FULL
+        assert abs(steps[data, mask, ratio, "time"] - FULL / slow) <= 2
+        shared = names[data, mask, ratio, "steps"] == names[data, mask, ratio, "time"]
+        assert shared == (slow == 1.0)
+
+
+def test_tables_show_means_ranges_and_what_is_missing():
+    cost, values = made_up_cost(), {}
+    for run in sweep.planned(cost):
+        values[run.name] = 0.01 * (run.seed + 1)
+        if run.mask == "gaussian":
+            values[run.name] += {0.5: 0.3, 0.75: 0.2, 0.918: 0.1}[run.ratio]
+    missing = {run.name for run in sweep.planned(cost) if run.mask == "grid" and run.seed}
+    missing |= {run.name for run in sweep.planned(cost) if run.mask == "block"}
+    results = [made_up(name, top1) for name, top1 in values.items() if name not in missing]
+    first = report.ratio_table(results, cost).splitlines()
+    assert first[0].startswith("| scenes-center, top-1 (%) | 50.0% masked | 75.0% masked")
+    assert "| gaussian | 32.0 (31.0-33.0) | 22.0 (21.0-23.0) | 12.0 (11.0-13.0) |" in first
+    assert "| grid | 1.0 (1 seed) | 1.0 (1 seed) | 1.0 (1 seed) |" in first
+    assert "| block | not run | not run | not run |" in first
+    labels = [line.split(" | ")[0].removeprefix("| ") for line in first[2:]]
+    assert "none, equal time (300, 152, 76 steps)" in labels and "none, equal steps" in labels
+    assert "cluster, equal time (300, 300, 300 steps)" in labels and labels.count("random") == 1
+    second = report.set_table(results, cost)
+    assert "| gaussian | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) |" in second
+    assert "grid" not in second and "scenes-corner" in second
+    third = report.stage_table(results, cost)
+    row = "| gaussian | 75.0% | 4.4 (4.2-4.6) | 11.0 (10.5-11.5) | 22.0 (21.0-23.0) |"
+    assert row in third.splitlines() and "| small pictures | 50.0% | - | 1.0 (0.5-1.5)" in third
+    whole = report.compare_table(results, cost)
+    assert f"{len(values) - len(missing)} of {len(values)} runs; 2 cores of c" in whole
+
+
+def test_costs_are_ratios():
+    text = report.cost_table(made_up_cost())
+    assert "| none | 1.50 | 3.00 | 6.00 | - | - | - |" in text
+    assert "| attentive | 2.00 | 2.00 | 2.00 | 1.00% | 1.00% | 1.00% |" in text
 
 
 def test_missing_results_are_not_run():
-    assert report.compare_table([]) == report.demo_table([]) == "Not run."
+    assert report.compare_table([], made_up_cost()) == report.demo_table([]) == "Not run."
     assert report.spread([]) == "not run" and report.spread([0.25]) == "25.0"
-
-
-def test_equal_time_is_paid_for_in_steps():
-    """An unmasked step that costs 3 times a masked one leaves a third of the steps."""
-    runs = [train.parse(flags) for flags in sweep.planned({"times_gaussian": {"none": 3.0}})]
-    assert len({train.run_name(config) for config in runs}) == len(runs) == 24
-    full = train.parse(["--recipe", "compare"]).steps
-    for seed in sweep.SEEDS:
-        for data in sweep.SETS:
-            found = {(c.mask, c.steps) for c in runs if (c.seed, c.data) == (seed, data)}
-            assert found == {("gaussian", full), ("random", full), ("none", full),
-                             ("none", full // 3)}  # fmt: skip
-    assert {(c.model, c.batch_size, c.tune_epochs, c.mask_ratio > 0) for c in runs} == {
-        (c.model, c.batch_size, c.tune_epochs, c.mask != "none") for c in runs
-    }

@@ -25,9 +25,9 @@ SMALL = ["--image-size", "32", "--batch-size", "32", "--tune-batch-size", "32", 
          "fp32", "--eval-every", "1000", "--log-every", "5"]  # fmt: skip
 
 
-def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a script as a user does."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def command(*words: str, cwd: Path = ROOT, path: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script as a user does; `path` is where its imports lie."""
+    environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=environment
     )
@@ -70,6 +70,23 @@ def test_run_names_tell_what_differs_and_have_no_clock():
     compare = parse(["--recipe", "compare", "--mask", "none"])
     assert run_name(compare) == "compare_mask=none"
     assert run_name(TrainConfig(data="../me/my pictures/list.csv")) == "demo_data=list.csv"
+    wide = TrainConfig(sigma=(0.2, 0.8), mask_center=(0.5, -0.5))
+    assert run_name(wide) == "demo_sigma=0.2-0.8_mask-center=0.5--0.5"
+
+
+def test_sigma_is_one_value_or_two():
+    assert parse(["--sigma", "0.3"]).sigma == 0.3
+    assert parse(["--sigma", "0.3", "0.6", "--seed", "1"]).sigma == (0.3, 0.6)
+
+
+def test_schedules_of_masks_are_pure_functions_of_the_step():
+    """A-CLIP's momentum rises to 1; the embeddings' weight rises in eight steps of equal height."""
+    momenta = [train.momentum_at(step, 100, 0.9) for step in range(101)]
+    assert momenta[0] == pytest.approx(0.9) and momenta[50] == pytest.approx(0.95)
+    assert momenta[100] == 1 and momenta == sorted(momenta)
+    weights = [train.embedding_weight_at(step, 80, 0.5) for step in range(80)]
+    assert [w for w in weights if w is not None] == pytest.approx([i / 16 for i in range(8)])
+    assert all((w is not None) == (step % 10 == 0) for step, w in enumerate(weights))
 
 
 def test_the_recorded_command_names_no_folder_of_the_machine(monkeypatch):
@@ -238,6 +255,55 @@ def test_torchrun_gives_the_single_process_run(run, tmp_path):
     assert content["world"] == 2 and not any(key.startswith("module.") for key in content["model"])
 
 
+VARIANTS = [
+    *({"mask": mask} for mask in glip.MASKS),
+    {"mask": "cluster", "embedding_weight": 1.0},
+    {"mask": "attentive", "teacher_scale": 0.5},
+    {"mask": "attentive", "aclip": True},
+    *({"text_mask": text_mask, "text_tokens": 4} for text_mask in glip.TEXT_MASKS),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
+    config = replace(
+        TrainConfig(), batch_size=16, steps=9, image_size=32, tune_epochs=0, precision="fp32",
+        eval_every=1000, log_every=1, out=str(tmp_path / "run"), **variant,
+    )  # fmt: skip
+    train.check(config, 1)
+    train.train(config)
+    content = glip.load_checkpoint(tmp_path / "run/model.pt")
+    model, _ = glip.load_model(tmp_path / "run/model.pt")
+    masker = glip.Masker.restored(content["mask"], model.visual)
+    assert masker.mask == config.mask and not set(content["model"]) & {"target", "predict"}
+    logged = [r for r in records(tmp_path / "run") if "loss" in r]
+    assert len(logged) == 9 and all(0 < r["loss"] < 20 for r in logged)
+    if config.mask == "cluster":
+        assert masker.threshold == logged[-1]["threshold"]
+        assert len({r["threshold"] for r in logged}) == (5 if config.embedding_weight else 1)
+        assert all(r["computed"] == 7 / 16 and 0.05 < r["visible"] < 0.44 for r in logged)
+    else:
+        assert "visible" not in logged[0]
+    if config.mask == "attentive":
+        ours, theirs = model.visual.state_dict(), masker.teacher.state_dict()
+        moved = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+        assert len(moved) > 10 and ("conv1.weight" in moved) != config.aclip
+
+
+def test_two_processes_find_the_same_threshold_and_words(tmp_path):
+    words = [*SMALL, "--steps", "6", "--tune-epochs", "0", "--log-every", "1", "--mask", "cluster",
+             "--embedding-weight", "0.5", "--text-mask", "frequency",
+             "--text-tokens", "4"]  # fmt: skip
+    assert command("train.py", *words, "--out", str(tmp_path / "one")).returncode == 0
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                   "train.py", *words, "--out", str(tmp_path / "two"))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([r for r in records(tmp_path / f) if "loss" in r] for f in ("one", "two"))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], abs=1e-4)
+    found = [r["threshold"] for r in two]
+    assert found == pytest.approx([r["threshold"] for r in one], abs=1e-4) and len({*found}) == 6
+
+
 def test_it_learns(tmp_path, monkeypatch):
     """Plain colours and their names: under a mask the loss falls from guessing to near zero."""
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
@@ -292,6 +358,18 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--vendors", "Twtr"], "vendor Twtr is held out"),
         (["--device", "mps"], "this machine or its torch has none"),
         (["--mask", "none", "--mask-ratio", "0.5"], "leave --mask-ratio out"),
+        (["--mask", "random", "--sigma", "0.3"], "--sigma does nothing under --mask random"),
+        (["--aclip"], "--aclip does nothing under --mask gaussian"),
+        (["--sigma", "0.3", "-1"], "--sigma must be above 0"),
+        (["--mask-center", "0", "2"], "--mask-center (0.0, 2.0) lies outside the picture"),
+        (["--mask", "cluster", "--min-mask-ratio", "1"], "mask ratio 1.0 is outside"),
+        (["--mask", "cluster", "--embedding-weight", "2"], "--embedding-weight 2.0 is outside"),
+        (["--mask", "attentive", "--teacher-scale", "0.3"], "not a multiple of the patch size"),
+        (["--mask", "attentive", "--teacher-momentum", "7"], "--teacher-momentum 7.0 is outside"),
+        (["--text-mask", "random"], "--text-mask with --text-tokens"),
+        (["--text-tokens", "8"], "--text-mask with --text-tokens"),
+        (["--text-mask", "random", "--text-tokens", "2"], "--text-tokens 2 is outside [3, 77]"),
+        (["--text-threshold", "1"], "--text-threshold does nothing under --mask gaussian"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(words, sentence, tmp_path, monkeypatch, capsys):
