@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test compare readme setup
+.PHONY: demo test sweep readme setup
 
 demo: setup
 	test -f runs/demo/model.pt || $(RUN) train.py
@@ -13,8 +13,9 @@ test: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 
-# The comparison of masks in the README: about an hour on two cores; finished runs are skipped.
-compare: setup
+# The comparison of masks in the README: about five hours on two cores, in as many sittings as you
+# like; finished runs are skipped.
+sweep: setup
 	$(RUN) sweep.py
 
 # Rewrite the README's tables from results/*.json.

@@ -48,7 +48,7 @@ def random_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
 def gaussian_scores(
     noise: Tensor, grid: tuple[int, int], sigma: float | tuple, centre: tuple = (0.0, 0.0)
 ) -> Tensor:
-    """GLIP (2403.15837, section 3): noise plus a normal density. noise (B, N) -> scores (B, N).
+    """GLIP (2403.15837, method section): noise plus a normal density. (B, N) -> scores (B, N).
 
     The patch centres span [-1, 1] on each axis; sigma is the density's VARIANCE, as in the authors'
     code (their 0.2 is a standard deviation of 0.447), one value or (rows, columns); `centre` is its
@@ -67,7 +67,7 @@ def gumbel_scores(
     """Control: draw patches with Gaussian weights, without replacement. (B, N) -> scores (B, N).
 
     What GLIP's text could also mean and its authors' code does not do: the K highest of a log
-    weight plus Gumbel noise are K successive weighted draws (1903.06059, section 2).
+    weight plus Gumbel noise are K successive weighted draws (1903.06059, on Gumbel-top-k).
     """
     gumbel = -torch.log(-torch.log(noise.clamp(min=torch.finfo(noise.dtype).tiny)))
     return gumbel + log_gaussian(grid, sigma, centre, noise.device)[0]
@@ -86,7 +86,7 @@ def center_crop_scores(
 
 
 def grid_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
-    """CLIPA's grid mask (2305.07017, section 3), our reading: no code of theirs was released.
+    """CLIPA's grid mask (2305.07017, on image tokens), our reading: no code of it was released.
 
     Evenly spread: one patch of every cell of 2 x 2 at 75 %; at other ratios every cell gives
     equally many or one more, and the noise says which. noise (B, N) -> scores (B, N).
@@ -100,7 +100,7 @@ def grid_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def block_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
-    """CLIPA's block mask (2305.07017, section 3), our reading: no code of theirs was released.
+    """CLIPA's block mask (2305.07017, on image tokens), our reading: no code of it was released.
 
     One contiguous region around a random patch, as square as the picture's border allows: minus
     the Chebyshev distance to it; the noise breaks ties. noise (B, N) -> scores (B, N).
@@ -460,12 +460,12 @@ def truncate_text(noise: Tensor, lengths: Tensor) -> Tensor:
 
 
 def random_text(noise: Tensor, lengths: Tensor) -> Tensor:
-    """CLIPA's random text mask (2305.07017, section 3): every word is equally likely."""
+    """CLIPA's random text mask (2305.07017, on text tokens): every word is equally likely."""
     return noise
 
 
 def block_text(noise: Tensor, lengths: Tensor, keep: int) -> Tensor:
-    """CLIPA's block text mask (2305.07017, section 3): `keep` words in a row, from any one on."""
+    """CLIPA's block text mask (2305.07017, on text tokens): `keep` words in a row, anywhere."""
     free = (lengths - 2 - keep).clamp(min=0)[:, None]  # words that go
     first = 1 + (noise[:, :1] * (free + 1)).long()                             # (B, 1)
     place = torch.arange(noise.shape[1], device=noise.device)
@@ -475,7 +475,7 @@ def block_text(noise: Tensor, lengths: Tensor, keep: int) -> Tensor:
 def frequency_text(
     noise: Tensor, lengths: Tensor, word_shares: Tensor, text_threshold: float
 ) -> Tensor:
-    """CLIPF (2412.16148, section 3): frequent words are dropped more often. -> scores (B, T).
+    """CLIPF (2412.16148, method section): frequent words are dropped more often. -> scores (B, T).
 
     A word with the share f of all words goes with probability 1 - sqrt(t / f), t the
     text_threshold; that is subtracted from the noise, GLIP's rule for words. word_shares (B, T).
@@ -484,7 +484,7 @@ def frequency_text(
 
 
 def syntax_text(noise: Tensor, lengths: Tensor, word_classes: Tensor) -> Tensor:
-    """CLIPA's syntax mask (2305.07017, section 3): nouns stay first, adjectives, then the rest.
+    """CLIPA's syntax mask (2305.07017, on text tokens): nouns stay, then adjectives, then others.
 
     word_classes (B, T): 0 noun, 1 adjective, 2 other; inside a class the noise decides.
     """
