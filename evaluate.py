@@ -324,13 +324,14 @@ def draw_masks(
     ratio = own.mask_ratio or 0.75
     many = pairs.render(np.arange(len(pairs.concept))[:2000], None)
     noise = torch.from_numpy(data.noise(0, "gallery", 0, len(many), n))
-    fig = figure(1.1 * len(glip.MASKS) + 0.3, 1.1 * (len(picks) + 1.4))
-    axes = fig.subplots(len(glip.MASKS), len(picks) + 1, squeeze=False)
-    for row, mask in zip(axes, glip.MASKS, strict=True):
+    fig = figure(1.1 * (len(picks) + 1.5), 1.1 * len(glip.MASKS) + 0.4)
+    axes = fig.subplots(len(picks) + 1, len(glip.MASKS), squeeze=False)
+    for column, mask in zip(axes.T, glip.MASKS, strict=True):
+        column[0].set_title(mask, fontsize=9)
         masker = replace(own, mask=mask, mask_ratio=ratio, teacher=own.teacher or tower)
         masker = replace(masker, threshold=own.threshold if mask == own.mask else None)
         if masker.unmet():
-            row[0].set_title(f"{mask} needs {', '.join(masker.unmet())}", fontsize=7)
+            column[0].set_title(f"{mask} needs {', '.join(masker.unmet())}", fontsize=7)
             continue
         kept = torch.ones(len(many), n)
         if mask != "none":
@@ -339,14 +340,13 @@ def draw_masks(
             seen = [torch.ones_like(ids) if shown is None else shown for ids, shown in found]
             kept = torch.zeros(len(many), n).scatter_(1, ids_keep, torch.cat(seen).float())
         often = kept.mean(0)
-        for cell, i in zip(row, picks, strict=False):
+        for cell, i in zip(column, picks, strict=False):
             seen = kept[i].view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
             show(cell, torch.where(seen, many[i], torch.tensor(110, dtype=torch.uint8)))
-        heat = row[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
-        row[-1].set(xticks=[], yticks=[])
-        fig.colorbar(heat, ax=row[-1], shrink=0.8).ax.tick_params(labelsize=6)
-        row[0].set_ylabel(mask, fontsize=9)
-    axes[0, -1].set_title("share kept", fontsize=8)
+        heat = column[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
+        column[-1].set(xticks=[], yticks=[])
+    axes[-1, 0].set_ylabel("share kept", fontsize=8)
+    fig.colorbar(heat, ax=axes[-1, :], shrink=0.9, pad=0.01).ax.tick_params(labelsize=6)
     fig.suptitle(f"{ratio:.1%} masked, sigma {own.sigma} (a variance)", fontsize=9)
     return fig
 
@@ -404,7 +404,7 @@ def draw_all(run: Path, encoder: Encoder, test: object, config: dict, own: Maske
     if isinstance(test, Emoji):
         art = Emoji(config["data"], encoder.model.config.pixels[0], data.FREE_ART, "test")
     if len(art.concept):
-        picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:7]
+        picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
         figures["masks.png"] = draw_masks(art, picks, encoder, own)
     if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in data.FREE_ART):
         images = encoder.images(lambda ids: test.render(ids, None), len(test.concept))

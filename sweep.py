@@ -20,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -129,7 +130,13 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its folder and of its JSON: runs that serve both readings have one."""
-        return train.run_name(train.parse(list(self.flags)))
+        return name_of(self.flags)
+
+
+@cache
+def name_of(flags: tuple[str, ...]) -> str:
+    """The name of the run that these flags start."""
+    return train.run_name(train.parse(list(flags)))
 
 
 def planned(cost: dict) -> list[Run]:
