@@ -5,9 +5,11 @@
     loss    =  CLIP's, mean of the views  +  SimCLR between views  +  2 x BYOL to the teacher
 
 `train.py --mask attentive` alone is one view and the contrastive loss; `--aclip` is all of this.
-Where we differ from the published code: heads have LayerNorm instead of BatchNorm, so that results
-do not depend on the number of processes; views are crops of the training picture, without colour
-augmentation; patches are kept one by one, not in cells of 2 x 2.
+Where we differ from the published code: heads have two layers, with LayerNorm for BatchNorm, so
+that results do not depend on the number of processes; the teacher is the image tower and one head,
+with no text tower; views are crops of the training picture (of your own pictures: a crop already),
+without colour augmentation; patches are kept one by one, not in cells of 2 x 2. The patch
+projection is frozen as in theirs, until the unmasked tuning, which they have not.
 """
 
 import copy
@@ -22,8 +24,8 @@ from masks import scaled
 
 HIDDEN, OUT = 4096, 256  # the heads' widths
 TEMPERATURE, BYOL_WEIGHT = 0.1, 2.0
-CROP_SCALE = (0.5, 1.0)  # share of the picture's area that a view covers
-DRAWS = 8  # numbers that two crops use
+VIEW_SCALE = (0.5, 1.0)  # share of the picture's area that a view covers
+VIEW_DRAWS = 8  # numbers that two crops use
 
 
 class AClip(nn.Module):
@@ -69,8 +71,8 @@ def aclip_loss(
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
     """The whole loss of a batch, logit_scale, and None: no patch is hidden.
 
-    images (B, 3, H, W), tokens (B, T), noise (B, N), draws (B, DRAWS). `network` is `aclip`, in
-    DistributedDataParallel if there are several processes.
+    images (B, 3, H, W), tokens (B, T), noise (B, N), draws (B, VIEW_DRAWS). `network` is `aclip`,
+    in DistributedDataParallel if there are several processes.
     """
     config = aclip.model.config
     with torch.no_grad():
@@ -115,7 +117,7 @@ def byol_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 def crop_boxes(draws: Tensor) -> Tensor:
     """Random boxes, aspect 3/4 to 4/3: (top, left, height, width), shares. (B, 4) -> (B, 4)."""
-    area = CROP_SCALE[0] + draws[:, 0] * (CROP_SCALE[1] - CROP_SCALE[0])
+    area = VIEW_SCALE[0] + draws[:, 0] * (VIEW_SCALE[1] - VIEW_SCALE[0])
     aspect = (3 / 4) ** (1 - 2 * draws[:, 1])
     height, width = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
     top, left = draws[:, 2] * (1 - height), draws[:, 3] * (1 - width)

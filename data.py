@@ -411,9 +411,9 @@ class TextMask:
         self, text_mask: str, text_tokens: int, text_threshold: float, pairs: Emoji | Pictures
     ) -> None:
         self.text_mask, self.text_tokens = text_mask, text_tokens
-        self.needs = declared(TEXT_MASKS[text_mask])
+        self.inputs = declared(TEXT_MASKS[text_mask])
         self.text_threshold = text_threshold
-        self.shares = word_shares(pairs) if "word_shares" in self.needs else {}
+        self.shares = word_shares(pairs) if "word_shares" in self.inputs else {}
 
     def __call__(self, captions: list[str], noise: Tensor) -> Tensor:
         """n captions, noise (n, LONGEST) -> tokens (n, text_tokens)."""
@@ -426,7 +426,7 @@ class TextMask:
             ),
             "word_classes": lambda: per_token(captions, length, word_classes),
         }
-        inputs = {name: supply() for name, supply in supplies.items() if name in self.needs}
+        inputs = {name: supply() for name, supply in supplies.items() if name in self.inputs}
         noise = noise[:, :length]
         return mask_text(
             self.text_mask, tokens[:, :length], self.text_tokens, noise=noise, **inputs
@@ -451,8 +451,10 @@ def per_token(
 def word_shares(pairs: Emoji | Pictures) -> dict[str, float]:
     """Each word's share of all words in the training captions: one pass, kept in the cache."""
     counted = Counter(pairs.concept.tolist())
-    stated = repr([(pairs.captions[i], n) for i, n in sorted(counted.items())])
-    path = CACHE / f"words-{hashlib.sha256(stated.encode()).hexdigest()[:16]}.json"
+    key = hashlib.sha256()
+    for i, n in sorted(counted.items()):
+        key.update(f"{n} {pairs.captions[i]}\n".encode())
+    path = CACHE / f"words-{key.hexdigest()[:16]}.json"
     if not path.exists():
         counts = Counter()
         for i, n in counted.items():

@@ -10,6 +10,7 @@ retrieval.png. Pictures show Google's and Twitter's art only, whose licences all
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -105,17 +106,22 @@ class Encoder:
     @torch.inference_mode()
     def images(self, render: object, count: int, masker: Masker | None = None) -> Tensor:
         """image_features (count, E) of render(ids) -> (B, 3, S, S), under a mask if given."""
-        grid, features = self.model.config.grid, []
+        features = []
         for start in range(0, count, 256):
             ids = np.arange(start, min(start + 256, count))
-            images, keep = render(ids).to(self.device), (None, None)
+            images = render(ids).to(self.device)
+            keep = self.mask(images, start, masker) if masker else (None, None)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                if masker:
-                    noise = data.noise(0, "masked inference", start, len(ids), grid[0] * grid[1])
-                    noise = torch.from_numpy(noise).to(self.device)
-                    keep = masker(images, noise, self.model.visual)
                 features.append(self.model.encode_image(images, *keep).cpu())
         return torch.cat(features)
+
+    @torch.inference_mode()
+    def mask(self, images: Tensor, start: int, masker: Masker) -> tuple[Tensor, Tensor | None]:
+        """ids_keep and visible of pictures that stand from `start` on: always the same. (B, K)."""
+        n = math.prod(self.model.config.grid)
+        noise = torch.from_numpy(data.noise(0, "masked inference", start, len(images), n))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return masker(images, noise.to(self.device), self.model.visual)
 
     @torch.inference_mode()
     def texts(self, captions: list[str]) -> Tensor:
@@ -164,6 +170,21 @@ def retrieval(images: Tensor, texts: Tensor, concept: Tensor) -> dict:
     to_text, to_image = ranks(scores, right), ranks(scores.T, right.T)
     result = {f"image to text R@{k}": share(to_text, k) for k in (1, 5, 10)}
     return result | {f"text to image R@{k}": share(to_image, k) for k in (1, 5, 10)}
+
+
+def mask_shares(encoder: Encoder, pairs: Emoji | Pictures, masker: Masker) -> dict:
+    """What the mask does to the held-out pictures: shares of patches computed and seen."""
+    n, seen = math.prod(encoder.model.config.grid), []
+    for ids in np.array_split(np.arange(len(pairs.concept)), -(-len(pairs.concept) // 256)):
+        images = pairs.render(ids, None).to(encoder.device)
+        ids_keep, visible = encoder.mask(images, int(ids[0]), masker)
+        seen.append(torch.ones_like(ids_keep).sum(1) if visible is None else visible.sum(1))
+    seen = torch.cat(seen).double()
+    return {
+        "computed": ids_keep.shape[1] / n, "visible": seen.mean().item() / n,
+        "pictures of one patch": (seen == 1).double().mean().item(),
+        "threshold": masker.threshold,
+    }  # fmt: skip
 
 
 def quick(model: GLIP, pairs: Emoji | Pictures, device: torch.device, precision: str) -> dict:
@@ -322,8 +343,8 @@ def draw_masks(
     tower, grid = encoder.model.visual, encoder.model.config.grid
     p, n = encoder.model.config.patch_size, grid[0] * grid[1]
     ratio = own.mask_ratio or 0.75
-    many = pairs.render(np.arange(len(pairs.concept))[:2000], None)
-    noise = torch.from_numpy(data.noise(0, "gallery", 0, len(many), n))
+    many = pairs.render(np.arange(len(pairs.concept))[:2000], None).to(encoder.device)
+    noise = torch.from_numpy(data.noise(0, "gallery", 0, len(many), n)).to(encoder.device)
     fig = figure(1.1 * (len(picks) + 1.5), 1.1 * len(glip.MASKS) + 0.4)
     axes = fig.subplots(len(picks) + 1, len(glip.MASKS), squeeze=False)
     for column, mask in zip(axes.T, glip.MASKS, strict=True):
@@ -338,11 +359,12 @@ def draw_masks(
             found = [masker(*block, tower) for block in zip(many.split(256), noise.split(256))]
             ids_keep = torch.cat([ids for ids, _ in found])
             seen = [torch.ones_like(ids) if shown is None else shown for ids, shown in found]
-            kept = torch.zeros(len(many), n).scatter_(1, ids_keep, torch.cat(seen).float())
+            seen = torch.cat(seen).float()
+            kept = torch.zeros(len(many), n, device=seen.device).scatter_(1, ids_keep, seen).cpu()
         often = kept.mean(0)
         for cell, i in zip(column, picks, strict=False):
             seen = kept[i].view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
-            show(cell, torch.where(seen, many[i], torch.tensor(110, dtype=torch.uint8)))
+            show(cell, torch.where(seen, many[i].cpu(), torch.tensor(110, dtype=torch.uint8)))
         heat = column[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
         column[-1].set(xticks=[], yticks=[])
     axes[-1, 0].set_ylabel("share kept", fontsize=8)
@@ -397,15 +419,21 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def draw_all(run: Path, encoder: Encoder, test: object, config: dict, own: Masker) -> list[str]:
-    """Write the run's PNGs; art that may not be published is left out. Returns their names."""
+def draw_all(
+    run: Path, config: dict, encoder: Encoder, test: Emoji | Pictures, before: Encoder,
+    before_test: Emoji | Pictures, masker: Masker,
+) -> list[str]:  # fmt: skip
+    """Write the run's PNGs; art that may not be published is left out. Returns their names.
+
+    `encoder` has the final model, `before` the one that was trained under `masker`.
+    """
     figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
-    art = test
-    if isinstance(test, Emoji):
-        art = Emoji(config["data"], encoder.model.config.pixels[0], data.FREE_ART, "test")
+    art = before_test
+    if isinstance(art, Emoji):
+        art = Emoji(config["data"], before.model.config.pixels[0], data.FREE_ART, "test")
     if len(art.concept):
         picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
-        figures["masks.png"] = draw_masks(art, picks, encoder, own)
+        figures["masks.png"] = draw_masks(art, picks, before, masker)
     if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in data.FREE_ART):
         images = encoder.images(lambda ids: test.render(ids, None), len(test.concept))
         texts = encoder.texts(test.captions)
@@ -470,10 +498,11 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         if before.model.config != encoder.model.config:
             before_test = opened(image_size=before.model.config.pixels[0])[1]
     masker = Masker.restored(masked["mask"], before.model.visual)
-    tables = {}
+    tables, shares = {}, {}
     if len(test.concept):
         if masker.mask != "none":
             tables["masked inference"] = evaluate(before, before_test, masker)
+            shares = mask_shares(before, before_test, masker)
         if before is not encoder or not tuned:
             tables["full picture"] = evaluate(before, before_test)
         if tuned:
@@ -485,14 +514,14 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "counts": {**train.counts, "training pictures": len(train.concept),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
         "trained_on": content["machine"], "evaluated_on": machine(device),
-        "evaluation_bf16": encoder.bf16, "held_out": tables,
+        "evaluation_bf16": encoder.bf16, "mask_shares": shares, "held_out": tables,
     }  # fmt: skip
     if options.linear_probe:
         results["linear_probe"] = probe_all(encoder, run)
-    pictures = draw_all(run, encoder, test, config, masker)
     text = json.dumps(results, indent=1) + "\n"
     glip.write_bytes(run / "results.json", text.encode())
     print(describe(results))
+    pictures = draw_all(run, config, encoder, test, before, before_test, masker)
     print(f"wrote {run}/results.json, {', '.join(pictures)}")
     public = {f"{run.name}.json": run / "results.json"} if options.publish else {}
     public |= {name: run / name for name in pictures} if options.figures else {}
@@ -524,6 +553,12 @@ def describe(results: dict) -> str:
             lines.append(f"{metric:32}" + cells)
     else:
         lines.append("no picture was held out: too few for a twentieth of them")
+    if "visible" in results["mask_shares"]:
+        shares = results["mask_shares"]
+        lines.append(
+            f"masked inference computes {shares['computed']:.1%} of the patches and sees "
+            f"{shares['visible']:.1%}"
+        )
     for name, probe in results.get("linear_probe", {}).items():
         lines.append(
             f"linear probe, {name:19}{100 * probe['accuracy']:>16.1f} %   (C {probe['C']:g}, "

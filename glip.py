@@ -222,8 +222,10 @@ class Attention(nn.Module):
         (wq, wk, _), (bq, bk, _) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q = F.linear(x[:, :1], wq, bq).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = F.linear(x, wk, bk).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        logits = (q * q.shape[-1] ** -0.5) @ k.mT                              # (B, h, 1, T)
-        return logits.softmax(-1)[:, :, 0, 1:].mean(dim=1)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would tie patches, and masks
+            q, k = at_least_fp32(q), at_least_fp32(k)
+            logits = (q * q.shape[-1] ** -0.5) @ k.mT                          # (B, h, 1, T)
+            return logits.softmax(-1)[:, :, 0, 1:].mean(dim=1)
 
 
 class MLP(nn.Module):

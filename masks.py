@@ -123,6 +123,8 @@ def log_gaussian(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, tuple[float, float]]:  # fmt: skip
     """Log of a Gaussian weight whose peak is 1, at the patch centres (N,); sigma as a pair."""
+    if len(centre) != 2:
+        raise InputError(f"centre {centre} must be two numbers, row and column on [-1, 1]")
     pair = tuple(sigma) if isinstance(sigma, tuple | list) else (sigma, sigma)
     if len(pair) != 2 or not all(0 < s < math.inf for s in pair):
         raise InputError(f"sigma {sigma} is a variance and must be above 0: one value or two")
@@ -157,15 +159,14 @@ def cluster_scores(
     score above hidden ones, so those that K cannot hold are dropped by the noise, and free places
     are filled by hidden patches. `threshold` comes from similarity_threshold on a fixed sample;
     without it, from these pictures. embeddings (B, N, D), embedding_weight: their similarity's
-    share beside the pixels'. `min_mask_ratio` (default: mask_ratio - 0.2) sets K in sample_mask.
+    share beside the pixels'. min_mask_ratio (default: mask_ratio - 0.2) sets K, by which
+    sample_mask goes.
     """
     closest = closest_anchor(noise, grid, pixels, embeddings, embedding_weight)
     if threshold is None:
-        threshold = similarity_threshold(closest, mask_ratio)
-    hidden = closest > threshold
-    # A picture that is one single cluster keeps what is least similar, rather than nothing.
-    hidden &= closest > closest.amin(dim=1, keepdim=True)
-    return noise + ~hidden, hidden                                             # (B, N), (B, N)
+        threshold = similarity_threshold(closest, mask_ratio, min_mask_ratio)
+    visible = below(closest, threshold)
+    return noise + visible, ~visible                                           # (B, N), (B, N)
 
 
 def closest_anchor(
@@ -193,14 +194,31 @@ def closest_anchor(
     return found.amax(dim=1).scatter(1, anchors, math.inf)
 
 
-def similarity_threshold(closest: Tensor, mask_ratio: float) -> float:
-    """The threshold that hides a share of mask_ratio of all patches. closest (B, N) -> number.
+def below(closest: Tensor, threshold: float) -> Tensor:
+    """What is not more similar to an anchor than the threshold is visible. (B, N) -> (B, N) bool.
 
-    It is an order statistic, and what the paper's binary search comes close to.
+    A picture of which nothing would be visible shows what is least similar.
     """
-    ordered = closest.flatten().sort().values
-    visible = max(1, round(len(ordered) * (1 - mask_ratio)))
-    return ordered[visible - 1].item()
+    return closest <= closest.amin(dim=1, keepdim=True).clamp(min=threshold)
+
+
+def similarity_threshold(
+    closest: Tensor, mask_ratio: float, min_mask_ratio: float | None = None
+) -> float:
+    """The threshold under which 1 - mask_ratio of all patches are seen. closest (B, N) -> number.
+
+    Found by bisection, as in the paper. No picture shows more patches than its K places hold.
+    """
+    if mask_ratio < ANCHORS:
+        return math.inf  # not even anchors are hidden
+    n = closest.shape[1]
+    places = num_keep(n, share_skipped(mask_ratio, min_mask_ratio))
+    low, high = -1.0, 1.0
+    for _ in range(25):
+        middle = (low + high) / 2
+        seen = below(closest, middle).sum(dim=1).clamp(max=places).double().mean().item()
+        low, high = (middle, high) if seen < n * (1 - mask_ratio) else (low, middle)
+    return high
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,10 +266,17 @@ def declared(row: Callable) -> dict[str, bool]:
     return {p.name: p.default is p.empty for p in names}
 
 
-def apply_row(registry: dict, kind: str, name: str, first: tuple, inputs: dict) -> object:
+def apply_row(
+    registry: dict, kind: str, name: str, first: tuple, always: dict, inputs: dict
+) -> object:
     """Call a registry's row on what it declares; InputError names what is unknown or missing."""
     if name not in registry:
         raise InputError(f"unknown {kind} '{name}': choose one of {', '.join(registry)}")
+    known = sorted({key for row in registry.values() for key in declared(row)})
+    unknown = [key for key in inputs if key not in known]
+    if unknown:
+        raise InputError(f"no {kind} takes '{unknown[0]}': inputs are {', '.join(known)}")
+    inputs = {**inputs, **always}
     wanted = declared(registry[name])
     given = {key: inputs[key] for key in wanted if inputs.get(key) is not None}
     missing = [key for key, needed in wanted.items() if needed and key not in given]
@@ -285,13 +310,13 @@ def sample_mask(
         noise = torch.rand(batch, n, generator=generator, device=device)
     if tuple(noise.shape) != (batch, n):
         raise InputError(f"noise has shape {tuple(noise.shape)}, the mask needs {(batch, n)}")
-    inputs |= {"sigma": sigma, "mask_ratio": mask_ratio}
-    scores = apply_row(MASKS, "mask", mask, (noise, grid), inputs)
+    always = {"sigma": sigma, "mask_ratio": mask_ratio}
+    scores = apply_row(MASKS, "mask", mask, (noise, grid), always, inputs)
     scores, hidden = scores if isinstance(scores, tuple) else (scores, None)
     if mask == "none":
         k = n
     elif "min_mask_ratio" in declared(MASKS[mask]):
-        k = num_keep(n, min_mask_ratio(mask_ratio, inputs.get("min_mask_ratio")))
+        k = num_keep(n, share_skipped(mask_ratio, inputs.get("min_mask_ratio")))
     ids_keep = scores.topk(k, dim=1).indices                                   # (B, K)
     return ids_keep, None if hidden is None else ~hidden.gather(1, ids_keep)
 
@@ -301,9 +326,9 @@ def sample_ids_keep(*args: object, **kwargs: object) -> Tensor:
     return sample_mask(*args, **kwargs)[0]
 
 
-def min_mask_ratio(mask_ratio: float, given: float | None) -> float:
+def share_skipped(mask_ratio: float, min_mask_ratio: float | None) -> float:
     """Share never computed by a mask of varying size; Cluster Masking's is 0.3 at 0.5."""
-    return max(0.0, mask_ratio - 0.2) if given is None else given
+    return max(0.0, mask_ratio - 0.2) if min_mask_ratio is None else min_mask_ratio
 
 
 def patchify(images: Tensor, grid: tuple[int, int], ids_keep: Tensor | None = None) -> Tensor:
@@ -354,9 +379,9 @@ class Masker:
 
     def unmet(self) -> list[str]:
         """Inputs that the mask's row demands and that nobody here supplies."""
-        known = {f.name for f in fields(self)} | {"pixels", "embeddings", "attention"}
+        always = {"sigma", "mask_ratio", "centre", "pixels", "attention"}
         row = declared(MASKS[self.mask])
-        return [name for name, must in row.items() if must and name not in known]
+        return [name for name, must in row.items() if must and name not in always]
 
     def describe(self, grid: tuple[int, int]) -> str:
         """How much is kept of a grid's patches, in words."""
@@ -366,7 +391,7 @@ class Masker:
         k = num_keep(n, self.mask_ratio)
         text = f"mask {self.mask} keeps {k} of {n} patches ({1 - k / n:.1%} removed)"
         if self.needs("min_mask_ratio"):
-            k = num_keep(n, min_mask_ratio(self.mask_ratio, self.min_mask_ratio))
+            k = num_keep(n, share_skipped(self.mask_ratio, self.min_mask_ratio))
             text += f" on the average, and computes {k}"
         return text
 
@@ -382,14 +407,21 @@ class Masker:
             return None, None
         if self.needs("attention") and "attention" not in inputs and self.teacher:
             inputs["attention"] = self.attention(images, tower.config.grid)
-        if self.needs("embeddings") and self.embedding_weight:
-            inputs["embeddings"] = tower.project(patchify(images, tower.config.grid))
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        inputs = {**plain, "pixels": images, **inputs}
-        mask, mask_ratio = inputs.pop("mask"), inputs.pop("mask_ratio")
+        if self.needs("embeddings"):
+            inputs["embeddings"] = self.embeddings(images, tower)
+        settings = {"sigma", "centre", "min_mask_ratio", "embedding_weight", "threshold"}
+        plain = {name: getattr(self, name) for name in settings if self.needs(name)}
+        inputs = {**plain, **({"pixels": images} if self.needs("pixels") else {}), **inputs}
         return sample_mask(
-            mask, len(images), tower.config.grid, mask_ratio, noise=noise, **inputs
+            self.mask, len(images), tower.config.grid, self.mask_ratio, noise=noise, **inputs
         )
+
+    def embeddings(self, images: Tensor, tower: nn.Module) -> Tensor | None:
+        """All patches projected by the tower, in full precision, if weighted. (B, N, D)"""
+        if not self.embedding_weight:
+            return None
+        with torch.autocast(images.device.type, enabled=False):
+            return tower.project(patchify(images, tower.config.grid))
 
     def attention(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the teacher attends to, at the patches of `grid`. (B, 3, H, W) -> (B, N)."""
@@ -398,16 +430,15 @@ class Masker:
 
     @torch.no_grad()
     def find_threshold(self, blocks: Iterable[tuple[Tensor, Tensor]], tower: nn.Module) -> None:
-        """Set the threshold that hides mask_ratio of (pictures, noise) blocks on the average."""
-        closest = []
-        for images, noise in blocks:
-            embeddings = None
-            if self.embedding_weight:
-                embeddings = tower.project(patchify(images, tower.config.grid))
-            closest.append(
-                closest_anchor(noise, tower.config.grid, images, embeddings, self.embedding_weight)
+        """Set the threshold under which blocks of (pictures, noise) show 1 - mask_ratio of all."""
+        closest = torch.cat([
+            closest_anchor(
+                noise, tower.config.grid, images, self.embeddings(images, tower),
+                self.embedding_weight,
             )
-        self.threshold = similarity_threshold(torch.cat(closest), self.mask_ratio)
+            for images, noise in blocks
+        ])  # fmt: skip
+        self.threshold = similarity_threshold(closest, self.mask_ratio, self.min_mask_ratio)
 
     @torch.no_grad()
     def follow(self, tower: nn.Module, momentum: float) -> None:
@@ -424,11 +455,16 @@ class Masker:
 
     @staticmethod
     def restored(state: dict, tower: nn.Module) -> "Masker":
-        """The masker whose state() a checkpoint holds, beside its tower."""
-        masker = Masker(**{**state, "teacher": None})
-        if state["teacher"]:
-            masker.teacher = copy.deepcopy(tower).requires_grad_(False)
-            masker.teacher.load_state_dict(state["teacher"])
+        """The masker whose state() a checkpoint holds, beside its tower; else InputError."""
+        try:
+            masker = Masker(**{**state, "teacher": None})
+            if state["teacher"]:
+                masker.teacher = copy.deepcopy(tower).requires_grad_(False)
+                masker.teacher.load_state_dict(state["teacher"])
+        except (TypeError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint's mask is of another version ({type(error).__name__}): train again"
+            ) from None
         return masker
 
 
@@ -519,10 +555,13 @@ def mask_text(
         raise InputError(f"{text_tokens} text tokens leave no word between start and end: give 3")
     batch, length = tokens.shape
     if noise is None:
-        noise = torch.rand(batch, length, generator=generator)
+        device = generator.device if generator else tokens.device
+        noise = torch.rand(batch, length, generator=generator, device=device)
+    if tuple(noise.shape) != (batch, length):
+        raise InputError(f"noise has shape {tuple(noise.shape)}, the texts {(batch, length)}")
     ends = tokens.argmax(dim=1)  # the end token has the highest id              (B,)
-    inputs |= {"keep": text_tokens - 2}
-    scores = apply_row(TEXT_MASKS, "text mask", text_mask, (noise, ends + 1), inputs)
+    always = {"keep": text_tokens - 2}
+    scores = apply_row(TEXT_MASKS, "text mask", text_mask, (noise, ends + 1), always, inputs)
     place = torch.arange(length, device=tokens.device)
     scores = scores.float().masked_fill(place > ends[:, None], -math.inf)
     scores = scores.masked_fill((place == 0) | (place == ends[:, None]), math.inf)

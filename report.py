@@ -95,6 +95,8 @@ def budgets(cost: dict, ratios: tuple[float, ...]) -> list[tuple[str, str, str]]
         steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
         if steps == [full] * len(ratios):
             rows.append((mask, "steps", mask))
+        elif None in steps:
+            rows.append((mask, "steps", f"{mask}, equal steps"))
         else:
             rows.append((mask, "steps", f"{mask}, equal steps"))
             rows.append((mask, "time", f"{mask}, equal time ({', '.join(map(str, steps))} steps)"))
@@ -158,12 +160,12 @@ def cost_table(cost: dict) -> str:
         line = [mask]
         for ratio in ratios:
             row = seconds.get((mask, 0.0 if mask == "none" else ratio))
-            times = row["step"] / seconds["gaussian", ratio]["step"]
-            line.append(f"{times:.2f}")
+            times = row and row["step"] / seconds["gaussian", ratio]["step"]
+            line.append(f"{times:.2f}" if row else "not measured")
         for ratio in ratios:
-            row = seconds.get((mask, 0.0 if mask == "none" else ratio))
-            share = row["mask alone"] / row["step"]
-            line.append("-" if mask in ("none", sweep.SMALL) else f"{share:.2%}")
+            row = seconds.get((mask, ratio))
+            share = row and row["mask alone"] / row["step"]
+            line.append(f"{share:.2%}" if row and mask != sweep.SMALL else "-")
         rows.append(line)
     head = ["mask", *(f"step, times GLIP's, {ratio:.1%}" for ratio in ratios),
             *(f"mask alone, of its step, {ratio:.1%}" for ratio in ratios)]  # fmt: skip

@@ -60,8 +60,8 @@ def partner(ratio: float) -> int:
     return model.patch_size * round(patches**0.5)
 
 
-def measure_cost(threads: int, rounds: int = 8) -> dict:
-    """Seconds of a training step, and of its mask alone, for every mask and ratio, alternating."""
+def measure_cost(threads: int, masks: list[str], rounds: int = 8) -> dict:
+    """Seconds of a training step, and of its mask alone, for masks at every ratio, alternating."""
     torch.set_num_threads(threads)  # as many as a run will have
     config = train.parse(["--recipe", "compare", "--data", HOME])
     device = evaluate.pick_device("auto")
@@ -77,10 +77,13 @@ def measure_cost(threads: int, rounds: int = 8) -> dict:
         train.renew_mask(stage, model, changed, 0, device)
         return changed, stage, model, train.make_optimizers(model, changed)
 
-    variants = {("none", 0.0): variant("none", 0.0)}
-    for ratio in RATIOS:
-        variants |= {(m, ratio): variant(m, ratio) for m in glip.MASKS if m != "none"}
-        variants[SMALL, ratio] = variant("none", 0.0, partner(ratio))
+    variants = {}
+    for mask in masks:
+        for ratio in (0.0,) if mask == "none" else RATIOS:
+            small = mask == SMALL
+            variants[mask, ratio] = (
+                variant("none", 0.0, partner(ratio)) if small else variant(mask, ratio)
+            )
     steps = {key: [] for key in variants}
     masks = {key: [] for key in variants}
     for step in range(1, rounds + 3):
@@ -93,7 +96,11 @@ def measure_cost(threads: int, rounds: int = 8) -> dict:
             middle = time.perf_counter()
             train.renew_mask(stage, model, changed, step, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                stage.masker(batch[0].to(device), batch[2].to(device), model.visual)
+                ids_keep, _ = stage.masker(
+                    batch[0].to(device), batch[2].to(device), model.visual
+                )
+            if ids_keep is not None:
+                ids_keep[0, 0].item()  # waits for a GPU
             if step > 2:  # the first rounds warm up
                 steps[key].append(middle - start)
                 masks[key].append(time.perf_counter() - middle)
@@ -109,10 +116,36 @@ def measure_cost(threads: int, rounds: int = 8) -> dict:
     }  # fmt: skip
 
 
-def affordable(cost: dict, mask: str, ratio: float, steps: int) -> int:
-    """Steps under a mask that cost as much as `steps` of GLIP's at this ratio."""
+def complete_cost(cost: dict | None, threads: int) -> dict:
+    """The table of costs with what it lacks measured; what it has is not touched.
+
+    A new mask is measured beside GLIP's, and told in the seconds of the table's GLIP.
+    """
+    there = {row["mask"] for row in cost["seconds"]} if cost else set()
+    lacking = [mask for mask in (*glip.MASKS, SMALL) if mask not in there]
+    if not cost or not lacking:
+        return cost or measure_cost(threads, lacking)
+    new = measure_cost(threads, ["gaussian", *lacking])
+    for row in new["seconds"]:
+        glips = [
+            next(r["step"] for r in table["seconds"]
+                 if (r["mask"], r["mask_ratio"]) == ("gaussian", row["mask_ratio"]))
+            for table in (cost, new)
+        ]  # fmt: skip
+        if row["mask"] in lacking:
+            scale = glips[0] / glips[1]
+            row |= {name: row[name] * scale for name in ("step", "mask alone")}
+            cost["seconds"].append(row)
+    return cost
+
+
+def affordable(cost: dict, mask: str, ratio: float, steps: int) -> int | None:
+    """Steps under a mask that cost as much as `steps` of GLIP's; None: its cost is not known."""
     seconds = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost["seconds"]}
-    times = seconds[mask, 0.0 if mask == "none" else ratio] / seconds["gaussian", ratio]
+    own = seconds.get((mask, 0.0 if mask == "none" else ratio))
+    if own is None:
+        return None
+    times = own / seconds["gaussian", ratio]
     return steps if times < SAME else 4 * round(steps / times / 4)  # known no more finely
 
 
@@ -140,7 +173,10 @@ def name_of(flags: tuple[str, ...]) -> str:
 
 
 def planned(cost: dict) -> list[Run]:
-    """Every run, in the order of what it tells; masks of equal cost serve both readings."""
+    """Every run, in the order of what it tells; masks of equal cost serve both readings.
+
+    Where a mask's cost is not known, its runs at equal time are left out.
+    """
     config = train.parse(["--recipe", "compare"])
     size = GLIPConfig.named(config.model).image_size
     runs = []
@@ -154,6 +190,8 @@ def planned(cost: dict) -> list[Run]:
         steps = config.steps
         if equal == "time":
             steps = affordable(cost, mask, ratio, steps)
+            if steps is None:
+                return
         if steps != config.steps:
             flags += ["--steps", steps]
         words = ["--recipe", "compare", "--data", name, *map(str, flags), "--seed", str(seed)]
@@ -174,19 +212,20 @@ def run(name: str, flags: tuple[str, ...], threads: int) -> str | None:
     if (RESULTS / f"{name}.json").exists():
         return None
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    folder = ROOT / "runs" / name
+    folder = ROOT / "runs/sweep" / name
     if folder.exists() and not (folder / "model.pt").exists():
-        shutil.rmtree(folder)  # a run of ours that was interrupted
-    commands = [["evaluate.py", f"runs/{name}", "--publish"]]
+        shutil.rmtree(folder)  # a run of the sweep that was interrupted
+    commands = [["evaluate.py", f"runs/sweep/{name}", "--publish"]]
     if not folder.exists():
-        commands.insert(0, ["train.py", *flags, "--eval-every", "100000"])
+        out = ["--out", f"runs/sweep/{name}", "--eval-every", "100000"]
+        commands.insert(0, ["train.py", *flags, *out])
     start = time.perf_counter()
     for words in commands:
         done = subprocess.run(
             [sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True
         )
         if done.returncode:
-            return f"{name}: {done.stderr.strip().splitlines()[-1]}"
+            return f"{name}: {(done.stderr.strip() or f'exit {done.returncode}').splitlines()[-1]}"
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return None
 
@@ -195,15 +234,19 @@ def main() -> None:
     """The command line."""
     options = tyro.cli(SweepConfig, description=__doc__)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    path = RESULTS / "cost.json"
+    cost = json.loads(path.read_text()) if path.exists() else None
     try:
-        for name in (HOME, *AWAY):  # decode once, before runs share the cache
-            data.load(name, glip.SIZES[train.TrainConfig().model][0])
-        path = RESULTS / "cost.json"
-        if not path.exists():
-            text = json.dumps(measure_cost(threads), indent=1) + "\n"
-            glip.write_bytes(path, text.encode())
-        runs = planned(json.loads(path.read_text()))
-        runs = {run.name: run.flags for run in runs}
+        if not options.list:
+            commit = evaluate.machine(torch.device("cpu"))["commit"]
+            if not commit or commit.endswith("-dirty"):
+                raise InputError("results name the commit they come from: commit your changes")
+            for name in (HOME, *AWAY):  # decode once, before runs share the cache
+                data.load(name, glip.SIZES[train.TrainConfig().model][0])
+        if not options.list or not cost:
+            cost = complete_cost(cost, threads)
+            glip.write_bytes(path, (json.dumps(cost, indent=1) + "\n").encode())
+        runs = {run.name: run.flags for run in planned(cost)}
         if options.list:
             for name, flags in runs.items():
                 there = (RESULTS / f"{name}.json").exists()

@@ -185,7 +185,7 @@ def check(config: TrainConfig, world: int) -> None:
         if size % world:
             raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
     for name in ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"):
-        if not all(0 < value < math.inf for value in pair(getattr(config, name))):
+        if not all(0 < value < math.inf for value in as_tuple(getattr(config, name))):
             raise InputError(f"{flag_of(name)} must be above 0 and finite")
     for name in ("tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every"):
         if not 0 <= getattr(config, name) < math.inf:
@@ -206,12 +206,17 @@ def check(config: TrainConfig, world: int) -> None:
     for size in (config.image_size, config.tune_image_size):
         grid = GLIPConfig.named(config.model, size or None).grid
         glip.num_keep(grid[0] * grid[1], config.mask_ratio)
-        if config.min_mask_ratio is not None:
-            glip.num_keep(grid[0] * grid[1], config.min_mask_ratio)
+    if not 0 <= (config.min_mask_ratio or 0) <= config.mask_ratio:
+        raise InputError(
+            f"--min-mask-ratio {config.min_mask_ratio} is outside [0, --mask-ratio "
+            f"{config.mask_ratio}]"
+        )
     model, masker = GLIPConfig.named(config.model, config.image_size or None), masker_of(config)
-    if masker.needs("attention"):
-        side = [round(length * config.teacher_scale) for length in model.pixels]
-        _ = replace(model, image_size=tuple(side)).grid
+    if any(side * config.teacher_scale % model.patch_size for side in model.pixels):
+        raise InputError(
+            f"--teacher-scale {config.teacher_scale} of {model.image_size} pixels is not a "
+            f"multiple of the patch size {model.patch_size}: choose another scale"
+        )
     unmet = masker.unmet()
     if unmet:
         raise InputError(f"mask '{config.mask}' needs {', '.join(unmet)}, which train.py lacks")
@@ -220,7 +225,7 @@ def check(config: TrainConfig, world: int) -> None:
 CONTEXT = GLIPConfig().context_length
 
 
-def pair(value: float | tuple[float, float]) -> tuple[float, ...]:
+def as_tuple(value: float | tuple[float, float]) -> tuple[float, ...]:
     """One or two numbers as a tuple."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
@@ -268,12 +273,11 @@ def momentum_at(step: int, steps: int, start: float) -> float:
 
 
 def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
-    """The embeddings' weight where it changes, at EMBEDDING_STEPS even places; None elsewhere."""
-    every = math.ceil(steps / EMBEDDING_STEPS)
-    return last * step / steps if step % every == 0 else None
+    """The embeddings' weight where it changes, from 0 to `last` in eight steps; None elsewhere."""
+    places = [i for i in range(8) if round(i * steps / 8) == step]
+    return last * places[-1] / 7 if places else None
 
 
-EMBEDDING_STEPS = 8
 MUON_SCALE = 2.0  # Muon's learning rate in AdamW's, from the search told in the README
 
 
@@ -382,9 +386,13 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
         first = name == "pretrain"
         text_mask = None
         if first and config.text_mask != "none":
-            text_mask = TextMask(
-                config.text_mask, config.text_tokens, config.text_threshold, train
-            )
+            for turn in (rank == 0, rank > 0):  # the first counts words, then the others read
+                if turn:
+                    text_mask = TextMask(
+                        config.text_mask, config.text_tokens, config.text_threshold, train
+                    )
+                if world > 1:
+                    dist.barrier()
         if rank == 0:
             print(
                 f"{name}: {len(train.concept):,} pictures of {len(set(train.concept)):,} captions; "
@@ -392,7 +400,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 f"pictures left over), {steps} steps; {masker.describe(model.grid)}"
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
-        extra = aclip.DRAWS if first and config.aclip else 0
+        extra = aclip.VIEW_DRAWS if first and config.aclip else 0
         batches = Batches(train, order, model, rank, world, text_mask, extra)
         return Stage(
             name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
@@ -453,13 +461,14 @@ def renew_mask(
             network.follow(momentum)
     weight = embedding_weight_at(step, stage.steps, config.embedding_weight)
     if masker.needs("threshold") and weight is not None and (step == 0 or weight > 0):
-        masker.embedding_weight = weight
-        blocks = ((x.to(device) for x in block) for block in stage.batches.sample())
-        masker.find_threshold(blocks, tower)
-        if dist.is_initialized():  # the first's digits for all
-            agreed = torch.tensor(masker.threshold, dtype=torch.float64, device=device)
-            dist.broadcast(agreed, 0)
-            masker.threshold = agreed.item()
+        masker.embedding_weight, found = weight, [None]
+        if stage.batches.rank == 0:  # reads the sample, for all
+            blocks = ((x.to(device) for x in block) for block in stage.batches.sample())
+            masker.find_threshold(blocks, tower)
+            found = [masker.threshold]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found)
+        (masker.threshold,) = found
 
 
 def update(

@@ -58,7 +58,7 @@ def parts():
     masker.follow(network.model.visual, 0.9)
     images, tokens = torch.rand(4, 3, 32, 32), torch.randint(0, 49, (4, 6))
     tokens[:, -1] = 49
-    return network, masker, images, tokens, torch.rand(4, 16), torch.rand(4, aclip.DRAWS)
+    return network, masker, images, tokens, torch.rand(4, 16), torch.rand(4, aclip.VIEW_DRAWS)
 
 
 def test_the_loss_is_the_sum_that_the_paper_gives():

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -124,6 +125,7 @@ def test_the_readmes_diff_adds_a_mask(tmp_path):
             assert source.count(before) == 1
             source = source.replace(before, after)
         (tmp_path / script.name).write_text(source)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
     small = ["--image-size", "32", "--batch-size", "16", "--steps", "2", "--tune-epochs", "0"]
     for words in (["train.py", "--mask", "border", *small], ["evaluate.py"]):
         done = command(*words, cwd=tmp_path, path=tmp_path)
@@ -131,13 +133,15 @@ def test_the_readmes_diff_adds_a_mask(tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "masks.png").exists() and "mask border 75.0%" in done.stdout
     code = (
-        "import glip, sweep\n"
+        "import json, pathlib, glip, report, sweep\n"
         "often = glip.sample_ids_keep('border', 2000, 8, 0.75).flatten().bincount(minlength=64)\n"
         "assert often[0] > 500 > often[27], often\n"  # a quarter is what random masking keeps
-        "row = {'step': 1.0, 'mask alone': 0.0}\n"
-        "rows = [{'mask': m, 'mask_ratio': r, **row} for m in (*glip.MASKS, sweep.SMALL)\n"
-        "        for r in (0.0, *sweep.RATIOS)]\n"
-        "assert 'border' in {run.mask for run in sweep.planned({'seconds': rows})}\n"
+        "cost = json.loads(pathlib.Path('results/cost.json').read_text())\n"
+        "known = sweep.planned(cost)\n"
+        "assert {run.equal for run in known if run.mask == 'border'} == {'steps'}\n"
+        "results = report.load_results(pathlib.Path('results'))\n"
+        "assert '| border, equal steps | not run' in report.compare_table(results, cost)\n"
+        "assert '| border | not measured' in report.cost_table(cost)\n"
     )
     done = command("-c", code, cwd=tmp_path, path=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

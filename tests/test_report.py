@@ -1,6 +1,7 @@
 """Tables and budgets on made-up results whose means, ranges and steps are known."""
 
 import itertools
+import subprocess
 
 import glip
 import report
@@ -91,6 +92,58 @@ def test_tables_show_means_ranges_and_what_is_missing():
     assert row in third.splitlines() and "| small pictures | 50.0% | - | 1.0 (0.5-1.5)" in third
     whole = report.compare_table(results, cost)
     assert f"{len(values) - len(missing)} of {len(values)} runs; 2 cores of c" in whole
+
+
+def test_a_new_masks_cost_is_measured_beside_glips(monkeypatch):
+    """And told in the seconds of the table; what the table has is not touched."""
+    cost, asked = made_up_cost(), []
+    old = [dict(row) for row in cost["seconds"]]
+
+    def measured(threads, masks):
+        asked.extend(masks)
+        steps = {"gaussian": 10.0, "border": 15.0}
+        return {"seconds": [{"mask": m, "mask_ratio": r, "step": steps[m], "mask alone": 1.0}
+                            for m in masks for r in sweep.RATIOS]}  # fmt: skip
+
+    monkeypatch.setattr(sweep, "measure_cost", measured)
+    assert sweep.complete_cost(cost, 1) is cost and asked == []
+    monkeypatch.setitem(glip.MASKS, "border", None)
+    assert "border" not in {run.mask for run in sweep.planned(cost) if run.equal == "time"}
+    cost = sweep.complete_cost(cost, 1)
+    assert asked == ["gaussian", "border"] and cost["seconds"][: len(old)] == old
+    new = {row["mask_ratio"]: row["step"] for row in cost["seconds"][len(old) :]}
+    assert new == {0.5: 6.0, 0.75: 3.0, 0.918: 1.5}
+    assert sweep.affordable(cost, "border", 0.75, 450) == 300
+
+
+def test_costs_are_measured(monkeypatch):
+    """Two masks for one round: rows for every ratio, of real steps."""
+    monkeypatch.setattr(sweep, "RATIOS", (0.75,))
+    found = sweep.measure_cost(1, ["gaussian", "none", sweep.SMALL], rounds=1)
+    rows = {(row["mask"], row["mask_ratio"]): row for row in found["seconds"]}
+    assert rows.keys() == {("gaussian", 0.75), ("none", 0.0), (sweep.SMALL, 0.75)}
+    assert all(0 <= row["mask alone"] < row["step"] for row in rows.values())
+
+
+def test_a_run_of_the_sweep_is_started_once_and_its_failure_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    started = []
+
+    def pretend(words, **_):
+        started.append(words[1:])
+        failed = "evaluate.py" in words
+        return subprocess.CompletedProcess(words, -9 if failed else 0, "", "")
+
+    monkeypatch.setattr(sweep.subprocess, "run", pretend)
+    flags = ("--recipe", "compare", "--seed", "1")
+    told = sweep.run("compare_seed=1", flags, 1)
+    assert told == "compare_seed=1: exit -9"
+    assert started[0][: 1 + len(flags)] == ["train.py", *flags]
+    assert started[1] == ["evaluate.py", "runs/sweep/compare_seed=1", "--publish"]
+    (tmp_path / "results/compare_seed=1.json").touch()
+    assert sweep.run("compare_seed=1", flags, 1) is None and len(started) == 2
 
 
 def test_costs_are_ratios():
