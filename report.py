@@ -41,14 +41,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine_line(runs: list[dict]) -> str:
-    """Where, with what, and on which commit the runs were made."""
-    made = {
-        f"{m['cores']} cores of {m['cpu']}, {m['memory_gib']:.0f} GiB, torch "
-        f"{m['versions']['torch']}, {'bf16' if r['bf16'] else 'fp32'}, commit {m['commit']}"
-        for r in runs
-        for m in [r["trained_on"]]
-    }
-    return "; ".join(sorted(made))
+    """Where, with what, and on which commits the runs were made."""
+    made = defaultdict(set)
+    for r in runs:
+        m = r["trained_on"]
+        where = f"{m['cores']} cores of {m['cpu']}, {m['memory_gib']:.0f} GiB"
+        with_what = f"torch {m['versions']['torch']}, {'bf16' if r['bf16'] else 'fp32'}"
+        made[f"{where}, {with_what}"].add(m["commit"])
+    return "; ".join(
+        f"{machine}, commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))}"
+        for machine, commits in sorted(made.items())
+    )
 
 
 def demo_table(results: list[dict]) -> str:
@@ -140,13 +143,34 @@ def stage_table(results: list[dict], cost: dict) -> str:
     return table(["mask", "masked", *(f"{c}, top-1" for c in columns)], rows)
 
 
+def share_lines(results: list[dict], cost: dict) -> str:
+    """What masks whose size varies really compute and show, in masked inference."""
+    published, lines = {r["name"]: r.get("mask_shares") for r in results}, []
+    found = defaultdict(list)
+    for run in sweep.planned(cost):
+        shares = published.get(run.name)
+        if shares and run.equal == "steps" and shares["computed"] != shares["visible"]:
+            found[run.data, run.mask, run.ratio].append(shares)
+    for (name, mask, ratio), runs in sorted(found.items()):
+        computed, visible, one = (
+            statistics.mean(r[key] for r in runs)
+            for key in ("computed", "visible", "pictures of one patch")
+        )
+        lines.append(
+            f"- `{mask}` at {ratio:.1%} on {name} computes {computed:.1%} of the patches, shows "
+            f"{visible:.1%}, and of {one:.0%} of the held-out pictures a single one."
+        )
+    return "\n".join(lines)
+
+
 def compare_table(results: list[dict], cost: dict) -> str:
-    """All three tables of the sweep, and where its runs were made."""
+    """All tables of the sweep, and where its runs were made."""
     names = {run.name for run in sweep.planned(cost)}
     runs = [r for r in results if r["name"] in names]
     if not runs:
         return "Not run."
     parts = [ratio_table(results, cost), set_table(results, cost), stage_table(results, cost)]
+    parts += [share_lines(results, cost)] if share_lines(results, cost) else []
     parts.append(f"{len(runs)} of {len(names)} runs; {machine_line(runs)}.")
     return "\n\n".join(parts)
 

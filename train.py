@@ -607,8 +607,9 @@ class Report:
 def command() -> str:
     """The command line that made this run, without folders of this machine."""
     words = [Path(sys.argv[0]).name, *(re.sub(r"(^|=)/\S*/(?=.)", r"\1", w) for w in sys.argv[1:])]
-    world = os.environ.get("WORLD_SIZE")
-    launcher = f"torchrun --nproc_per_node {world}" if world else "python"
+    world, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = f"--nnodes {world // local} " if local and world > local else ""
+    launcher = f"torchrun {nodes}--nproc_per_node {local or world}" if world else "python"
     return f"{launcher} {shlex.join(words)}"
 
 

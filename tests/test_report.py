@@ -32,7 +32,10 @@ def made_up(name, top1):
         "full picture": {"zero-shot top-1": top1 / 2}, "after tuning": column,
     }  # fmt: skip
     machine = {"cores": 2, "cpu": "c", "memory_gib": 8, "versions": {"torch": "2"}, "commit": "abc"}
-    return {"name": name, "held_out": tables, "trained_on": machine, "bf16": True}
+    shares = {"computed": 0.5, "visible": top1, "pictures of one patch": 0.1}
+    shares = shares if "cluster" in name else {**shares, "visible": 0.5}
+    return {"name": name, "held_out": tables, "trained_on": machine, "bf16": True,
+            "mask_shares": shares}  # fmt: skip
 
 
 def test_the_sweep_is_what_it_says():
@@ -91,6 +94,8 @@ def test_tables_show_means_ranges_and_what_is_missing():
     row = "| gaussian | 75.0% | 4.4 (4.2-4.6) | 11.0 (10.5-11.5) | 22.0 (21.0-23.0) |"
     assert row in third.splitlines() and "| small pictures | 50.0% | - | 1.0 (0.5-1.5)" in third
     whole = report.compare_table(results, cost)
+    assert "- `cluster` at 50.0% on scenes-center computes 50.0% of the patches, shows 2.0%" in whole
+    assert "`random` at" not in whole
     assert f"{len(values) - len(missing)} of {len(values)} runs; 2 cores of c" in whole
 
 

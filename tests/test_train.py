@@ -98,6 +98,8 @@ def test_the_recorded_command_names_no_folder_of_the_machine(monkeypatch):
     assert train.command() == "python train.py --data pics --out=run --data=own/pics"
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert train.command().startswith("torchrun --nproc_per_node 8 train.py")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train.command().startswith("torchrun --nnodes 2 --nproc_per_node 4 train.py")
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
