@@ -94,7 +94,7 @@ def test_tables_show_means_ranges_and_what_is_missing():
     row = "| gaussian | 75.0% | 4.4 (4.2-4.6) | 11.0 (10.5-11.5) | 22.0 (21.0-23.0) |"
     assert row in third.splitlines() and "| small pictures | 50.0% | - | 1.0 (0.5-1.5)" in third
     whole = report.compare_table(results, cost)
-    assert "- `cluster` at 50.0% on scenes-center computes 50.0% of the patches, shows 2.0%" in whole
+    assert "`cluster` at 50.0% on scenes-center computes 50.0% of the patches, shows 2.0%" in whole
     assert "`random` at" not in whole
     assert f"{len(values) - len(missing)} of {len(values)} runs; 2 cores of c" in whole
 
