@@ -553,8 +553,8 @@ def describe(results: dict) -> str:
             lines.append(f"{metric:32}" + cells)
     else:
         lines.append("no picture was held out: too few for a twentieth of them")
-    if "visible" in results["mask_shares"]:
-        shares = results["mask_shares"]
+    shares = results["mask_shares"]
+    if shares and shares["visible"] != shares["computed"]:
         lines.append(
             f"masked inference computes {shares['computed']:.1%} of the patches and sees "
             f"{shares['visible']:.1%}"
