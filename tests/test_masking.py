@@ -370,22 +370,27 @@ def test_a_picture_that_is_one_cluster_still_shows_something():
     assert visible.any(dim=1).all()
 
 
-def test_nothing_attends_to_a_filler():
+@pytest.mark.parametrize("mask", MASKS)
+def test_nothing_attends_to_what_is_not_seen(mask):
     """Other pixels in hidden patches change no bit of the features; in visible ones they do."""
     torch.manual_seed(0)
     model, images, noise = GLIP(TINY).eval(), photographs(6), noise_of(6, 64)
-    ids, visible = sample_mask("cluster", 6, 8, 0.75, noise=noise, pixels=images)
-    assert not visible.all() and visible.any(dim=1).all()
+    inputs = {**inputs_of(6, 8), "pixels": images}
+    ids, visible = sample_mask(mask, 6, 8, 0.75, noise=noise, **inputs)
+    assert visible is not None or mask != "cluster"
+    visible = torch.ones_like(ids, dtype=torch.bool) if visible is None else visible
+    assert visible.any(dim=1).all()
 
     def repainted(chosen):
-        patch = torch.zeros(6, 64, dtype=torch.bool).scatter_(1, ids, chosen).view(6, 1, 8, 8)
-        where = patch.repeat_interleave(4, 2).repeat_interleave(4, 3)
+        where = chosen.view(6, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
         return torch.where(where, 255 - images, images)
+
+    seen = torch.zeros(6, 64, dtype=torch.bool).scatter_(1, ids, visible)
 
     with torch.no_grad():
         plain = model.encode_image(images, ids, visible)
-        assert torch.equal(plain, model.encode_image(repainted(~visible), ids, visible))
-        assert not torch.equal(plain, model.encode_image(repainted(visible), ids, visible))
+        assert torch.equal(plain, model.encode_image(repainted(~seen), ids, visible))
+        assert not torch.equal(plain, model.encode_image(repainted(seen), ids, visible))
         seen_alone = torch.stack([  # and fillers change nothing beside rounding
             model.encode_image(images[i : i + 1], ids[i : i + 1, visible[i]])[0] for i in range(6)
         ])  # fmt: skip
