@@ -315,7 +315,8 @@ def draw_curves(run: Path) -> object:
         losses = [(start + r["step"], r["loss"]) for r in rows if "loss" in r]
         scores = [(start + r["step"], r) for r in rows if "loss" not in r]
         if losses:
-            left.plot(*zip(*losses, strict=True), color=colour, label=stage)
+            dots = "." if len(losses) < 3 else None  # a line of one point is invisible
+            left.plot(*zip(*losses, strict=True), color=colour, label=stage, marker=dots)
             guess = next(r["ln_batch"] for r in rows if "ln_batch" in r)
             left.hlines(guess, start, losses[-1][0], colors=BAD, linestyles="--")
         for name, line in (("top-1", "-"), ("top-5", ":"), ("text R@1", "-"), ("text R@5", ":")):
@@ -462,7 +463,10 @@ class EvaluateConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
 
 
-SETTINGS = {"data", "vendors", "held_out", "mask", "mask_ratio", "seed", "out", "model"}
+SETTINGS = {
+    "data", "vendors", "held_out", "mask", "mask_ratio", "seed", "out", "model", "aclip",
+    "text_mask",
+}  # fmt: skip
 
 
 def last_run() -> Path:
@@ -543,7 +547,9 @@ def describe(results: dict) -> str:
     tables, config = results["held_out"], results["config"]
     lines = [
         f"{results['name']}: {config['model']}, {config['data']}, mask {config['mask']} "
-        f"{config['mask_ratio']:.1%}, seed {config['seed']}; "
+        f"{config['mask_ratio']:.1%}{', A-CLIP' * config['aclip']}, "
+        + f"text mask {config['text_mask']}, " * (config["text_mask"] != "none")
+        + f"seed {config['seed']}; "
         f"{results['counts']['held-out pictures']:,} held-out pictures"
     ]
     if tables:

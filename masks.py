@@ -16,6 +16,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -313,6 +314,9 @@ def sample_mask(
     always = {"sigma": sigma, "mask_ratio": mask_ratio}
     scores = apply_row(MASKS, "mask", mask, (noise, grid), always, inputs)
     scores, hidden = scores if isinstance(scores, tuple) else (scores, None)
+    if scores.shape != noise.shape:
+        shape = tuple(scores.shape)
+        raise InputError(f"mask '{mask}' gave scores {shape} for {(batch, n)} patches")
     if mask == "none":
         k = n
     elif "min_mask_ratio" in declared(MASKS[mask]):
@@ -373,15 +377,16 @@ class Masker:
     threshold: float | None = None  # cluster's, found by find_threshold
     teacher: nn.Module | None = None  # attentive's, made by follow
 
+    SUPPLIED: ClassVar = {"sigma", "mask_ratio", "centre", "pixels", "attention"}
+
     def needs(self, name: str) -> bool:
         """Whether the mask's row declares an input of this name."""
         return name in declared(MASKS[self.mask])
 
     def unmet(self) -> list[str]:
         """Inputs that the mask's row demands and that nobody here supplies."""
-        always = {"sigma", "mask_ratio", "centre", "pixels", "attention"}
         row = declared(MASKS[self.mask])
-        return [name for name, must in row.items() if must and name not in always]
+        return [name for name, must in row.items() if must and name not in self.SUPPLIED]
 
     def describe(self, grid: tuple[int, int]) -> str:
         """How much is kept of a grid's patches, in words."""

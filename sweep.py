@@ -2,6 +2,7 @@
 
     python sweep.py            runs what results/ lacks; about five hours on two cores
     python sweep.py --jobs 1   one run at a time, on all cores
+    python sweep.py --masks border gaussian     these masks alone
     python sweep.py --list     prints the runs, and which of them results/ has
 
 Interrupt it when you like: finished runs are skipped, an unfinished one starts again.
@@ -50,6 +51,7 @@ class SweepConfig:
     """Run what is missing of the comparison of masks."""
 
     jobs: int = 2  # runs at a time, sharing the cores
+    masks: tuple[str, ...] = ()  # only these, of the registry or "small pictures" (default: all)
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the runs, start none
 
 
@@ -246,7 +248,12 @@ def main() -> None:
         if not options.list or not cost:
             cost = complete_cost(cost, threads)
             glip.write_bytes(path, (json.dumps(cost, indent=1) + "\n").encode())
-        runs = {run.name: run.flags for run in planned(cost)}
+        unknown = [mask for mask in options.masks if mask not in (*glip.MASKS, SMALL)]
+        if unknown:
+            choices = ", ".join((*glip.MASKS, f"'{SMALL}'"))
+            raise InputError(f"--masks {unknown[0]}: choose from {choices}")
+        wanted = options.masks or (*glip.MASKS, SMALL)
+        runs = {run.name: run.flags for run in planned(cost) if run.mask in wanted}
         if options.list:
             for name, flags in runs.items():
                 there = (RESULTS / f"{name}.json").exists()

@@ -22,6 +22,7 @@ import re
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -144,6 +145,8 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         raise InputError("--epochs must be above 0; give --steps to count in steps")
     if "steps" in given:
         config = replace(config, epochs=0.0)
+    if config.data and config.data not in EMBEDDED and given & {"vendors", "held_out"}:
+        raise InputError(f"--vendors and --held-out are for emoji, not for --data {config.data}")
     if config.mask == "none":
         if "mask_ratio" in given and config.mask_ratio != 0:
             raise InputError("--mask none keeps every patch: leave --mask-ratio out")
@@ -219,7 +222,10 @@ def check(config: TrainConfig, world: int) -> None:
         )
     unmet = masker.unmet()
     if unmet:
-        raise InputError(f"mask '{config.mask}' needs {', '.join(unmet)}, which train.py lacks")
+        raise InputError(
+            f"mask '{config.mask}' needs {', '.join(unmet)}, which nothing here supplies: it can "
+            f"have {', '.join(sorted(masker.SUPPLIED))}"
+        )
 
 
 CONTEXT = GLIPConfig().context_length
@@ -250,9 +256,10 @@ def run_name(config: TrainConfig) -> str:
             continue
         value = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
         value = Path(value).name if field.name == "data" else value
-        value = re.sub(r"[^\w.-]+", "-", value).strip("-")
+        value = re.sub(r"[^\w.-]+", "-", value)
         parts.append(f"{field.name.replace('_', '-')}={value}")
-    return "_".join(parts)[:200]
+    name = "_".join(parts)
+    return name if len(name) <= 200 else f"{name[:190]}-{zlib.crc32(name.encode()):08x}"
 
 
 # ------------------------------------------------------------------------------------------------

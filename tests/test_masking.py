@@ -186,6 +186,7 @@ def test_weighted_sampling_keeps_the_rim_six_times_less_often():
     rim[1:-1, 1:-1] = False
     added, weighted = (keep_map(mask, 0.5, 0.1)[rim].mean() for mask in ("gaussian", "gumbel"))
     assert 5 < added / weighted < 7
+    assert keep_map("gumbel", 0.918)[rim].mean() > 0.005 > keep_map("gaussian", 0.918)[rim].mean()
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
@@ -482,6 +483,9 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
         sample_mask("bright", 1, 2, 0.25)
     monkeypatch.setitem(MASKS, "deep", lambda noise, grid, sigma, depth, threshold: noise)
     assert Masker("deep", 0.5).unmet() == ["depth", "threshold"]
+    monkeypatch.setitem(MASKS, "short", lambda noise, grid: noise[:, :3])
+    with pytest.raises(InputError, match="'short' gave scores \\(1, 3\\) for \\(1, 4\\) patches"):
+        sample_mask("short", 1, 2, 0.25)
 
 
 @pytest.mark.parametrize(

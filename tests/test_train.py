@@ -72,6 +72,9 @@ def test_run_names_tell_what_differs_and_have_no_clock():
     assert run_name(TrainConfig(data="../me/my pictures/list.csv")) == "demo_data=list.csv"
     wide = TrainConfig(sigma=(0.2, 0.8), mask_center=(0.5, -0.5))
     assert run_name(wide) == "demo_sigma=0.2-0.8_mask-center=0.5--0.5"
+    assert run_name(replace(wide, mask_center=(-0.5, -0.5))) != run_name(wide)
+    long = [run_name(TrainConfig(data="x" * 300, seed=seed)) for seed in (1, 2)]
+    assert long[0] != long[1] and max(map(len, long)) <= 200
 
 
 def test_sigma_is_one_value_or_two():
@@ -374,6 +377,7 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--mask", "none", "--mask-ratio", "0.5"], "leave --mask-ratio out"),
         (["--mask", "random", "--sigma", "0.3"], "--sigma does nothing under --mask random"),
         (["--aclip"], "--aclip does nothing under --mask gaussian"),
+        (["--data", "mine/", "--vendors", "Goog"], "--vendors and --held-out are for emoji"),
         (["--sigma", "0.3", "-1"], "--sigma must be above 0"),
         (["--mask-center", "0", "2"], "--mask-center (0.0, 2.0) lies outside the picture"),
         (["--mask", "cluster", "--min-mask-ratio", "0.9"], "--min-mask-ratio 0.9 is outside"),
