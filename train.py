@@ -453,7 +453,7 @@ def run_stage(
         found = update(parallel, optimizers, batch, stage, lr, device, bf16)
         model.clamp_logit_scale()
         report.step(step, *found, lr)
-    model.visual.conv1.weight.requires_grad_(True)  # which A-CLIP froze
+    model.requires_grad_(True)  # A-CLIP froze the patch projection
 
 
 def renew_mask(

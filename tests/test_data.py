@@ -411,3 +411,13 @@ def test_bad_input_is_told(tmp_path, cache):
         data.load("emoji", 16, ("Googel",))
     with pytest.raises(InputError, match="Twtr is held out"):
         data.load("emoji", 16, ("Goog", "Twtr"))
+
+
+def test_a_cache_that_something_cut_is_made_anew(tmp_path):
+    path, made = tmp_path / "deep/a.json", []
+    for content in (None, '{"a": 1', ""):
+        if content is not None:
+            path.write_text(content)
+        assert data.cached(path, lambda: made.append(1) or {"a": len(made)}) == {"a": len(made)}
+    assert len(made) == 3 and data.cached(path, dict) == {"a": 3}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
