@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test sweep readme setup
+.PHONY: demo test proof sweep readme setup
 
 demo: setup
 	test -f runs/demo/model.pt || $(RUN) train.py
@@ -12,6 +12,11 @@ demo: setup
 test: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
+
+# What takes too long for `make test`; its numbers go to results/.
+proof: setup
+	$(RUN) -m pytest -m proof
+	$(RUN) bench.py
 
 # The comparison of masks in the README: about five hours on two cores, in as many sittings as you
 # like; finished runs are skipped.

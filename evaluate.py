@@ -27,7 +27,7 @@ from torch import Tensor
 
 import data
 import glip
-from data import Emoji, Pictures
+from data import Emoji, HeldOut
 from glip import GLIP, InputError, Masker
 
 # ------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def retrieval(images: Tensor, texts: Tensor, concept: Tensor) -> dict:
     return result | {f"text to image R@{k}": share(to_image, k) for k in (1, 5, 10)}
 
 
-def mask_shares(encoder: Encoder, pairs: Emoji | Pictures, masker: Masker) -> dict:
+def mask_shares(encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker) -> dict:
     """What the mask does to the held-out pictures: shares of patches computed and seen."""
     n, seen = math.prod(encoder.model.config.grid), []
     for ids in np.array_split(np.arange(len(pairs.concept)), -(-len(pairs.concept) // 256)):
@@ -187,19 +187,19 @@ def mask_shares(encoder: Encoder, pairs: Emoji | Pictures, masker: Masker) -> di
     }  # fmt: skip
 
 
-def quick(model: GLIP, pairs: Emoji | Pictures, device: torch.device, precision: str) -> dict:
+def quick(model: GLIP, pairs: Emoji | HeldOut, device: torch.device, precision: str) -> dict:
     """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
     if not len(pairs.concept):
         return {}
     full = evaluate(Encoder(model, device, precision), pairs)
     names = ("zero-shot top-1", "zero-shot top-5")
-    if isinstance(pairs, Pictures):
+    if isinstance(pairs, HeldOut):
         names = ("image to text R@1", "image to text R@5", "text to image R@5")
     return {name: full[name] for name in names}
 
 
 def evaluate(
-    encoder: Encoder, pairs: Emoji | Pictures, masker: Masker | None = None
+    encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker | None = None
 ) -> dict:
     """Zero-shot (emoji) and retrieval of the held-out pairs, under a mask if given."""
     images = encoder.images(lambda ids: pairs.render(ids, None), len(pairs.concept), masker)
@@ -334,7 +334,7 @@ def draw_curves(run: Path) -> object:
 
 
 def draw_masks(
-    pairs: Emoji | Pictures, picks: np.ndarray, encoder: Encoder, own: Masker
+    pairs: Emoji | HeldOut, picks: np.ndarray, encoder: Encoder, own: Masker
 ) -> object:
     """Every mask of the registry on the same pictures, and how often it keeps each patch.
 
@@ -374,7 +374,7 @@ def draw_masks(
     return fig
 
 
-def draw_top5(pairs: Emoji | Pictures, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
+def draw_top5(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
     """Held-out pictures with the five captions the model finds likeliest, the right one in blue."""
     columns, rows = 6, -(-len(picks) // 6)
     fig = figure(2.25 * rows, 1.75 * columns, top=0.99, bottom=0.5 / rows, hspace=0.75)
@@ -393,7 +393,7 @@ def draw_top5(pairs: Emoji | Pictures, images: Tensor, texts: Tensor, picks: np.
 
 
 def draw_retrieval(
-    pairs: Emoji | Pictures, images: Tensor, texts: Tensor, picks: np.ndarray
+    pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray
 ) -> object:
     """Captions and the pictures found for them, best first, the right ones framed."""
     columns = 8
@@ -421,8 +421,8 @@ def shorten(text: str, length: int) -> str:
 
 
 def draw_all(
-    run: Path, config: dict, encoder: Encoder, test: Emoji | Pictures, before: Encoder,
-    before_test: Emoji | Pictures, masker: Masker,
+    run: Path, config: dict, encoder: Encoder, test: Emoji | HeldOut, before: Encoder,
+    before_test: Emoji | HeldOut, masker: Masker,
 ) -> list[str]:  # fmt: skip
     """Write the run's PNGs; art that may not be published is left out. Returns their names.
 
@@ -431,7 +431,7 @@ def draw_all(
     figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
     art = before_test
     if isinstance(art, Emoji):
-        art = Emoji(config["data"], before.model.config.pixels[0], data.FREE_ART, "test")
+        art = Emoji(before_test.name, before.model.config.pixels[0], data.FREE_ART, "test")
     if len(art.concept):
         picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
         figures["masks.png"] = draw_masks(art, picks, before, masker)
@@ -489,8 +489,10 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     if record - content.keys() or SETTINGS - config.keys():
         raise InputError(f"{run}/model.pt holds no full training record; name a run of train.py")
     encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), device, options.precision)
-    opened = partial(data.load, config["data"], vendors=tuple(config["vendors"]),
-                     held_out=config["held_out"])  # fmt: skip
+    opened = partial(
+        data.load, config["data"], vendors=tuple(config["vendors"]), held_out=config["held_out"],
+        max_bad=config.get("max_bad", data.MAX_BAD),
+    )  # fmt: skip
     train, test = opened(image_size=encoder.model.config.pixels[0])
     before, before_test, tuned = encoder, test, content["stage"] == "tune"
     masked = content
@@ -515,7 +517,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "name": run.name, "command": content["command"], "config": portable(config),
         "steps": content["steps"], "world": content["world"],
         "bf16": content["bf16"], "train_seconds": content["seconds"],
-        "counts": {**train.counts, "training pictures": len(train.concept),
+        "counts": {**train.counts, "training pictures": len(train) - len(train.held),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
         "trained_on": content["machine"], "evaluated_on": machine(device),
         "evaluation_bf16": encoder.bf16, "mask_shares": shares, "held_out": tables,
@@ -537,9 +539,10 @@ def run_evaluation(options: EvaluateConfig) -> dict:
 
 def portable(config: dict) -> dict:
     """A run's settings without the folders of this machine."""
-    own = config["data"] not in data.EMBEDDED
-    return {**config, "out": Path(config["out"]).name,
-            "data": Path(config["data"]).name if own else config["data"]}  # fmt: skip
+    names = [config["data"]] if isinstance(config["data"], str) else config["data"]
+    names = " ".join(Path(name).name for name in names)
+    clusters = Path(config.get("clusters", "")).name
+    return {**config, "out": Path(config["out"]).name, "data": names, "clusters": clusters}
 
 
 def describe(results: dict) -> str:

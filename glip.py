@@ -15,12 +15,14 @@ Shapes: B pairs, N patches of a (rows, columns) grid, K kept patches, T tokens, 
 h heads, E joint width. `mask_ratio` is the share of patches that is removed.
 """
 
+import contextlib
 import gzip
 import html
 import io
+import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -35,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masks import (  # noqa: F401 - half of these are for others: one name for users, glip
+    DRAWS,
     MASKS,
     MEAN,
     STD,
@@ -44,6 +47,7 @@ from masks import (  # noqa: F401 - half of these are for others: one name for u
     declared,
     gaussian_scores,
     mask_text,
+    noise,
     normalise,
     num_keep,
     patchify,
@@ -183,6 +187,21 @@ def words(text: str) -> list[str]:
     """Clean a text and split it into what the tokenizer takes for words."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return WORD.findall(" ".join(text.split()).lower())
+
+
+def decode_tokens(ids: Iterable[int]) -> str:
+    """Token ids, without start and end -> a text that has the same tokens."""
+    pieces, byte = spelling()
+    text = "".join(pieces[int(i)] for i in ids)
+    words = (bytes(byte[c] for c in word) for word in text.split("</w>"))
+    return " ".join(word.decode("utf-8", "replace") for word in words).strip()
+
+
+@lru_cache
+def spelling() -> tuple[list[str], dict[str, int]]:
+    """id -> piece, and character -> byte: the vocabulary read backwards."""
+    letters, ids, _ = vocabulary()
+    return list(ids), {letter: byte for byte, letter in letters.items()}
 
 
 def lengths(tokens: Tensor) -> Tensor:
@@ -474,6 +493,19 @@ def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object])
 def write_bytes(path: Path | str, content: bytes) -> None:
     """write_safely for content that is at hand."""
     write_safely(path, lambda file: file.write(content))
+
+
+CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parent / ".cache"))
+
+
+def cached(path: Path, make: Callable[[], dict]) -> dict:
+    """A JSON object from the cache, or made and kept; what something else cut is made anew."""
+    with contextlib.suppress(ValueError, OSError):
+        return json.loads(path.read_text())
+    value = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, json.dumps(value).encode())
+    return value
 
 
 def save_checkpoint(path: Path | str, model: GLIP, **state: object) -> None:

@@ -14,10 +14,12 @@ Shapes: B pairs, N patches of a (rows, columns) grid, K kept, T tokens of a capt
 import copy
 import inspect
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,21 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 class InputError(ValueError):
     """Bad input, told in one sentence with the remedy; the scripts print it and exit with 2."""
+
+
+DRAWS = 8  # random numbers that one augmented picture may use
+
+
+def noise(seed: int, purpose: str, position: int, count: int, n: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for positions position ... position + count - 1: (count, n) fp32.
+
+    Counter-based (Philox): what stands at a position depends on nothing but the arguments.
+    """
+    blocks = -(-n // 4)  # a block of the generator is four 64-bit words
+    key = [seed, zlib.crc32(purpose.encode())]
+    words = np.random.Philox(key=key, counter=[position * blocks, 0, 0, 0])
+    words = words.random_raw(count * blocks * 4).reshape(count, blocks * 4)[:, :n]
+    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 # ------------------------------------------------------------------------------------------------

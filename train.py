@@ -3,14 +3,14 @@
     python train.py                                         the demo, on the embedded emoji
     torchrun --nproc_per_node 8 train.py --mask gaussian    the same on eight processes
     python train.py --data my_pictures/ --epochs 30         your own pictures
-    python train.py --recipe cc12m --data cc12m/list.csv    the paper's settings
+    python train.py --recipe cc12m --data cc12m/            the paper's settings, on indexed shards
     python train.py --mask attentive --aclip                a rival's whole method
 
 The demo trains for four minutes on two CPU cores with native bf16, and then names about 41 % of
 1,809 emoji in the style of an artist that it never saw (three seeds in results/; chance: 0.06 %).
 
 Writes to runs/NAME: config.json, log.jsonl, latest.pt (at every evaluation, until the run is done),
-pretrained.pt (before tuning), model.pt.
+pretrained.pt (before tuning), model.pt, and quarantine.jsonl if pictures could not be read.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import shlex
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -41,7 +42,7 @@ import aclip
 import data
 import evaluate
 import glip
-from data import EMBEDDED, HELD_OUT, VENDORS, Batches, Order, TextMask
+from data import EMBEDDED, HELD_OUT, MAX_BAD, SAMPLINGS, VENDORS, Batches, TextMask
 from glip import GLIP, GLIPConfig, InputError, Masker
 
 # ------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ from glip import GLIP, GLIPConfig, InputError, Masker
 # decay, context of 77) or, for the tuning's warm-up, with ours. Their batch of 1,280 is stated for
 # 50 % alone; crops cover 50 to 100 % of a picture (data.CROP_SCALE).
 PAPER = {
-    "data": "", "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0, "batch_size": 1280,
+    "data": (), "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0, "batch_size": 1280,
     "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98, "warmup": 10_000,
     "tune_epochs": 1.0, "tune_batch_size": 640, "tune_lr": 1e-5, "tune_warmup": 1_000,
     "teacher_momentum": 0.996, "text_threshold": 1e-6, "log_every": 100,
@@ -72,7 +73,13 @@ class TrainConfig:
     recipe: Literal[tuple(RECIPES)] = "demo"  # a named set of the settings below
 
     # Data
-    data: str = "emoji"  # emoji, scenes-center, scenes-corner, scenes-anywhere, or a PATH
+    data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
+    data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
+    sampling: Literal[("all", *SAMPLINGS)] = "all"  # which pairs an epoch of pre-training has
+    sampling_share: float = 0.5  # share of the pairs that such an epoch has
+    sampling_power: float = 0.2  # clusters: n pairs of a cluster count as n^power
+    clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
+    max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
 
@@ -90,7 +97,7 @@ class TrainConfig:
     # Words
     text_mask: Literal[("none", *glip.TEXT_MASKS)] = "none"  # which words are kept in pre-training
     text_tokens: int = 0  # length of a caption under a text mask, start and end included
-    text_threshold: float = 1e-4  # frequency: words of a smaller share are never dropped
+    text_threshold: float = 1e-4  # frequency, sampling words: smaller shares count as rare
 
     # Model
     model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # a row of glip.SIZES
@@ -145,8 +152,13 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         raise InputError("--epochs must be above 0; give --steps to count in steps")
     if "steps" in given:
         config = replace(config, epochs=0.0)
-    if config.data and config.data not in EMBEDDED and given & {"vendors", "held_out"}:
-        raise InputError(f"--vendors and --held-out are for emoji, not for --data {config.data}")
+    own = bool(config.data) and config.data[0] not in EMBEDDED
+    if own and given & {"vendors", "held_out"}:
+        names = " ".join(config.data)
+        raise InputError(f"--vendors and --held-out are for emoji, not for --data {names}")
+    for flag in sorted(given & {"data_weights", "sampling", "max_bad"}):
+        if not own:
+            raise InputError(f"{flag_of(flag)} is for pictures of your own: give their --data")
     if config.mask == "none":
         if "mask_ratio" in given and config.mask_ratio != 0:
             raise InputError("--mask none keeps every patch: leave --mask-ratio out")
@@ -156,11 +168,12 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         for registry, name in ((glip.MASKS, config.mask), (glip.TEXT_MASKS, config.text_mask))
         if name in registry
     ]
+    used.append(data.sampling_inputs(config.sampling))
     for flag in sorted(given & FLAG_SERVES.keys()):
-        if not any(FLAG_SERVES[flag] in row for row in used):
+        if not any(name in row for row in used for name in FLAG_SERVES[flag].split()):
             raise InputError(
                 f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
-                f"{config.text_mask}: leave it out"
+                f"{config.text_mask} --sampling {config.sampling}: leave it out"
             )
     return config
 
@@ -168,7 +181,9 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
 FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it
     "sigma": "sigma", "mask_center": "centre", "min_mask_ratio": "min_mask_ratio",
     "embedding_weight": "embedding_weight", "teacher_scale": "attention",
-    "teacher_momentum": "attention", "aclip": "attention", "text_threshold": "text_threshold",
+    "teacher_momentum": "attention", "aclip": "attention",
+    "text_threshold": "text_threshold caption_scores", "sampling_share": "share",
+    "sampling_power": "power", "clusters": "clusters",
 }  # fmt: skip
 
 
@@ -193,6 +208,19 @@ def check(config: TrainConfig, world: int) -> None:
     for name in ("tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{flag_of(name)} must be at least 0 and finite")
+    if config.data_weights and len(config.data_weights) != len(config.data):
+        raise InputError(
+            f"--data-weights needs {len(config.data)} numbers, one for each of --data, or none"
+        )
+    if config.sampling != "all" and len(config.data) > 1:
+        raise InputError("--sampling is for a single --data: sample each source into its own index")
+    if config.sampling == "clusters" and not config.clusters:
+        raise InputError("--sampling clusters needs --clusters FILE, with a cluster for each pair")
+    for name in ("sampling_share", "max_bad"):
+        if not 0 < getattr(config, name) <= 1:
+            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside (0, 1]")
+    if not 0 <= config.sampling_power <= 1:
+        raise InputError(f"--sampling-power {config.sampling_power} is outside [0, 1]")
     if not 0 <= config.beta2 < 1:
         raise InputError(f"--beta2 {config.beta2} is outside [0, 1)")
     for name in ("embedding_weight", "teacher_momentum"):
@@ -254,8 +282,10 @@ def run_name(config: TrainConfig) -> str:
             continue
         if field.name == "mask_ratio" and config.mask == "none":
             continue
-        value = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        value = Path(value).name if field.name == "data" else value
+        values = value if isinstance(value, tuple) else (value,)
+        if field.name in ("data", "clusters"):  # the name of a path, not the folders of a machine
+            values = [Path(name).name for name in values]
+        value = "-".join(map(str, values))
         value = re.sub(r"[^\w.-]+", "-", value)
         parts.append(f"{field.name.replace('_', '-')}={value}")
     name = "_".join(parts)
@@ -330,7 +360,7 @@ class Stage:
     warmup: int
     model: GLIPConfig
     batches: Batches
-    held_out: data.Emoji | data.Pictures
+    held_out: data.Emoji | data.HeldOut
 
 
 @contextlib.contextmanager
@@ -361,7 +391,10 @@ def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tu
     """
 
     def opened() -> tuple:
-        return data.load(config.data, image_size, config.vendors, config.held_out)
+        return data.load(
+            config.data, image_size, config.vendors, config.held_out, config.data_weights,
+            config.max_bad,
+        )
 
     pairs, problem = None, [None]
     if rank == 0:
@@ -388,23 +421,26 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
         if model.image_size not in opened:
             opened[model.image_size] = open_data(config, model.image_size, rank, world)
         train, test = opened[model.image_size]
-        order = Order(train.concept, batch_size, config.seed, name)
-        steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
         first = name == "pretrain"
-        text_mask = None
-        if first and config.text_mask != "none":
-            for turn in (rank == 0, rank > 0):  # the first counts words, then the others read
-                if turn:
-                    text_mask = TextMask(
-                        config.text_mask, config.text_tokens, config.text_threshold, train
-                    )
-                if world > 1:
-                    dist.barrier()
+        text_mask = chances = None
+        for turn in (rank == 0, rank > 0):  # the first counts words, then the others read
+            if turn and first and config.text_mask != "none":
+                text_mask = TextMask(
+                    config.text_mask, config.text_tokens, config.text_threshold, train
+                )
+            if turn and first and config.sampling != "all":
+                chances = data.sampling_probabilities(
+                    config.sampling, train, config.sampling_share, config.sampling_power,
+                    config.clusters, config.text_threshold,
+                )
+            if world > 1:
+                dist.barrier()
+        order = data.make_order(train, batch_size, config.seed, name, chances)
+        steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
         if rank == 0:
             print(
-                f"{name}: {len(train.concept):,} pictures of {len(set(train.concept)):,} captions; "
-                f"{order.steps_per_epoch} steps of {batch_size} an epoch ({order.unplaced} "
-                f"pictures left over), {steps} steps; {masker.describe(model.grid)}"
+                f"{name}: {order.describe()}; {steps:,} steps; {masker.describe(model.grid)}"
+                + f"; sampling {config.sampling}" * (chances is not None)
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
         extra = aclip.VIEW_DRAWS if first and config.aclip else 0
@@ -442,12 +478,12 @@ def run_stage(
     workers = config.workers
     if workers < 0:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if config.data in EMBEDDED else max(1, min(8, cores))
+        workers = 0 if config.data[0] in EMBEDDED else max(1, min(8, cores))
     batches = data.loader(stage.batches, 0, stage.steps, workers, pin=device.type == "cuda")
     model.train()
     report.begin(stage, model)
     for step, batch in enumerate(batches):
-        report.data_arrived()
+        report.data_arrived(batch[4])
         renew_mask(stage, network, config, step, device)
         lr = lr_at(step, stage.steps, stage.warmup, stage.lr)
         found = update(parallel, optimizers, batch, stage, lr, device, bf16)
@@ -480,14 +516,14 @@ def renew_mask(
 
 def update(
     network: nn.Module, optimizers: list[torch.optim.Optimizer],
-    batch: tuple[Tensor, Tensor, Tensor, Tensor], stage: Stage, lr: float,
+    batch: tuple[Tensor, Tensor, Tensor, Tensor, list], stage: Stage, lr: float,
     device: torch.device, bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """One step on images (B, 3, H, W), tokens (B, T), noise (B, N), more noise for A-CLIP's crops.
 
     Returns the loss, logit_scale, and visible (B, K) or None.
     """
-    images, tokens, noise, extra = (x.to(device, non_blocking=True) for x in batch)
+    images, tokens, noise, extra = (x.to(device, non_blocking=True) for x in batch[:4])
     inner = network.module if isinstance(network, DistributedDataParallel) else network
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if stage.aclip:
@@ -515,6 +551,7 @@ class Report:
     ) -> None:
         self.config, self.out, self.rank, self.world, self.device = config, out, rank, world, device
         self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
+        self.read, self.bad, self.quarantined = 0, 0, set()
 
     def begin(self, stage: Stage, model: GLIP) -> None:
         """Start the clock of a stage; evaluation stops it."""
@@ -526,9 +563,23 @@ class Report:
         )  # fmt: skip
         self.begun = self.ready = time.perf_counter()
 
-    def data_arrived(self) -> None:
-        """Count the time since the last step ended as waiting for data."""
+    def data_arrived(self, bad: list[list[str]]) -> None:
+        """Count the time since the last step ended as waiting for data, and list bad pictures."""
         self.waited += time.perf_counter() - self.ready
+        self.read += self.stage.batches.share
+        self.bad += len(bad)
+        new = [row for row in bad if tuple(row) not in self.quarantined]
+        if new:
+            path = self.out / "quarantine.jsonl"
+            if path.exists():  # other processes, and epochs before, write there too
+                lines = path.read_text().splitlines()
+                self.quarantined |= {tuple(json.loads(line).values()) for line in lines}
+            for row in new:
+                if tuple(row) not in self.quarantined:
+                    self.quarantined.add(tuple(row))
+                    line = json.dumps(dict(zip(("data", "where", "why"), row, strict=True)))
+                    with open(path, "a") as file:
+                        file.write(line + "\n")
 
     def step(
         self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float
@@ -554,11 +605,14 @@ class Report:
         self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float
     ) -> None:
         """One record of log.jsonl, the loss averaged over the processes."""
-        loss = loss.detach().clone()
+        sums = torch.stack([loss.detach().float(), loss.new_tensor(self.bad).float()])
         if self.world > 1:
-            dist.all_reduce(loss)
-        loss, batch_size = loss.item() / self.world, self.stage.batches.order.batch_size
+            dist.all_reduce(sums)
+        loss, bad = sums[0].item() / self.world, round(sums[1].item())
+        self.check_bad(bad, self.read * self.world)
+        batch_size = self.stage.batches.order.batch_size
         if not math.isfinite(loss):
+            self.bar.close()
             raise InputError(
                 f"the loss is {loss} at {self.stage.name} step {step + 1}: lower --lr or lengthen "
                 "--warmup"
@@ -572,7 +626,7 @@ class Report:
             shares["threshold"] = self.stage.masker.threshold
         self.write(
             stage=self.stage.name, step=step + 1, loss=loss, ln_batch=math.log(batch_size), lr=lr,
-            logit_scale=scale.item(), **shares, pairs_per_second=rate, data_wait=waiting,
+            logit_scale=scale.item(), **shares, bad=bad, pairs_per_second=rate, data_wait=waiting,
             seconds=elapsed,
         )  # fmt: skip
         self.bar.set_postfix_str(
@@ -580,6 +634,18 @@ class Report:
             f"{waiting:.0%} waiting for data",
             refresh=False,
         )
+
+    def check_bad(self, bad: int, read: int) -> None:
+        """Stop if too many pictures cannot be read; all processes know the same numbers."""
+        if bad > self.config.max_bad * read:
+            path = self.out / "quarantine.jsonl"
+            reasons = Counter(json.loads(line)["why"] for line in path.read_text().splitlines())
+            most = ", ".join(f"{why} ({n})" for why, n in reasons.most_common(3))
+            self.bar.close()
+            raise InputError(
+                f"{bad} of {read} pictures cannot be read, more than --max-bad "
+                f"{self.config.max_bad:g}: {most}; {path} lists them: repair the data"
+            )
 
     def evaluate(self, step: int) -> None:
         """Evaluate the full picture on the held-out pairs, and save the model as it is."""
@@ -613,7 +679,8 @@ class Report:
 
 def command() -> str:
     """The command line that made this run, without folders of this machine."""
-    words = [Path(sys.argv[0]).name, *(re.sub(r"(^|=)/\S*/(?=.)", r"\1", w) for w in sys.argv[1:])]
+    folders = r"(^|=)(\w+:/)?/\S*/(?=.)"
+    words = [Path(sys.argv[0]).name, *(re.sub(folders, r"\1", w) for w in sys.argv[1:])]
     world, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = f"--nnodes {world // local} " if local and world > local else ""
     launcher = f"torchrun {nodes}--nproc_per_node {local or world}" if world else "python"

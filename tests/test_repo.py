@@ -11,15 +11,22 @@ from pathlib import Path
 
 from PIL import Image
 
+import data
 import evaluate
+import fetch
 import glip
 import report
 import train
 from tests.test_train import command
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["masks", "glip", "aclip", "data", "evaluate", "train"]  # each may import those before it
-CHAIN = ["masks", "glip", "data", "evaluate", "train"]  # each does import the one before it
+ORDER = [  # each may import those before it
+    "masks", "glip", "aclip", "embedded", "shards", "pictures", "fetch", "captions", "data",
+    "evaluate", "train",
+]  # fmt: skip
+CHAIN = [  # each does import the one before it
+    "masks", "glip", "shards", "pictures", "captions", "data", "evaluate", "train"
+]  # fmt: skip
 
 
 def test_imports_run_one_way():
@@ -42,7 +49,7 @@ def test_importing_a_script_has_no_effect(tmp_path):
     code = (
         "import torch, random, numpy, sys; a = torch.get_rng_state(); b = random.getstate(); "
         "c = numpy.random.get_state()[1].tolist(); t = torch.get_num_threads()\n"
-        "import masks, glip, aclip, data, evaluate, train, sweep, report\n"
+        "import masks, glip, aclip, data, evaluate, train, sweep, report, bench\n"
         "assert torch.equal(a, torch.get_rng_state()) and b == random.getstate()\n"
         "assert c == numpy.random.get_state()[1].tolist() and t == torch.get_num_threads()\n"
         "glip.tokenize('a dog')\n"
@@ -73,6 +80,12 @@ def test_every_command_of_the_readme_parses():
             flags = words[words.index("evaluate.py") + 1 :]
             assert isinstance(evaluate.tyro.cli(evaluate.EvaluateConfig, args=flags), object)
             seen += 1
+        elif "data.py" in words:
+            command, *flags = words[words.index("data.py") + 1 :]
+            kinds = {"fetch": fetch.FetchConfig, "snapshot": data.SnapshotConfig,
+                     "index": data.IndexConfig}  # fmt: skip
+            assert isinstance(data.tyro.cli(kinds[command], args=flags), kinds[command])
+            seen += 1
         elif words[0] != "source":
             assert words[0] == "make"
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -102,7 +115,7 @@ def test_every_link_of_the_readme_leads_somewhere():
 def test_tables_of_the_readme_are_current():
     text = (ROOT / "README.md").read_text()
     assert report.filled(text) == text
-    assert len(re.findall("made by report.py", text)) == 3
+    assert len(re.findall("made by report.py", text)) == 4
     assert "Not run." not in text
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import captions
 import data
 import glip
 from data import LONGEST, TextMask
@@ -24,11 +25,18 @@ class Captions:
     def __init__(self, captions, counts=None):
         self.captions = captions
         self.concept = np.repeat(np.arange(len(captions)), counts or [1] * len(captions))
+        self.held = np.empty(0, int)
+
+    def __len__(self):
+        return len(self.concept)
+
+    def texts(self, ids):
+        return [self.captions[i] for i in self.concept[ids]]
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(glip, "CACHE", tmp_path)
 
 
 def noise_of(batch, seed=0, length=LONGEST):
@@ -113,17 +121,18 @@ def test_frequency_with_an_infinite_threshold_is_random():
 
 def test_word_shares_are_counted_over_the_pictures_once(monkeypatch):
     pairs = Captions(["the cat", "the dog's cat !", "never shown"], [3, 1, 0])
-    shares = data.word_shares(pairs)
+    shares = captions.word_shares(pairs)
     counts = Counter({"the": 4, "cat": 4, "dog": 1, "'s": 1, "!": 1})
     assert shares == {word: n / 11 for word, n in counts.items()}
-    monkeypatch.setattr(data, "words", None)  # the second time it is read from the cache
-    assert data.word_shares(pairs) == shares
+    monkeypatch.setattr(captions, "words", None)  # the second time it is read from the cache
+    assert captions.word_shares(pairs) == shares
 
 
 def test_the_pieces_of_a_word_have_its_number():
     text = "the floccinaucinihilipilification"
     pieces = len(glip.encode_word("floccinaucinihilipilification"))
-    table = data.per_token([text, "the"], pieces + 3, lambda text: [7.0, 9.0][: len(text.split())])
+    numbers = [7.0, 9.0]
+    table = captions.per_token([text, "the"], pieces + 3, lambda text: numbers[: len(text.split())])
     assert pieces > 2
     assert table.tolist() == [[0, 7, *[9] * pieces, 0], [0, 7, *[0] * (pieces + 1)]]
 
@@ -146,14 +155,14 @@ def test_syntax_keeps_nouns_then_adjectives():
     "text", ["", "a/b (c) d's e.g. 5%", "大笨象 ! ?", "<start_of_text> hi", "." * 9]
 )
 def test_every_word_has_one_class(text):
-    assert len(data.word_classes(text)) == len(glip.words(text))
+    assert len(captions.word_classes(text)) == len(glip.words(text))
 
 
 def test_batches_mask_captions_by_their_address():
     """The same words at the same position for any number of processes."""
     train, _ = data.load("emoji", 32)
     config = glip.GLIPConfig(32, 8, 24, 1, 3, 10, 20, 1, 2)
-    order = data.Order(train.concept, 12, 3, "pretrain")
+    order = data.ConceptOrder(train.concept, 12, 3, "pretrain")
     apply = TextMask("frequency", 4, 1e-4, train)
     whole = data.Batches(train, order, config, 0, 1, apply)[5][1]
     parts = [data.Batches(train, order, config, rank, 3, apply)[5][1] for rank in range(3)]

@@ -69,11 +69,11 @@ def test_run_names_tell_what_differs_and_have_no_clock():
     assert run_name(config) == "demo_vendors=Goog-FB_mask=random_seed=2"
     compare = parse(["--recipe", "compare", "--mask", "none"])
     assert run_name(compare) == "compare_mask=none"
-    assert run_name(TrainConfig(data="../me/my pictures/list.csv")) == "demo_data=list.csv"
+    assert run_name(TrainConfig(data=("../me/my pictures/list.csv",))) == "demo_data=list.csv"
     wide = TrainConfig(sigma=(0.2, 0.8), mask_center=(0.5, -0.5))
     assert run_name(wide) == "demo_sigma=0.2-0.8_mask-center=0.5--0.5"
     assert run_name(replace(wide, mask_center=(-0.5, -0.5))) != run_name(wide)
-    long = [run_name(TrainConfig(data="x" * 300, seed=seed)) for seed in (1, 2)]
+    long = [run_name(TrainConfig(data=("x" * 300,), seed=seed)) for seed in (1, 2)]
     assert long[0] != long[1] and max(map(len, long)) <= 200
 
 
@@ -323,14 +323,14 @@ def test_two_processes_agree_on_state_and_words(mask, tmp_path):
 
 def test_it_learns(tmp_path, monkeypatch):
     """Plain colours and their names: under a mask the loss falls from guessing to near zero."""
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
     colours = ("red", "green", "blue", "yellow", "black", "white", "gray", "purple", "orange")
     for i, colour in enumerate(colours * 3):
         picture = Image.new("RGB", (20 + i, 24), colour)
         picture.save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"the colour {colour}")
     config = replace(
-        TrainConfig(), data=str(tmp_path), batch_size=8, steps=60, image_size=16, warmup=10,
+        TrainConfig(), data=(str(tmp_path),), batch_size=8, steps=60, image_size=16, warmup=10,
         tune_epochs=0, eval_every=1000, precision="fp32", workers=0, out=str(tmp_path / "run"),
         log_every=1,
     )  # fmt: skip

@@ -1,0 +1,534 @@
+"""Fetch the pictures of a list of URLs with img2dataset, guarded: `python data.py fetch`.
+
+img2dataset reads, resizes, packs and distributes; what it does to a URL is replaced by Guard:
+http(s) only, public addresses only (checked where the connection is made, so after every
+redirect), an honest user agent, opt-outs honoured in every form, caps on bytes and pixels, one
+deadline for all of a URL, and no picture that is not whole. Its workers are spawned and see nothing
+that is changed in the parent; the guard is a part of the Downloader that is sent to them.
+
+Writes to DIR: 00000.tar, 00000.parquet (a row for each URL, with its status), 00000_stats.json
+(last: a shard without it is unfinished and made anew), list-0.parquet, and fetch.json.
+"""
+
+import http.client
+import importlib.util
+import io
+import ipaddress
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.message import Message
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from PIL import Image
+
+from glip import InputError, write_bytes, write_safely
+from pictures import FORMATS, LICENCE, TOO_LARGE, BadPicture, check_pixels
+from shards import whole_stats
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's dependencies call home: not from here,
+os.environ["WANDB_MODE"] = "disabled"  # nor from the workers, which inherit this
+os.environ["WANDB_ERROR_REPORTING"] = "false"
+if importlib.util.find_spec("imghdr") is None:
+    raise InputError("img2dataset needs Python 3.12 or older: fetch with one, train with any")
+import img2dataset.downloader
+from img2dataset import distributor
+from img2dataset.reader import Reader
+from img2dataset.resizer import Resizer
+from img2dataset.writer import WebDatasetSampleWriter
+
+# ------------------------------------------------------------------------------------------------
+# The guard: what may be asked for, and what may come in
+# ------------------------------------------------------------------------------------------------
+
+BODY_CAP = 2**25  # bytes of a picture as it is served
+OURS = {"*", "nanoglip", "img2dataset"}  # names under which opt-outs concern us
+OPT_OUTS = {"noai", "noimageai", "noml", "noindex", "noimageindex", "none"}
+VALUED = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
+AGENT = "nanoGLIP/1.0 (image-text research; img2dataset 1.47.0{})"
+
+
+class Refused(Exception):
+    """A URL that is not fetched, for the reason that it tells; `again` if it may work later."""
+
+    def __init__(self, reason: str, again: bool = False) -> None:
+        super().__init__(reason)
+        self.again = again
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is in the open Internet, also where it wraps another one."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 6:
+        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
+        if found in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.ip_address(int(found) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    closed = (
+        found.is_private, found.is_loopback, found.is_link_local, found.is_multicast,
+        found.is_reserved, found.is_unspecified,
+    )  # fmt: skip
+    return found.is_global and not any(closed)
+
+
+def opted_out(headers: Message) -> bool:
+    """Whether response headers ask not to be used: X-Robots-Tag in all its forms, or TDM's.
+
+    A name and a colon in front aim at one crawler from there on; a few directives have values.
+    """
+    for header in headers.get_all("X-Robots-Tag", []):
+        agent = "*"
+        for piece in header.lower().split(","):
+            while ":" in piece:
+                name, _, rest = piece.partition(":")
+                if name.strip() in VALUED:
+                    piece = ""
+                else:
+                    agent, piece = name.strip(), rest
+            if piece.strip() in OPT_OUTS and agent in OURS:
+                return True
+    return headers.get("TDM-Reservation", "").strip() == "1"
+
+
+class Watch:
+    """Connections of one URL, all cut when its time is over."""
+
+    def __init__(self, seconds: float, allowed: frozenset[str]) -> None:
+        self.allowed, self.sockets, self.over = allowed, [], False
+        self.end = time.monotonic() + seconds
+        self.timer = threading.Timer(seconds, self.cut)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def cut(self) -> None:
+        self.over = True
+        for open_socket in self.sockets:
+            try:
+                open_socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """Connect to a public address of a host, or to an allowed HOST:PORT."""
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise Refused("unknown host") from None
+        if f"{host}:{port}" not in self.allowed and not all(is_public(x[4][0]) for x in found):
+            raise Refused("private address")
+        for family, kind, protocol, _, address in found:
+            connection = socket.socket(family, kind, protocol)
+            connection.settimeout(max(0.01, self.end - time.monotonic()))
+            self.sockets.append(connection)
+            try:
+                connection.connect(address)
+            except OSError:
+                connection.close()
+                continue
+            return connection
+        raise Refused("cannot connect", again=True)
+
+
+class Plain(http.client.HTTPConnection):
+    """http:// through a watch."""
+
+    def __init__(self, *args: object, watch: Watch, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        self.watch = watch
+
+    def connect(self) -> None:
+        self.sock = self.watch.connect(self.host, self.port)
+
+
+class Secure(http.client.HTTPSConnection):
+    """https:// through a watch."""
+
+    def __init__(self, *args: object, watch: Watch, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        self.watch = watch
+
+    def connect(self) -> None:
+        raw = self.watch.connect(self.host, self.port)
+        self.sock = self._context.wrap_socket(
+            raw, server_hostname=self.host, do_handshake_on_connect=False
+        )
+        self.watch.sockets.append(self.sock)
+        self.sock.do_handshake()
+
+
+class Through(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """urllib's handler of both, with watched connections. Proxies are not used: they would hide
+    whom we talk to."""
+
+    def __init__(self, watch: Watch) -> None:
+        urllib.request.HTTPSHandler.__init__(self)
+        self.watch = watch
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(Plain, watch=self.watch), request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(Secure, watch=self.watch), request, context=self._context)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What may be done with a URL, and how long."""
+
+    timeout: float  # seconds for all of a URL: connections, redirects, body
+    retries: int
+    contact: str
+    allowed: frozenset[str]  # HOST:PORTs that may have a private address
+
+    def download(
+        self, row: tuple[int, str], **settings: object
+    ) -> tuple[int, io.BytesIO | None, str | None]:
+        """img2dataset's (key, url) -> (key, stream, error); `settings` are its own, ours count."""
+        key, url = row
+        for turn in range(self.retries + 1):
+            try:
+                return key, io.BytesIO(self.fetched(url)), None
+            except Refused as refused:
+                reason = str(refused)
+                if not refused.again or turn == self.retries:
+                    break
+                time.sleep(0.25 * 2**turn)
+        return key, None, reason
+
+    def fetched(self, url: str) -> bytes:
+        """A URL's picture, whole and of bearable size. Raises Refused."""
+        url = urllib.parse.quote((url or "").strip(), safe="%/:=&?~#+!$,;'@()*[]")
+        if not re.match(r"https?://", url, re.IGNORECASE):
+            raise Refused("not http or https")
+        watch = Watch(self.timeout, self.allowed)
+        try:
+            content = self.body(url, watch)
+        except Refused:
+            raise
+        except urllib.error.HTTPError as error:
+            again = error.code in (408, 425, 429) or error.code >= 500
+            raise Refused(f"HTTP {error.code}", again) from None
+        except Exception as error:  # whatever a hostile server can make http.client or ssl raise
+            if watch.over:
+                raise Refused("timed out", again=True) from None
+            inner = getattr(error, "reason", error)
+            again = isinstance(inner, OSError | http.client.HTTPException)
+            raise Refused(type(inner if again else error).__name__, again) from None
+        finally:
+            watch.timer.cancel()
+            for open_socket in watch.sockets:
+                open_socket.close()
+        check_picture(content)
+        return content
+
+    def body(self, url: str, watch: Watch) -> bytes:
+        """Follow redirects, honour opt-outs, read at most BODY_CAP bytes."""
+        opener = urllib.request.OpenerDirector()
+        for handler in (
+            Through(watch), urllib.request.HTTPDefaultErrorHandler(),
+            urllib.request.HTTPRedirectHandler(), urllib.request.HTTPErrorProcessor(),
+            urllib.request.UnknownHandler(),
+        ):  # fmt: skip
+            opener.add_handler(handler)
+        contact = f"; {self.contact}" * bool(self.contact)
+        request = urllib.request.Request(url, headers={"User-Agent": AGENT.format(contact)})
+        with opener.open(request, timeout=self.timeout) as response:
+            if opted_out(response.headers):
+                raise Refused("opted out")
+            length = response.headers.get("Content-Length", "")
+            if length.isdigit() and int(length) > BODY_CAP:
+                raise Refused(f"over {BODY_CAP:,} bytes")
+            content = bytearray()
+            while chunk := response.read(2**16):
+                content += chunk
+                if len(content) > BODY_CAP:
+                    raise Refused(f"over {BODY_CAP:,} bytes")
+            if watch.over:
+                raise Refused("timed out", again=True)
+            if length.isdigit() and len(content) < int(length):
+                raise Refused("cut short", again=True)
+        return bytes(content)
+
+
+def check_picture(content: bytes) -> None:
+    """Refuse what is no picture, a bomb by its header, or torn. Raises Refused."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            check_pixels(*image.size)
+            image.draft("RGB", (64, 64))  # all of a JPEG is read, a part of it is computed
+            image.load()
+    except BadPicture as error:
+        raise Refused(str(error)) from None
+    except Exception as error:  # Pillow raises many kinds for hostile bytes
+        known = {"UnidentifiedImageError": "not a picture", "DecompressionBombError": TOO_LARGE}
+        raise Refused(known.get(type(error).__name__, "torn picture")) from None
+
+
+class GuardedDownloader(img2dataset.downloader.Downloader):
+    """img2dataset's work on a shard, in whatever process it is sent to, through a guard."""
+
+    def __init__(self, guard: Guard, **settings: object) -> None:
+        super().__init__(**settings)
+        self.guard = guard
+
+    def __call__(self, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
+        img2dataset.downloader.download_image_with_retry = self.guard.download
+        return super().__call__(row)
+
+
+# ------------------------------------------------------------------------------------------------
+# The list
+# ------------------------------------------------------------------------------------------------
+
+COLUMNS = {"cc3m": "caption, then URL", "cc12m": "URL, then caption"}
+LOOKED_AT = 200  # rows from which the columns are told
+
+
+def lines_of(path: Path) -> Iterator[list[str]]:
+    """A TSV's rows; quotes mean nothing in these lists."""
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            yield line.rstrip("\r\n").split("\t")
+
+
+def url_column(path: Path, name: str) -> int:
+    """Which of the first two columns holds the URLs. Raises InputError where none or both do."""
+    try:
+        rows = [row for row, _ in zip(lines_of(path), range(LOOKED_AT), strict=False)]
+    except OSError as error:
+        raise InputError(f"--list {path}: cannot be read ({error.strerror})") from None
+    alike = [
+        sum(len(row) > 1 and bool(re.match(r"https?://\S+$", row[c].strip())) for row in rows)
+        for c in (0, 1)
+    ]
+    found = [c for c in (0, 1) if alike[c] >= 0.9 * len(rows) > 0]
+    if len(found) != 1:
+        raise InputError(
+            f"--list {path}: of the first {len(rows)} rows, {alike[0]} have a URL in the first "
+            f"column and {alike[1]} in the second; {name}'s list is a TSV with {COLUMNS[name]}"
+        )
+    return found[0]
+
+
+def write_list(path: Path, rows: Iterator[tuple[str, str]]) -> int:
+    """Write (url, caption) rows as parquet, which img2dataset need not guess at; their count."""
+    schema, counted = pa.schema([("url", pa.string()), ("caption", pa.string())]), 0
+
+    def fill(file: io.BufferedWriter) -> None:
+        nonlocal counted
+        with pq.ParquetWriter(file, schema) as writer:
+            block = []
+
+            def flush() -> None:
+                urls, texts = [list(x) for x in zip(*block, strict=True)] or ([], [])
+                writer.write_table(pa.table({"url": urls, "caption": texts}, schema))
+                block.clear()
+
+            for row in rows:
+                block.append(row)
+                counted += 1
+                if len(block) == 100_000:
+                    flush()
+            if block:
+                flush()
+
+    write_safely(path, fill)
+    return counted
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    """Fetch the pictures of a list of URLs into tar shards; a killed fetch goes on where it was."""
+
+    name: Annotated[Literal["cc3m", "cc12m"], tyro.conf.Positional]  # whose list it is
+    list: Path  # the official list: a TSV of URLs and captions
+    out: Path  # folder of the shards
+    retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # once more, what failed
+    processes: int = 0  # (0: as many as there are cores)
+    threads: int = 64  # of each process
+    timeout: float = 20.0  # seconds for all of a URL
+    retries: int = 2  # more tries where a URL may work later
+    contact: str = ""  # a mail address or page for the user agent, so that owners can reach you
+    distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing"  # img2dataset's
+    shard_size: int = 10_000  # URLs of a shard
+    allow_host: tuple[str, ...] = ()  # HOST:PORTs that may have a private address
+
+
+def fetch(config: FetchConfig) -> dict:
+    """Everything that `python data.py fetch` does; returns what it reports."""
+    for name in ("threads", "timeout", "shard_size"):
+        if getattr(config, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0")
+    if config.distributor != "multiprocessing" and not importlib.util.find_spec(config.distributor):
+        raise InputError(f"--distributor {config.distributor}: pip install {config.distributor}")
+    plan = open_plan(config)
+    for number in range(len(plan["rounds"])):
+        run_round(config, plan, number)
+    if config.retry_failed and not unfinished(config, plan):
+        add_round(config, plan)
+        run_round(config, plan, len(plan["rounds"]) - 1)
+    return report(config, plan)
+
+
+def open_plan(config: FetchConfig) -> dict:
+    """The content of fetch.json: which lists are fetched into which shards."""
+    column, path = url_column(config.list, config.name), config.out / "fetch.json"
+    with open(config.list, "rb") as file:
+        check = zlib.crc32(file.read(2**20))
+    about = {"name": config.name, "bytes": config.list.stat().st_size, "crc": check,
+             "shard_size": config.shard_size}  # fmt: skip
+    if path.is_file():
+        plan = json.loads(path.read_text())
+        if plan["about"] != about:
+            raise InputError(
+                f"{config.out} holds a fetch of another list, or of another --shard-size: give the "
+                "same again, or choose another --out"
+            )
+        return plan
+    if config.out.is_dir() and any(config.out.glob("*.tar")):
+        raise InputError(f"{config.out} holds shards that are not of a fetch: choose another --out")
+    config.out.mkdir(parents=True, exist_ok=True)
+    left_out = Counter()
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for row in lines_of(config.list):
+            if len(row) < 2 or not re.match(r"https?://", row[column].strip()):
+                left_out["rows without a URL"] += 1
+            elif not row[1 - column].strip():
+                left_out["rows without a caption"] += 1
+            else:
+                yield row[column].strip(), " ".join(row[1 - column].split())
+
+    count = write_list(config.out / "list-0.parquet", rows())
+    plan = {"about": about, "rounds": [{"start": 0, "rows": count, "given_up": {}}],
+            "left_out": dict(left_out)}  # fmt: skip
+    write_bytes(path, json.dumps(plan).encode())
+    return plan
+
+
+def shards_of_round(config: FetchConfig, a_round: dict) -> range:
+    """Numbers of the shards that a round writes."""
+    start = a_round["start"]
+    return range(start, start + math.ceil(a_round["rows"] / config.shard_size))
+
+
+def finished(config: FetchConfig) -> dict[int, dict]:
+    """Number -> statistics of each finished shard."""
+    return {int(p.name.removesuffix("_stats.json")): json.loads(p.read_text())
+            for p in whole_stats(config.out)}  # fmt: skip
+
+
+def unfinished(config: FetchConfig, plan: dict) -> list[int]:
+    """Numbers of the shards that are still to be made."""
+    done = finished(config)
+    return [n for r in plan["rounds"] for n in shards_of_round(config, r) if n not in done]
+
+
+def add_round(config: FetchConfig, plan: dict) -> None:
+    """Plan what the last round failed to fetch once more, into shards of its own.
+
+    Who opted out is not asked again.
+    """
+    last, given_up = plan["rounds"][-1], Counter(plan["rounds"][-1]["given_up"])
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for number in shards_of_round(config, last):
+            table = pq.read_table(config.out / f"{number:05}.parquet")
+            columns = (table[n].to_pylist() for n in ("url", "caption", "status", "error_message"))
+            for url, caption, status, why in zip(*columns, strict=True):
+                if why == "opted out":
+                    given_up[why] += 1
+                elif status != "success":
+                    yield url, caption
+
+    name = config.out / f"list-{len(plan['rounds'])}.parquet"
+    count, start = write_list(name, rows()), shards_of_round(config, last).stop
+    if not count:
+        print("nothing failed that may be asked for again")
+        name.unlink()
+        return
+    plan["rounds"].append({"start": start, "rows": count, "given_up": dict(given_up)})
+    write_bytes(config.out / "fetch.json", json.dumps(plan).encode())
+
+
+def run_round(config: FetchConfig, plan: dict, number: int) -> None:
+    """Fetch what a round still lacks."""
+    a_round, done = plan["rounds"][number], finished(config)
+    if all(n in done for n in shards_of_round(config, a_round)):
+        return
+    scratch = config.out / "_tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    allowed = frozenset(config.allow_host)
+    guard = Guard(config.timeout, config.retries, config.contact, allowed)
+    reader = Reader(
+        url_list=str(config.out / f"list-{number}.parquet"), input_format="parquet", url_col="url",
+        caption_col="caption", verify_hash_col=None, verify_hash_type=None,
+        save_additional_columns=None, number_sample_per_shard=config.shard_size,
+        done_shards=set(done), tmp_path=str(scratch), start_shard_id=a_round["start"],
+    )  # fmt: skip
+    # Padding to a square would put white borders where a centred mask does not look.
+    resizer = Resizer(
+        image_size=256, resize_mode="keep_ratio", resize_only_if_bigger=True,
+        upscale_interpolation="lanczos", downscale_interpolation="area", encode_quality=95,
+        encode_format="jpg", skip_reencode=False, disable_all_reencoding=False, min_image_size=0,
+        max_image_area=float("inf"), max_aspect_ratio=float("inf"), blurrer=None,
+    )  # fmt: skip
+    downloader = GuardedDownloader(
+        guard, sample_writer_class=WebDatasetSampleWriter, resizer=resizer,
+        thread_count=config.threads, save_caption=True, extract_exif=False,
+        output_folder=str(config.out.resolve()), column_list=reader.column_list,
+        timeout=config.timeout, number_sample_per_shard=config.shard_size, oom_shard_count=5,
+        compute_hash=None, verify_hash_type=None, encode_format="jpg", retries=0,
+        user_agent_token="nanoglip", disallowed_header_directives=sorted(OPT_OUTS),
+    )  # fmt: skip
+    run = getattr(distributor, f"{config.distributor}_distributor")
+    run(config.processes or os.cpu_count() or 1, downloader, reader, 1000, 1)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def report(config: FetchConfig, plan: dict) -> dict:
+    """Print and return: expected, got, share, why the rest failed, the licence."""
+    done = finished(config)
+    missing = unfinished(config, plan)
+    last = plan["rounds"][-1]
+    expected = plan["rounds"][0]["rows"]
+    got = sum(stats["successes"] for stats in done.values())
+    reasons = Counter(last["given_up"])
+    for number in shards_of_round(config, last):
+        reasons.update(done.get(number, {}).get("status_dict", {}))
+    del reasons["success"]
+    share = got / max(1, expected)
+    print(f"{config.name}: expected {expected:,} pairs, got {got:,} ({share:.1%})")
+    for why, n in [*plan["left_out"].items(), *reasons.most_common(12)]:
+        print(f"  {n:>10,}  {why}")
+    print(f"{LICENCE}\nState the share beside every result.")
+    if missing:
+        raise InputError(
+            f"{len(missing)} shards are unfinished, the first is {missing[0]:05}: give the same "
+            "command again to go on"
+        )
+    return {"expected": expected, "got": got, "share": share, "reasons": dict(reasons)}

@@ -1,0 +1,481 @@
+"""Your own captioned pictures: a folder, a table, or indexed shards, behind one interface.
+
+    read(ids, draws)    decoded, cropped at random by the draws -> (ids, images, what was bad)
+    texts(ids)          captions;   tokens(ids)  the same, for the text tower
+    held                ids of the pictures that are held out
+
+Pictures are not trusted: the size in the header is checked before anything is decoded, formats are
+four, and what cannot be decoded whole is counted by reason and replaced by the picture that follows
+it, a function of its number alone.
+"""
+
+import csv
+import hashlib
+import io
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+import glip
+from glip import InputError, cached, decode_tokens, noise, tokenize
+from shards import Index
+
+# ------------------------------------------------------------------------------------------------
+# Decode and crop
+# ------------------------------------------------------------------------------------------------
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PIXEL_CAP = 2**26  # pixels of a picture: a header that claims more is a bomb until proven otherwise
+CROP_SCALE = (0.5, 1.0)  # share of the area that a training crop covers, as in the paper
+DRAWS = 8  # random numbers that one augmented picture may use
+
+
+TOO_LARGE = f"over {PIXEL_CAP:,} pixels, or none"
+LICENCE = (
+    "The lists of Conceptual Captions may be freely used; the pictures belong to their owners, "
+    "come as they are, and are not for redistribution."
+)
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be used, for the reason that it tells."""
+
+
+def decode(content: bytes, side: int) -> np.ndarray:
+    """Encoded bytes -> RGB pixels (h, w, 3), upright, on white; JPEG at a fraction if enough.
+
+    "Enough" leaves the shorter side at 2 x `side` or more. Raises BadPicture.
+    """
+    try:
+        if content[:2] == b"\xff\xd8" and b"Exif\0\0" not in content:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+            check_pixels(width, height)
+            if space != "CMYK":
+                room = 2 * side
+                return simplejpeg.decode_jpeg(content, min_height=room, min_width=room)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            check_pixels(*image.size)
+            image.draft("RGB", (2 * side, 2 * side))
+            return np.asarray(upright(image))
+    except BadPicture:
+        raise
+    except Image.DecompressionBombError:
+        raise BadPicture(TOO_LARGE) from None
+    except Exception as error:  # decoders raise many kinds for torn and hostile bytes
+        reason = type(error).__name__ if isinstance(error, MemoryError) else str(error)
+        if "cannot identify" in reason or not reason:  # it names an address in memory
+            reason = f"not one of {', '.join(FORMATS)}"
+        raise BadPicture(reason.split("\n")[0].partition(" (")[0][:80]) from None
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse a bomb by its header."""
+    if not 0 < width * height <= PIXEL_CAP:
+        raise BadPicture(TOO_LARGE)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its camera was held, on white, RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def read_picture(path: Path | str, side: int) -> Image.Image:
+    """A picture's file, decoded; raises InputError for one that cannot be."""
+    try:
+        return Image.fromarray(decode(Path(path).read_bytes(), side))
+    except (OSError, BadPicture) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from None
+
+
+def random_crop(width: int, height: int, draw: np.ndarray) -> tuple[int, int, int, int]:
+    """Random-resized crop: area share in CROP_SCALE, aspect 3/4 to 4/3; three tries, then cut."""
+    draw = draw.tolist()  # Python's numbers are faster, one at a time
+    for share, shape in (draw[:2], draw[4:6], draw[6:8]):
+        area = width * height * (CROP_SCALE[0] + share * (CROP_SCALE[1] - CROP_SCALE[0]))
+        aspect = (3 / 4) ** (1 - 2 * shape)
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if w <= width and h <= height:
+            break
+    w, h = max(1, min(w, width)), max(1, min(h, height))
+    return int(draw[2] * (width - w + 1)), int(draw[3] * (height - h + 1)), w, h
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
+    """Bicubic, as torchvision does it. (h, w, 3) -> (3, height, width) bytes."""
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]          # channels last
+    return F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0]
+
+
+def cropped(pixels: np.ndarray, draw: np.ndarray, side: int) -> Tensor:
+    """A random crop, resized: torchvision's RandomResizedCrop. (h, w, 3) -> (3, S, S) bytes."""
+    left, top, width, height = random_crop(pixels.shape[1], pixels.shape[0], draw)
+    return resize(pixels[top : top + height, left : left + width], side, side)
+
+
+def centred(pixels: np.ndarray, side: int) -> Tensor:
+    """The shorter side resized, the centre cut: Resize and CenterCrop. (h, w, 3) -> (3, S, S)."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    image = resize(pixels, side * height // short, side * width // short)
+    top, left = (round((length - side) / 2) for length in image.shape[1:])
+    return image[:, top : top + side, left : left + side]
+
+
+# ------------------------------------------------------------------------------------------------
+# What folders, tables and shards have in common
+# ------------------------------------------------------------------------------------------------
+
+MAX_HELD_OUT = 5000  # pictures of a source
+PROBED = 200  # pictures that are decoded before anything starts
+
+
+class Source:
+    """Numbered captioned pictures; `held` (H,): ids that are held out, in ascending order."""
+
+    name: str
+    image_size: int
+    held: np.ndarray
+    counts: dict[str, int]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
+        """Encoded pictures, or the error for each that cannot be read."""
+        raise NotImplementedError
+
+    def where(self, i: int) -> str:
+        """Where picture i is, for people."""
+        raise NotImplementedError
+
+    def stamp(self, ids: np.ndarray) -> str:
+        """What changes when captions change, or the pictures `ids`: the cache's key."""
+        raise NotImplementedError
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        """Captions of pictures."""
+        raise NotImplementedError
+
+    def tokens(self, ids: np.ndarray) -> Tensor:
+        """Token ids of captions, (B, T)."""
+        return tokenize(self.texts(ids))
+
+    def following(self, i: int) -> int:
+        """The picture that stands in for a bad one: the next that is not held out."""
+        i = (i + 1) % len(self)
+        place = int(np.searchsorted(self.held, i))
+        while place < len(self.held) and self.held[place] == i:
+            i, place = (i + 1) % len(self), place + 1
+        return i
+
+    def image(self, content: bytes | Exception, draw: np.ndarray | None) -> Tensor:
+        """One picture from its bytes, (3, S, S) bytes. Raises BadPicture."""
+        if isinstance(content, Exception):
+            raise BadPicture(f"{type(content).__name__}: cannot be read")
+        pixels = decode(content, self.image_size)
+        if draw is None:
+            return centred(pixels, self.image_size)
+        return cropped(pixels, draw, self.image_size)
+
+    def read(
+        self, ids: np.ndarray, draws: np.ndarray | None
+    ) -> tuple[np.ndarray, Tensor, list[list[str]]]:
+        """ids (B,), draws (B, DRAWS) -> ids after replacement, images (B, 3, S, S), bad ones.
+
+        A bad one is [source, where, reason]. Raises InputError where a hundred in a row are bad.
+        """
+        ids, bad = np.array(ids), []
+        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for k, content in enumerate(self.encoded(ids)):
+            first = len(bad)
+            while True:
+                try:
+                    images[k] = self.image(content, None if draws is None else draws[k])
+                    break
+                except BadPicture as error:
+                    bad.append([self.name, self.where(ids[k]), str(error)])
+                if len(bad) - first >= min(100, len(self)):
+                    raise InputError(
+                        f"{self.name}: {len(bad) - first} pictures in a row cannot be read, the "
+                        f"last is {bad[-1][1]} ({bad[-1][2]}); repair the data"
+                    )
+                ids[k] = self.following(ids[k])
+                (content,) = self.encoded(ids[k : k + 1])
+        return ids, images, bad
+
+    def probe(self, max_bad: float) -> np.ndarray:
+        """Decode the first PROBED pictures and all held-out ones; returns the good held-out ones.
+
+        Bad ones are named. Raises InputError if more than max_bad of them are bad.
+        """
+        first = np.arange(min(PROBED, len(self)))
+        ids = np.union1d(first, self.held).astype(int)
+
+        def trouble(i: int) -> str | None:
+            try:
+                self.image(self.encoded(np.array([i]))[0], None)
+            except BadPicture as error:
+                return str(error)
+            return None
+
+        def check() -> dict[str, str]:
+            with ThreadPoolExecutor() as pool:
+                found = zip(ids.tolist(), pool.map(trouble, ids.tolist()), strict=True)
+                return {str(i): why for i, why in found if why}
+
+        key = hashlib.sha256(f"{self.stamp(ids)} {self.image_size}".encode() + ids.tobytes())
+        bad = cached(glip.CACHE / f"probe-{key.hexdigest()[:16]}.json", check)
+        bad = {int(i): why for i, why in bad.items()}
+        for i, why in list(bad.items())[:10]:
+            print(f"cannot be read: {self.where(i)} ({why})")
+        if bad:
+            print(f"{self.name}: {len(bad)} of the {len(ids)} pictures looked at cannot be read")
+        if len(bad) > max_bad * len(ids):
+            raise InputError(
+                f"{self.name}: {len(bad)} of {len(ids)} pictures cannot be read, the first is "
+                f"{self.where(min(bad))} ({bad[min(bad)]}): repair or remove them, or raise "
+                f"--max-bad {max_bad:g}"
+            )
+        return np.array([i for i in self.held if i not in bad], int)
+
+
+class HeldOut:
+    """The held-out pictures of some sources; equal captions are one concept.
+
+    `captions`: the distinct ones; `concept` (M,): each picture's.
+    """
+
+    def __init__(self, sources: Sequence[Source], chosen: Sequence[np.ndarray]) -> None:
+        self.sources, self.chosen = sources, chosen
+        texts = [t for s, ids in zip(sources, chosen, strict=True) for t in s.texts(ids)]
+        self.captions = sorted(set(texts))
+        number = {text: i for i, text in enumerate(self.captions)}
+        self.concept = np.array([number[text] for text in texts], int)
+        self.ends = np.cumsum([len(ids) for ids in chosen])
+
+    def __len__(self) -> int:
+        return len(self.concept)
+
+    def render(self, ids: np.ndarray, draws: None = None) -> Tensor:
+        """Pictures `ids` (B,), centred squares -> (B, 3, S, S) bytes."""
+        size, number = self.sources[0].image_size, np.searchsorted(self.ends, ids, "right")
+        images = torch.empty(len(ids), 3, size, size, dtype=torch.uint8)
+        for s in np.unique(number):
+            places = np.flatnonzero(number == s)
+            own = self.chosen[s][ids[places] - self.ends[s]]  # counted from the end
+            for place, i, content in zip(places, own, self.sources[s].encoded(own), strict=True):
+                try:
+                    images[place] = self.sources[s].image(content, None)
+                except BadPicture as error:
+                    raise InputError(
+                        f"{self.sources[s].where(i)} is held out and was read before, and now "
+                        f"cannot be ({error}): look after the data"
+                    ) from None
+        return images
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders and tables
+# ------------------------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+PATH_COLUMNS = ("filepath", "image_path", "path", "image", "file", "filename", "file_name")
+CAPTION_COLUMNS = ("caption", "title", "text", "description")
+
+
+def own_pictures(path: Path) -> list[tuple[Path, str]]:
+    """(picture, caption) of a folder or a CSV/TSV; raises InputError with the file and row."""
+    if path.is_dir():
+        pairs = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+        rows = [(f, f.with_suffix(".txt")) for f in pairs if f.with_suffix(".txt").is_file()]
+        if len(rows) < len(pairs):
+            alone = len(pairs) - len(rows)
+            print(f"{path}: {alone} of {len(pairs)} pictures have no .txt beside them: left out")
+        rows = [(f, text.read_text("utf-8", "replace"), str(text)) for f, text in rows]
+        if not rows:
+            raise InputError(f"{path}: no picture has an equally named .txt beside it; add some")
+    else:
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        csv.field_size_limit(2**24)
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            table = csv.DictReader(file, delimiter=separator)
+            columns = {(name or "").strip().lower(): name for name in table.fieldnames or []}
+            image = next((columns[c] for c in PATH_COLUMNS if c in columns), None)
+            caption = next((columns[c] for c in CAPTION_COLUMNS if c in columns), None)
+            if image is None or caption is None:
+                raise InputError(
+                    f"{path}: the first row must name a picture column ({', '.join(PATH_COLUMNS)}) "
+                    f"and a caption column ({', '.join(CAPTION_COLUMNS)}); it has "
+                    f"{', '.join(columns) or 'nothing'}"
+                )
+            try:
+                rows = [
+                    (path.parent / (row[image] or ""), row[caption] or "", f"{path} row {number}")
+                    for number, row in enumerate(table, start=2)
+                ]
+            except csv.Error as error:
+                raise InputError(f"{path} line {table.line_num}: {error}; mend the row") from None
+        if not rows:
+            raise InputError(f"{path}: there is no row below the heading; add pictures")
+    for _, text, where in rows:
+        if not text.strip():
+            raise InputError(f"{where}: the caption is empty; write one or remove the picture")
+    return [(picture, " ".join(text.split())) for picture, text, _ in rows]
+
+
+class Pictures(Source):
+    """Pictures in files; equal captions are one concept, `concept` (M,) is each picture's."""
+
+    def __init__(self, rows: list[tuple[Path, str]], image_size: int, name: str) -> None:
+        self.name, self.image_size = name, image_size
+        self.paths = [path for path, _ in rows]
+        self.captions = sorted({text for _, text in rows})
+        number = {text: i for i, text in enumerate(self.captions)}
+        self.concept = np.array([number[text] for _, text in rows], dtype=int)
+        self.held = np.empty(0, int)
+        self.counts = {"pictures": len(set(self.paths)), "rows": len(rows)}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
+        found = []
+        for i in ids:
+            try:
+                found.append(self.paths[i].read_bytes())
+            except OSError as error:
+                found.append(error)
+        return found
+
+    def where(self, i: int) -> str:
+        return str(self.paths[i])
+
+    def stamp(self, ids: np.ndarray) -> str:
+        rows = "\n".join(f"{path} {self.captions[i]}"
+                         for path, i in zip(self.paths, self.concept, strict=True))  # fmt: skip
+        found = [self.paths[i].stat() if self.paths[i].is_file() else None for i in ids]
+        return rows + str([x and (x.st_size, x.st_mtime_ns) for x in found])
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return [self.captions[self.concept[i]] for i in ids]
+
+
+def split_rows(rows: list[tuple[Path, str]]) -> tuple[list, list]:
+    """Rows -> (training, held out): one picture in twenty, by a hash of its name.
+
+    At most MAX_HELD_OUT; of several captions of one picture the first counts.
+    """
+    hashes = {path: zlib.crc32(path.name.encode()) for path, _ in rows}
+    chosen = sorted((path for path in hashes if hashes[path] % 20 == 0), key=hashes.get)
+    chosen = set(chosen[:MAX_HELD_OUT])
+    test = {path: text for path, text in reversed(rows) if path in chosen}
+    return [(path, text) for path, text in rows if path not in chosen], list(test.items())
+
+
+# ------------------------------------------------------------------------------------------------
+# Shards, and several sources as one
+# ------------------------------------------------------------------------------------------------
+
+
+class Shards(Source):
+    """Indexed shards; one pair in twenty is held out, at most MAX_HELD_OUT, spread evenly."""
+
+    def __init__(self, location: str, image_size: int) -> None:
+        self.name, self.image_size, self.index = location, image_size, Index(location)
+        total = len(self.index)
+        count = min(total // 20, MAX_HELD_OUT)
+        draw = noise(0, "held out", 0, 1, count)[0] if count else np.empty(0)
+        self.held = ((np.arange(count) + draw) * (total / max(count, 1))).astype(int)
+        left_out = {f"left out: {why}": n for why, n in self.index.skipped.items()}
+        self.counts = {"pictures": total, "shards": len(self.index.counts), **left_out}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
+        return self.index.encoded(ids)
+
+    def where(self, i: int) -> str:
+        return self.index.where(i)
+
+    def stamp(self, ids: np.ndarray) -> str:
+        return f"{self.name} {self.index.prints}"
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return [decode_tokens(self.index.caption(i)) for i in ids]
+
+    def tokens(self, ids: np.ndarray) -> Tensor:
+        captions = [self.index.caption(i)[:75] for i in ids]
+        tokens = np.zeros((len(ids), 77), np.int64)
+        for row, caption in zip(tokens, captions, strict=True):
+            row[0], row[1 : 1 + len(caption)], row[1 + len(caption)] = glip.START, caption, glip.END
+        return torch.from_numpy(tokens)
+
+
+class Mixed(Source):
+    """Several sources as one, their numbers one behind the other; `weights`: passes an epoch."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        self.sources, self.weights, self.image_size = sources, weights, sources[0].image_size
+        self.starts = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+        self.name = " + ".join(source.name for source in sources)
+        self.held = np.concatenate(
+            [source.held + start for source, start in zip(sources, self.starts, strict=False)]
+        )
+        self.counts = {f"{source.name}: {what}": n
+                       for source in sources for what, n in source.counts.items()}  # fmt: skip
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def parts(self, ids: np.ndarray) -> list[tuple[Source, int, np.ndarray]]:
+        """(source, where it starts, places in `ids`) of each source that these ids touch."""
+        number = np.searchsorted(self.starts, ids, "right") - 1
+        return [
+            (self.sources[s], int(self.starts[s]), np.flatnonzero(number == s))
+            for s in np.unique(number)
+        ]
+
+    def read(
+        self, ids: np.ndarray, draws: np.ndarray | None
+    ) -> tuple[np.ndarray, Tensor, list[list[str]]]:
+        ids, bad = np.array(ids), []
+        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for source, start, places in self.parts(ids):
+            own = None if draws is None else draws[places]
+            found, images[places], more = source.read(ids[places] - start, own)
+            ids[places] = found + start
+            bad += more
+        return ids, images, bad
+
+    def stamp(self, ids: np.ndarray) -> str:
+        number = np.searchsorted(self.starts, ids, "right") - 1
+        return "\n".join(
+            source.stamp(ids[number == s] - self.starts[s]) for s, source in enumerate(self.sources)
+        )
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        texts = [""] * len(ids)
+        for source, start, places in self.parts(ids):
+            for place, text in zip(places, source.texts(ids[places] - start), strict=True):
+                texts[place] = text
+        return texts
+
+    def tokens(self, ids: np.ndarray) -> Tensor:
+        tokens = torch.zeros(len(ids), 77, dtype=torch.long)
+        for source, start, places in self.parts(ids):
+            tokens[places] = source.tokens(ids[places] - start)
+        return tokens

@@ -1,0 +1,490 @@
+"""Fetching: img2dataset under guard, against a server on loopback that does everything wrong."""
+
+import http.server
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zlib
+from email.message import Message
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+pytest.importorskip("imghdr", reason="img2dataset needs Python 3.12 or older")
+import data
+import fetch
+import shards
+from glip import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def picture(form="JPEG", size=(40, 30)):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
+
+
+def bomb():
+    """A PNG of 30,000 x 30,000 black pixels, written without ever having them."""
+    def chunk(kind, content):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    rows = zlib.compressobj()
+    packed = b"".join(rows.compress(bytes(1 + 30_000)) for _ in range(30_000)) + rows.flush()
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+OPTED_OUT = [  # every form of X-Robots-Tag that concerns us
+    ["noai"], ["noindex, noai"], ["max-image-preview: large, noai"], ["img2dataset: noai"],
+    ["unavailable_after: 25 Jun 2030 15:00:00 PST, noimageai"], ["all", "noimageai"], ["NOAI"],
+    ["otherbot: nofollow", "nanoglip: noai"], ["noml"], ["none"], ["*: noindex"],
+    ["otherbot: noindex, img2dataset: noai"],
+]  # fmt: skip
+ALLOWED = [["all"], ["otherbot: noai"], ["max-image-preview: large"], ["nofollow"], ["noarchive"],
+           ["otherbot: noindex, noai"]]  # fmt: skip
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """The Internet, small."""
+
+    protocol_version = "HTTP/1.1"
+    asked, flaky = [], set()
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers.get("User-Agent")))
+        name, _, number = self.path.partition("?")[0].strip("/").partition("/")
+        getattr(self, f"send_{name}", self.send_missing)(number)
+
+    def answer(self, content, status=200, **headers):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def send_good(self, number):
+        form = ("JPEG", "PNG", "WEBP")[int(number) % 3]
+        self.answer(picture(form, (300 + int(number), 400)))
+
+    def send_missing(self, number):
+        self.answer(b"no", 404)
+
+    def send_html(self, number):
+        self.answer(b"<html>hello</html>")
+
+    def send_torn(self, number):
+        self.answer(picture()[:-40])
+
+    def send_short(self, number):
+        content = picture()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:100])
+        self.close_connection = True
+
+    def send_slow(self, number):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        for _ in range(100):  # each byte in time, all of them never
+            self.wfile.write(b"x")
+            time.sleep(0.2)
+
+    def send_trickle(self, number):
+        for _ in range(100):
+            self.wfile.write(b"H")
+            time.sleep(0.2)
+
+    def send_huge(self, number):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(40):
+            self.wfile.write(bytes(2**20))
+        self.close_connection = True
+
+    def send_bomb(self, number):
+        self.answer(BOMB)
+
+    def send_to(self, target):
+        self.answer(b"", 302, Location=target.replace("COLON", ":"))
+
+    def send_optout(self, number):
+        self.send_tagged(OPTED_OUT[int(number)])
+
+    def send_allowed(self, number):
+        self.send_tagged(ALLOWED[int(number)])
+
+    def send_tagged(self, tags):
+        content = picture()
+        self.send_response(200)
+        for tag in tags:
+            self.send_header("X-Robots-Tag", tag)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def send_tdm(self, number):
+        self.answer(picture(), TDM_Reservation="1")
+
+    def send_flaky(self, number):
+        if number in self.flaky:
+            return self.send_good("0")
+        self.flaky.add(number)
+        return self.answer(b"later", 503)
+
+    def send_dead(self, number):
+        if DEAD:
+            return self.answer(b"gone", 410)
+        return self.send_good("1")
+
+    def log_message(self, *words):
+        pass
+
+
+DEAD = [True]
+BOMB = bomb()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *words):  # clients leave in the middle: that is what is tested
+        pass
+
+
+@pytest.fixture(scope="module")
+def web():
+    server = Server(("127.0.0.1", 0), Web)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def private():
+    """A service that nobody outside may reach; it notes who did."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0.01)
+    yield listener
+    with pytest.raises(TimeoutError):
+        listener.accept()
+    listener.close()
+
+
+def write_tsv(path, rows, url_first=True):
+    lines = ["\t".join(row if url_first else row[::-1]) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def command(*words):
+    return [sys.executable, "data.py", *map(str, words)]
+
+
+def run(*words, **settings):
+    return subprocess.run(
+        command(*words), cwd=ROOT, capture_output=True, text=True, timeout=300, **settings
+    )
+
+
+FAST = ("--threads", 8, "--processes", 1, "--timeout", 2, "--retries", 1)
+
+# --- the guard alone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tags", OPTED_OUT + ALLOWED, ids=str)
+def test_opt_outs_in_every_form(tags):
+    headers = Message()
+    for tag in tags:
+        headers["X-Robots-Tag"] = tag
+    assert fetch.opted_out(headers) == (tags in OPTED_OUT)
+
+
+@pytest.mark.parametrize(("address", "public"), [
+    ("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.1.2.3", False),
+    ("169.254.169.254", False), ("192.168.0.1", False), ("100.64.0.1", False), ("0.0.0.0", False),
+    ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("fe80::1%eth0", False),
+    ("fd00::1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False),
+    ("2002:a00:1::", False), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
+])  # fmt: skip
+def test_private_addresses_in_every_form(address, public):
+    assert fetch.is_public(address) == public
+
+
+def reason(web, url, **settings):
+    guard = fetch.Guard(1.0, 0, "me@example.org", frozenset([web]))
+    return guard.download((0, url), **settings)[2]
+
+
+def test_what_is_refused_and_why(web, private):
+    port = private.getsockname()[1]
+    for url, why in (
+        (f"http://{web}/missing", "HTTP 404"), (f"http://{web}/html", "not a picture"),
+        (f"http://{web}/torn", "torn picture"), (f"http://{web}/short", "cut short"),
+        (f"http://{web}/slow", "timed out"), (f"http://{web}/trickle", "timed out"),
+        (f"http://{web}/huge", "over 33,554,432 bytes"),
+        (f"http://{web}/bomb", "over 67,108,864 pixels"),
+        (f"http://{web}/tdm", "opted out"), (f"http://127.0.0.1:{port}/", "private address"),
+        (f"http://localhost:{port}/", "private address"), (f"http://[::1]:{port}/", "private"),
+        (f"http://{web}/to/httpCOLON//127.0.0.1:{port}/", "private address"),
+        (f"http://{web}/to/fileCOLON///etc/passwd", "HTTP 302"),
+        (f"http://{web}/to/ftpCOLON//127.0.0.1:{port}/", "URLError|unknown|str"),
+        ("file:///etc/passwd", "not http"), ("ftp://example.org/x.jpg", "not http"),
+        ("", "not http"), ("http://", ""), ("http://nosuch.invalid/x.jpg", "unknown host"),
+        ("http://[bad", ""), (f"http://{web}/to/http", "HTTP 404|HTTP 302"),
+    ):  # fmt: skip
+        begun, found = time.monotonic(), reason(web, url)
+        assert found is not None and any(part in found for part in why.split("|")), (url, found)
+        assert time.monotonic() - begun < 3, url
+    assert reason(web, f"http://{web}/good/1") is None
+    agents = {agent for path, agent in Web.asked if path == "/good/1"}
+    assert agents == {"nanoGLIP/1.0 (image-text research; img2dataset 1.47.0; me@example.org)"}
+    guard = fetch.Guard(1.0, 1, "", frozenset([web]))
+    assert guard.download((0, f"http://{web}/flaky/a"))[2] is None
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def all_rows(web, port):
+    """A list with everything in it: (URL, caption) and whether it is got."""
+    rows = [((f"http://{web}/good/{n}", f'a "good" picture {n}'), True) for n in range(9)]
+    rows += [((f"http://{web}/allowed/{n}", "allowed"), True) for n in range(len(ALLOWED))]
+    rows += [((f"http://{web}/optout/{n}", "no"), False) for n in range(len(OPTED_OUT))]
+    rows += [((f"http://{web}/{name}", name), False) for name in
+             ("missing", "html", "torn", "short", "slow", "bomb", "tdm")]  # fmt: skip
+    rows += [((f"http://{web}/to/httpCOLON//127.0.0.1:{port}/", "private"), False)]
+    rows += [((f"http://127.0.0.1:{port}/x.jpg", "private"), False)]
+    rows += [((f"http://{web}/dead/{n}", f"dead {n}"), False) for n in range(3)]
+    return rows
+
+
+def test_full_circle(web, private, tmp_path):
+    """List, fetch with the real img2dataset, index, train, evaluate: the README's commands."""
+    rows = all_rows(web, private.getsockname()[1])
+    rows += [((f"http://{web}/good/{n}", f"more of picture {n}"), True) for n in range(9, 60)]
+    path = write_tsv(tmp_path / "list.tsv", [row for row, _ in rows], url_first=False)
+    out, got = tmp_path / "cc3m", sum(good for _, good in rows)
+    ask = ("fetch", "cc3m", "--list", path, "--out", out, "--shard-size", 20, *FAST)
+    done = run(*ask, "--allow-host", web)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = done.stdout
+    assert f"expected {len(rows)} pairs, got {got} ({got / len(rows):.1%})" in told
+    for why, count in (("opted out", len(OPTED_OUT) + 1), ("private address", 2),
+                       ("HTTP 410", 3), ("timed out", 1)):  # fmt: skip
+        assert f"{count:>10,}  {why}" in told, told
+    assert "not for redistribution" in told
+    assert not (out / "_tmp").exists() and not list(tmp_path.rglob("wandb*"))
+    # Ratio kept, no border, no enlarging.
+    with tarfile.open(out / "00000.tar") as tar:
+        for member in tar:
+            if member.name.endswith(".jpg"):
+                image = Image.open(io.BytesIO(tar.extractfile(member).read()))
+                assert min(image.size) == 256 or image.size == (30, 40)
+    # What failed, once more, into shards of its own; then nothing is left to ask.
+    DEAD.clear()
+    done = run(*ask, "--allow-host", web, "--retry-failed")
+    DEAD.append(True)
+    assert done.returncode == 0 and f"got {got + 3} (" in done.stdout, done.stdout
+    assert f"{len(OPTED_OUT) + 1:>10,}  opted out" in done.stdout
+    urls = [row["url"] for n in (5, 6) if (out / f"{n:05}.parquet").exists()
+            for row in pq.read_table(out / f"{n:05}.parquet").to_pylist()]  # fmt: skip
+    assert urls and not any("optout" in url or "good" in url for url in urls)
+    done = run("index", out, "--processes", 1)
+    assert done.returncode == 0 and f"{got + 3} pairs" in done.stdout, done.stderr
+    index = shards.Index(str(out))
+    texts = {glip_text(index, i) for i in range(len(index))}
+    assert len(index) == got + 3 and 'a " good " picture 3' in texts
+    script = [sys.executable, "train.py", "--data", str(out), "--out", str(tmp_path / "run"),
+              "--steps", "3", "--batch-size", "16", "--tune-batch-size", "16", "--workers", "1",
+              "--model", "ViT-nano-8", "--image-size", "16"]  # fmt: skip
+    trained = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    assert "an epoch is 4 steps of 16 = 64" in trained.stdout
+    script = [sys.executable, "evaluate.py", str(tmp_path / "run")]
+    evaluated = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert evaluated.returncode == 0, evaluated.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["counts"]["held-out pictures"] == 3 and results["config"]["data"] == "cc3m"
+
+
+def glip_text(index, i):
+    import glip
+
+    return glip.decode_tokens(index.caption(i))
+
+
+def test_a_killed_fetch_goes_on(web, tmp_path):
+    """kill -9 in the middle, restart: everything once, finished shards untouched."""
+    rows = [(f"http://{web}/good/{n % 40}?{n}", f"picture number {n}") for n in range(120)]
+    path = write_tsv(tmp_path / "list.tsv", rows)
+    out = tmp_path / "out"
+    ask = ("fetch", "cc12m", "--list", path, "--out", out, "--shard-size", 10, *FAST,
+           "--allow-host", web)  # fmt: skip
+    process = subprocess.Popen(
+        command(*ask), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 120
+    while len(list(out.glob("*_stats.json"))) < 3 and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {p.stem: p.with_name(p.name.replace("_stats.json", ".tar")).stat().st_mtime_ns
+                for p in shards.whole_stats(out)}  # fmt: skip
+    assert 3 <= len(finished) < 12
+    with pytest.raises(InputError, match="another list"):
+        other = write_tsv(tmp_path / "other.tsv", rows[:50])
+        fetch.fetch(fetch.FetchConfig("cc12m", other, out))
+    done = run(*ask)
+    assert done.returncode == 0 and "expected 120 pairs, got 120 (100.0%)" in done.stdout
+    for name, changed in finished.items():
+        tar = out / f"{name.removesuffix('_stats')}.tar"
+        assert tar.stat().st_mtime_ns == changed
+    shards.build(str(out), 1)
+    index = shards.Index(str(out))
+    texts = [glip_text(index, i).replace(" ", "") for i in range(len(index))]
+    assert sorted(texts) == sorted(f"picturenumber{n}" for n in range(120))
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+    assert run(*ask).returncode == 0  # nothing to do
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+
+
+def test_bad_lists_are_told(tmp_path):
+    config = fetch.FetchConfig
+    swapped = [("http://example.org/a.jpg", "http://example.org/b.jpg")] * 5
+    for name, content, words in (
+        ("none.tsv", None, "cannot be read"),
+        ("void.tsv", "", "0 have a URL in the first"),
+        ("words.tsv", "a\tb\n" * 9, "a TSV with URL, then caption"),
+        ("both.tsv", "\n".join("\t".join(row) for row in swapped), "5 have a URL in the first"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=words):
+            fetch.fetch(config("cc12m", tmp_path / name, tmp_path / "out"))
+    good = write_tsv(tmp_path / "good.tsv", [("http://example.org/a.jpg", "a")])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/0.tar").write_bytes(b"")
+    with pytest.raises(InputError, match="not of a fetch"):
+        fetch.fetch(config("cc12m", good, tmp_path / "full"))
+    with pytest.raises(InputError, match="pip install"):
+        fetch.fetch(config("cc12m", good, tmp_path / "x", distributor="pyspark"))
+    with pytest.raises(InputError, match="--timeout must be above 0"):
+        fetch.fetch(config("cc12m", good, tmp_path / "x", timeout=0.0))
+
+
+def test_the_command_line_tells(tmp_path):
+    for words, told in (([], "fetch cc3m|cc12m"), (["index", tmp_path / "no"], "no such folder"),
+                        (["index", tmp_path], "no finished .tar shard")):  # fmt: skip
+        done = run(*words)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+# --- the snapshot -------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A stand-in of the hub: one repository of tars, and a connection that breaks once."""
+
+    protocol_version = "HTTP/1.1"
+    files, breaks, sent = {}, [], []
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/pixparse/cc3m-wds/tree/"):
+            rows = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40}
+                    for n, c in self.files.items()]  # fmt: skip
+            return self.answer(json.dumps(rows).encode(), body)
+        if path.startswith("/api/datasets/pixparse/cc3m-wds"):
+            siblings = [{"rfilename": name} for name in self.files]
+            about = {"id": "pixparse/cc3m-wds", "sha": self.commit, "siblings": siblings,
+                     "private": False, "tags": [], "downloads": 0}  # fmt: skip
+            return self.answer(json.dumps(about).encode(), body)
+        content = self.files.get(path.rpartition("/")[2])
+        if content is None:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
+        return self.answer(content, body, path.rpartition("/")[2])
+
+    def answer(self, content, body, name=None):
+        first, asked = 0, self.headers.get("Range", "")
+        if name and asked.startswith("bytes="):
+            first = int(asked[6:].partition("-")[0])
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(content) - first))
+        self.send_header("Content-Type", "application/json" if not name else "application/x-tar")
+        if name:
+            self.send_header("ETag", f'"{name}-{len(content)}"')
+            self.send_header("X-Repo-Commit", self.commit)
+            self.send_header("Accept-Ranges", "bytes")
+            if first:
+                total = len(content)
+                self.send_header("Content-Range", f"bytes {first}-{total - 1}/{total}")
+        self.end_headers()
+        if body and name and name in self.breaks:
+            self.breaks.remove(name)
+            self.wfile.write(content[first : len(content) // 2])
+            self.close_connection = True
+        elif body:
+            self.sent.append((name, len(content) - first))
+            self.wfile.write(content[first:])
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_snapshot_is_brought_and_counted(tmp_path):
+    from tests.test_shards import make_shards
+
+    published = make_shards(tmp_path / "published", 3, 20)
+    Hub.files = {f"cc3m-train-{p.stem}.tar": p.read_bytes() for p in published.glob("*.tar")}
+    Hub.files |= {"cc3m-validation-0000.tar": b"not asked for", "README.md": b"words"}
+    Hub.breaks = ["cc3m-train-00001.tar"]
+    server = Server(("127.0.0.1", 0), Hub)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+    out = tmp_path / "cc3m"
+    done = run("snapshot", "cc3m", "--out", out, "--processes", 1, env=env)
+    if done.returncode:  # the broken connection may end it: the same command goes on
+        assert "go on" in done.stderr and "Traceback" not in done.stderr
+        done = run("snapshot", "cc3m", "--out", out, "--processes", 1, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(p.name for p in out.glob("*.tar")) == [
+        f"cc3m-train-0000{n}.tar" for n in range(3)
+    ]
+    assert all(p.read_bytes() == Hub.files[p.name] for p in out.glob("*.tar"))
+    assert "cc3m: 60 of 2,905,954 published pairs" in done.stdout
+    assert "state it beside every result" in done.stdout
+    assert len(data.load(str(out), 16)[0]) == 60
+    server.shutdown()
+    server.server_close()
+    done = run("snapshot", "cc3m", "--out", tmp_path / "other", env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "go on" in done.stderr

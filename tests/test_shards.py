@@ -1,0 +1,662 @@
+"""Tar shards: the index, the exact order, untrusted bytes, shards behind a URL, sampling."""
+
+import http.server
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+import captions
+import data
+import glip
+import pictures
+import shards
+from data import Batches, MixedOrder, ShardOrder
+from glip import GLIPConfig, InputError
+
+ROOT = Path(__file__).parent.parent
+NANO = GLIPConfig.named("ViT-nano-8", 16)
+WORDS = ("a", "red", "blue", "old", "cat", "dog", "house", "on", "in", "it's", "happy,", "3", "men")
+
+
+def picture(number, form="JPEG", size=24):
+    """A picture that tells its number: its mean colour."""
+    draw = np.random.default_rng(number)
+    pixels = draw.integers(0, 255, 3) // 2 + draw.integers(0, 99, (size, size + number % 5, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def caption(number):
+    draw = random.Random(number)
+    return f"number {number}: " + " ".join(draw.choices(WORDS, k=draw.randint(0, 12)))
+
+
+def add(tar, name, content, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(content), kind
+    tar.addfile(member, io.BytesIO(content))
+
+
+def make_shards(folder, count=6, size=20, stats=False):
+    """`count` shards of `size` pairs, as webdataset writes them, members in a shuffled order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(count):
+        numbers = list(range(shard * size, (shard + 1) * size))
+        random.Random(shard).shuffle(numbers)
+        with webdataset.TarWriter(str(folder / f"{shard:05}.tar")) as writer:
+            for n in numbers:
+                form = ("JPEG", "PNG", "WEBP")[n % 3]
+                suffix = ("jpg", "png", "webp")[n % 3]
+                record = {"caption": "not this one", "url": "x"}
+                sample = {"__key__": f"{n:09}", suffix: picture(n, form), "json": record}
+                writer.write(sample | {"txt": caption(n)})
+        if stats:
+            (folder / f"{shard:05}_stats.json").write_text(json.dumps({"successes": size}))
+    return folder
+
+
+def number_of(text):
+    return int(re.match(r"number ([\d ]+)", text)[1].replace(" ", ""))  # a digit is a token
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_shards(tmp_path_factory.mktemp("data") / "shards")
+    shards.build(str(folder), 1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+
+
+# --- index --------------------------------------------------------------------------------------
+
+
+def test_the_index_has_every_pair(folder):
+    """Against webdataset's own reading of the same shards."""
+    index = shards.Index(str(folder))
+    assert len(index) == 120 and index.counts.tolist() == [20] * 6 and index.skipped == {}
+    files = [str(path) for path in sorted(folder.glob("*.tar"))]
+    wanted = {}
+    for sample in webdataset.WebDataset(files, shardshuffle=False):
+        content = next(sample[k] for k in ("jpg", "png", "webp") if k in sample)
+        wanted[number_of(sample["txt"].decode())] = (content, sample["txt"].decode())
+    for i in range(120):  # by key, for members stand in order of arrival
+        content, text = wanted[i]
+        assert index.encoded(np.array([i])) == [content]
+        assert tuple(index.caption(i)) == glip.encode(text)
+        assert glip.encode(glip.decode_tokens(index.caption(i))) == glip.encode(text)
+        assert index.shard(i) == i // 20 and f"{i // 20:05}.tar" in index.where(i)
+
+
+def test_captions_come_from_text_or_json_and_are_cut(tmp_path):
+    long = "word " * 1000
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for key, suffix, content in (
+            ("a", ".txt", b" in  text\n"), ("a", ".json", b'{"caption": "in json"}'),
+            ("b", ".json", b'{"caption": "in json"}'), ("c", ".json", b"[1, 2"),
+            ("d", ".txt", b"  "), ("e", ".txt", long.encode()), ("f", ".json", b'{"caption": 7}'),
+            ("k" * 150, ".txt", b"a long name"), ("g", ".txt", b"no picture"), ("h", ".npy", b"x"),
+        ):  # fmt: skip
+            if key not in "gh":
+                add(tar, f"deep/{key}.jpg", picture(1)) if suffix == ".txt" or key != "a" else None
+            add(tar, f"deep/{key}{suffix}", content)
+    record = shards.build(str(tmp_path), 1)
+    index = shards.Index(str(tmp_path))
+    texts = [glip.decode_tokens(index.caption(i)) for i in range(len(index))]
+    assert texts == ["in text", "in json", "word " * 253 + "word", "a long name"]
+    assert record["skipped"] == {"no caption": 3, "no picture": 1, "members .npy": 1}
+
+
+def test_an_index_is_kept_rebuilt_or_refused(tmp_path, capsys):
+    folder = make_shards(tmp_path / "own", 2, 5)
+    with pytest.raises(InputError, match=r"has no index: python data\.py index"):
+        shards.Index(str(folder))
+    shards.build(str(folder), 1)
+    made = (folder / "index/index.json").stat().st_mtime_ns
+    shards.build(str(folder), 1)
+    assert "up to date" in capsys.readouterr().out
+    assert (folder / "index/index.json").stat().st_mtime_ns == made
+    make_shards(folder, 3, 5)  # one came, the others are as they were
+    assert len(shards.Index(str(folder))) == 10
+    assert "1 shards are not in the index" in capsys.readouterr().out
+    shards.build(str(folder), 1)
+    assert len(shards.Index(str(folder))) == 15
+    make_shards(folder, 1, 6)
+    with pytest.raises(InputError, match=r"00000\.tar is not what was indexed"):
+        shards.Index(str(folder))
+    shards.build(str(folder), 2)
+    assert len(shards.Index(str(folder))) == 16
+    (folder / "index/tokens.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"tokens\.bin is not whole"):
+        shards.Index(str(folder))
+    record = json.loads((folder / "index/index.json").read_text())
+    (folder / "index/index.json").write_text(json.dumps(record | {"version": 0}))
+    with pytest.raises(InputError, match="another version"):
+        shards.Index(str(folder))
+    (folder / "index/index.json").write_text("[1, 2")
+    with pytest.raises(InputError, match="has no index"):
+        shards.Index(str(folder))
+
+
+def test_unfinished_shards_are_named(tmp_path, capsys):
+    folder = make_shards(tmp_path / "own", 3, 4, stats=True)
+    (folder / "00001_stats.json").write_text('{"succ')  # cut by a kill
+    (folder / "00002_stats.json").unlink()
+    shards.build(str(folder), 1)
+    assert "unfinished (no _stats.json yet): 00001.tar, 00002.tar" in capsys.readouterr().out
+    assert len(shards.Index(str(folder))) == 4
+    with pytest.raises(InputError, match=r"no finished \.tar shard"):
+        shards.build(str(tmp_path), 1)
+
+
+def test_patterns_name_shards(folder, tmp_path):
+    assert shards.expand("a{08..10}b{1..2}") == [
+        f"a{i}b{j}" for i in ("08", "09", "10") for j in (1, 2)
+    ]
+    location = f"{folder}/{{00001..00003}}.tar"
+    shards.build(location, 1)
+    index = shards.Index(location)
+    assert len(index) == 60 and number_of(glip.decode_tokens(index.caption(0))) == 20
+    with pytest.raises(InputError, match=r"00006\.tar: cannot be opened"):
+        shards.build(f"{folder}/0000{{5..9}}.tar", 1)
+
+
+def test_a_killed_build_goes_on(tmp_path):
+    """kill -9 while it builds; the result is the same, and finished parts are not made again."""
+    straight = make_shards(tmp_path / "straight", 12, 30)
+    killed = make_shards(tmp_path / "killed", 12, 30)
+    shards.build(str(straight), 1)
+    command = [sys.executable, "data.py", "index", str(killed), "--processes", "1"]
+    parts = killed / "index/parts"
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(parts.glob("*.npz"))) < 4:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    assert 4 <= len(made) < 12 and not (killed / "index/index.json").exists()
+    seen = []
+    original = shards.build_part
+    try:
+        shards.build_part = lambda *job: (seen.append(job), original(*job))
+        shards.build(str(killed), 1)
+    finally:
+        shards.build_part = original
+    assert len(seen) == 12 - len(made)
+    for name in ("addresses", "tokens", "lengths"):
+        files = [folder / f"index/{name}.bin" for folder in (straight, killed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(p.name for p in (killed / "index").iterdir()) == [
+        "addresses.bin", "index.json", "lengths.bin", "tokens.bin"
+    ]  # fmt: skip
+
+
+# --- untrusted bytes ----------------------------------------------------------------------------
+
+
+def hostile_tar(path):
+    """Names that climb, links, devices, pickles, bombs, a size that lies, keys that come twice."""
+    with tarfile.open(path, "w") as tar:
+        for n in range(4):
+            add(tar, f"good{n}.jpg", picture(n))
+            add(tar, f"good{n}.txt", caption(n).encode())
+        add(tar, "../../outside.jpg", picture(9))
+        add(tar, "../../outside.txt", b"number 9 climbs")
+        add(tar, "/etc/absolute.txt", b"no picture")
+        add(tar, "evil.pkl", b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            member = tarfile.TarInfo("link.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        for kind in (tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo("device.txt")
+            member.type = kind
+            tar.addfile(member)
+        add(tar, "good0.jpg", picture(5))
+        add(tar, "empty.jpg", b"")
+        add(tar, "empty.txt", b"number 7 has no bytes")
+        add(tar, "color\x1b[31m.\x1b[2J", b"")
+
+
+def test_hostile_members_are_passed_over_and_counted(tmp_path):
+    folder = tmp_path / "deep/er/own"
+    folder.mkdir(parents=True)
+    hostile_tar(folder / "0.tar")
+    before = set(tmp_path.rglob("*"))
+    record = shards.build(str(folder), 1)
+    new = set(tmp_path.rglob("*")) - before
+    assert {p.parent.name for p in new} <= {"own", "index"} and not Path("/tmp/owned").exists()
+    assert record["counts"] == [5]
+    assert record["skipped"] == {
+        "not a plain file": 4, "members .pkl": 1, "no picture": 2, "twice the same key": 1,
+        "picture empty or too large": 1, "members .?[2j": 1,
+    }  # fmt: skip
+    train, _ = data.load(str(folder), 16, max_bad=1.0)
+    ids, _, bad = train.read(np.arange(5), None)
+    assert bad == [] and ids.tolist() == list(range(5))
+
+
+def test_damage_costs_what_it_hits_and_no_more(tmp_path):
+    """A broken header costs its member; a cut tar what lies behind the cut."""
+    whole = make_shards(tmp_path / "a", 1, 10) / "00000.tar"
+    with tarfile.open(whole) as tar:
+        members = tar.getmembers()
+    content = bytearray(whole.read_bytes())
+    target = next(member for member in members[9:] if member.name.endswith(".txt"))
+    place = target.offset_data - 512
+    content[place : place + 20] = bytes(b ^ 0xFF for b in content[place : place + 20])
+    whole.write_bytes(content)
+    record = shards.build(str(tmp_path / "a"), 1)
+    assert record["counts"] == [10] and record["skipped"] == {"broken header": 1}
+    index = shards.Index(str(tmp_path / "a"))  # the caption was lost, and taken from the .json
+    texts = [glip.decode_tokens(index.caption(i)) for i in range(10)]
+    assert texts.count("not this one") == 1
+    cut = make_shards(tmp_path / "b", 1, 10) / "00000.tar"
+    cut.write_bytes(cut.read_bytes()[: members[16].offset_data + 3])
+    record = shards.build(str(tmp_path / "b"), 1)
+    assert record["counts"] == [5] and record["skipped"]["torn"] >= 1
+
+
+def damaged(content, draw):
+    """A shard's bytes, flipped, cut, repeated or replaced somewhere."""
+    kind, place = draw.integers(5), int(draw.integers(len(content)))
+    content = bytearray(content)
+    if kind == 0:
+        for _ in range(int(draw.integers(1, 30))):
+            content[int(draw.integers(len(content)))] ^= int(draw.integers(1, 256))
+    elif kind == 1:
+        content = content[:place]
+    elif kind == 2:
+        content[place:place] = content[place // 2 : place]
+    elif kind == 3:
+        end = place + int(draw.integers(1, 2000))
+        content[place:end] = draw.bytes(len(content[place:end]))
+    else:
+        del content[place : place + int(draw.integers(1, 3000))]
+    return bytes(content)
+
+
+def fuzz(folder, rounds):
+    """Damage a shard in `rounds` ways: index, read all; returns (samples found, bad when read)."""
+    make_shards(folder / "good", 1, 12)
+    good, found, unread = (folder / "good/00000.tar").read_bytes(), 0, 0
+    draw, own = np.random.default_rng(0), folder / "own"
+    own.mkdir()
+    hostile_tar(folder / "hostile.tar")
+    seeds = (good, (folder / "hostile.tar").read_bytes())
+    for i in range(rounds):
+        for old in own.rglob("*.*"):
+            old.unlink()
+        (own / "0.tar").write_bytes(damaged(seeds[i % 2], draw))
+        record = shards.build(str(own), 1)
+        assert all(n > 0 for n in record["skipped"].values())
+        count = sum(record["counts"])
+        if not count:
+            with pytest.raises(InputError, match="no shard holds a picture"):
+                shards.Index(str(own))
+            continue
+        source = pictures.Shards(str(own), 16)
+        readable = 0
+        for i in range(count):  # each alone: what fails is counted once, by its own number
+            try:
+                image = source.image(source.encoded(np.array([i]))[0], None)
+                readable += image.shape == (3, 16, 16)
+            except pictures.BadPicture as error:
+                assert str(error)
+        if readable:
+            _, images, bad = source.read(np.arange(count), None)
+            # Each bad one is told for every run of bad ones that its replacement meets.
+            assert len({where for _, where, _ in bad}) == count - readable
+            assert images.shape[0] == count
+        found, unread = found + count, unread + count - readable
+    return found, unread
+
+
+def test_fuzzed_shards_never_crash(tmp_path):
+    before = set(tmp_path.parent.glob("*"))
+    found, unread = fuzz(tmp_path, 500)
+    assert found > 3000 and unread > 20  # both ways were taken
+    assert set(tmp_path.parent.glob("*")) == before
+
+
+# --- order --------------------------------------------------------------------------------------
+
+
+def numbers(batches, step):
+    """The pictures of a process's share of a batch, by their captions."""
+    tokens = batches[step][1]
+    return [number_of(glip.decode_tokens(row[1 : n - 1]))
+            for row, n in zip(tokens, glip.lengths(tokens))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (3, 2), (4, 1)])
+def test_ranks_and_workers_share_exactly_the_epoch(folder, world, workers, monkeypatch):
+    """The same global batches for all, the tail from any step, and nothing read before it."""
+    monkeypatch.setattr(data, "WINDOW", 2)
+    train, test = data.load(str(folder), 16)
+    order = data.make_order(train, 12, 3, "pretrain")
+    assert order.length == 114 and order.steps_per_epoch == 9 and order.unplaced == 6
+    assert "114 pictures; an epoch is 9 steps of 12 = 108, 6 left over" in order.describe()
+    straight = [train.texts(order.batch(step)) for step in range(18)]
+    parts = [Batches(train, order, NANO, rank, world) for rank in range(world)]
+    for start in (0, 7):
+        loaders = [iter(data.loader(part, start, 18, workers, False)) for part in parts]
+        for step in range(start, 18):
+            batch = [next(loader) for loader in loaders]
+            texts = [glip.decode_tokens(row[1 : n - 1]) for item in batch
+                     for row, n in zip(item[1], glip.lengths(item[1]))]  # fmt: skip
+            assert texts == straight[step]
+    for epoch in range(2):
+        seen = [number_of(t) for step in range(9) for t in straight[epoch * 9 + step]]
+        held = {number_of(t) for t in test.captions}
+        assert len(set(seen)) == 108 and not set(seen) & held and len(held) == 6
+    assert straight[:9] != straight[9:]
+
+
+def test_starting_late_reads_nothing_before(folder, monkeypatch):
+    train, _ = data.load(str(folder), 16)
+    order, read = data.make_order(train, 10, 0, "pretrain"), []
+    original = train.index.encoded
+    monkeypatch.setattr(train.index, "encoded", lambda ids: read.extend(ids) or original(ids))
+    list(data.loader(Batches(train, order, NANO, 0, 1), 8, 10, 0, False))
+    assert read == [i for step in (8, 9) for i in order.batch(step)]
+
+
+def test_windows_keep_reads_near_each_other(folder, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 2)
+    train, _ = data.load(str(folder), 16)
+    order = ShardOrder(train, 2, 0, "pretrain")
+    shard = [train.index.shard(i) for i in order.between(0, 0, order.length)]
+    pairs = [set(shard[begin : begin + 36]) for begin in (0, 40, 78)]
+    assert all(len(found) == 2 for found in pairs) and set.union(*pairs) == set(range(6))
+    assert len(set(shard[:12])) == 2  # mixed inside
+    # Every position is as likely for every picture: where pictures stand on the average.
+    places = np.zeros(120)
+    for epoch in range(400):
+        places[order.between(epoch, 0, order.length)] += np.arange(order.length)
+    kept = np.delete(places / 400, train.held)
+    assert abs(kept - 56.5).max() < 6.5 * 33 / 400**0.5
+
+
+def test_order_needs_no_memory_of_the_run(folder):
+    train, _ = data.load(str(folder), 16)
+    straight = [ShardOrder(train, 13, 1, "pretrain").batch(step) for step in range(20)]
+    order = ShardOrder(train, 13, 1, "pretrain")
+    for step in (19, 0, 8, 9, 3):
+        assert np.array_equal(order.batch(step), straight[step])
+    assert not np.array_equal(ShardOrder(train, 13, 2, "pretrain").batch(0), straight[0])
+    assert not np.array_equal(ShardOrder(train, 13, 1, "tune").batch(0), straight[0])
+    with pytest.raises(InputError, match="--tune-batch-size 115 is more than the 114 pictures"):
+        ShardOrder(train, 115, 1, "tune")
+
+
+def test_sources_are_mixed_by_their_weights(folder, tmp_path):
+    other = make_shards(tmp_path / "other", 2, 50)
+    shards.build(str(other), 1)
+    table = tmp_path / "my.csv"
+    files = [tmp_path / f"{n:03}.jpg" for n in range(1000, 1040)]
+    for path in files:
+        path.write_bytes(picture(int(path.stem)))
+    rows = [f"{path.name},number {path.stem} of mine" for path in files]
+    table.write_text("\n".join(["path,caption", *rows]))
+    names, weights = [str(folder), str(other), str(table)], (1.0, 0.5, 2.0)
+    train, test = data.load(names, 16, weights=weights)
+    order = data.make_order(train, 20, 0, "pretrain")
+    assert isinstance(order, MixedOrder)
+    mine = len(train.sources[2])
+    assert order.quota == [114, 48, 2 * mine] and len(test) == 6 + 5 + 40 - mine
+    assert order.length == sum(order.quota) and order.unplaced == order.length % 20
+    last = [0, 0, 0]
+    for place in range(order.length + 1):
+        before = order.shares(place)
+        assert sum(before) == place
+        assert all(abs(n - place * q / order.length) < 2.5 for n, q in zip(before, order.quota))
+        assert all(a <= b for a, b in zip(last, before))
+        last = before
+    epochs = [order.between(e, 0, order.length) for e in range(2)]
+    for source, start, quota in zip(train.sources, train.starts, order.quota):
+        own = [e[(e >= start) & (e < start + len(source))] for e in epochs]
+        assert [len(x) for x in own] == [quota, quota]
+        seen = np.unique(np.concatenate(own), return_counts=True)[1]
+        assert len(seen) == len(source) - len(source.held)  # half of it, and then the other half
+        assert seen.min() == seen.max() or quota == 48
+    images, tokens, *_ = Batches(train, order, NANO, 0, 1)[3]
+    ids = order.batch(3)
+    assert images.shape == (20, 3, 16, 16) and not np.array_equal(ids, np.sort(ids))
+    assert torch.equal(tokens, glip.tokenize(train.texts(ids))[:, : tokens.shape[1]])
+    halves = [Batches(train, order, NANO, rank, 2)[3][0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), images)
+    for bad, words in (
+        ({"weights": (1.0,)}, "needs 3 numbers"), ({"weights": (1.0, 0.0, 1.0)}, "above 0"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            data.make_order(data.load(names, 16, **bad)[0], 20, 0, "pretrain")
+    with pytest.raises(InputError, match="cannot be mixed"):
+        data.load(["emoji", str(folder)], 16)
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def test_balanced_sampling_follows_the_power(folder):
+    clusters = np.repeat([7, 1, 3, 9], [1, 9, 30, 80])
+    chances = captions.balanced_sampling(clusters, 0.25, 0.2)
+    assert abs(chances.sum() - 30) < 1e-6 and chances.max() <= 1
+    per_cluster = {c: chances[clusters == c].sum() for c in (1, 3, 9)}
+    for a, b in ((1, 3), (3, 9)):
+        ratio = ((clusters == b).sum() / (clusters == a).sum()) ** 0.2
+        assert abs(per_cluster[b] / per_cluster[a] - ratio) < 1e-6
+    train, _ = data.load(str(folder), 16)
+    given = np.where(np.isin(np.arange(120), train.held), 0, chances)
+    order = data.make_order(train, 5, 0, "pretrain", given)
+    count = np.zeros(120)
+    for epoch in range(600):
+        ids = order.between(epoch, 0, order.length)
+        assert len(ids) == len(set(ids)) == round(given.sum())
+        count[ids] += 1
+    assert count[train.held].sum() == 0
+    free = given > 0
+    assert abs(count[free] / 600 - given[free]).max() < 0.1  # drawn about as often as it says
+    assert len(set(map(tuple, (np.sort(order.between(e, 0, order.length)) for e in range(9))))) == 9
+
+
+def test_word_sampling_keeps_rare_words(folder, tmp_path):
+    train, _ = data.load(str(folder), 16)
+    chances = captions.sampling_probabilities("words", train, 0.5, 0.0, "", 1e-3)
+    assert set(np.unique(chances)) == {0.0, 1.0} and chances.sum() == 57
+    shares = captions.word_shares(train)
+    score = [np.mean([min(1, (1e-3 / shares.get(w, 1)) ** 0.5) for w in glip.words(t)])
+             for t in train.texts(np.arange(120))]  # fmt: skip
+    free = np.delete(np.arange(120), train.held)
+    kept = [score[i] for i in free if chances[i]]
+    assert min(kept) >= max(score[i] for i in free if not chances[i]) - 1e-6
+    order = data.make_order(train, 5, 0, "pretrain", chances)
+    assert set(order.between(0, 0, order.length)) == set(np.flatnonzero(chances))
+
+
+def test_cluster_files_are_checked(folder, tmp_path):
+    train, _ = data.load(str(folder), 16)
+    np.save(tmp_path / "short.npy", np.arange(7))
+    np.save(tmp_path / "floats.npy", np.zeros(120))
+    np.savetxt(tmp_path / "good.txt", np.arange(120) % 4, fmt="%d")
+    ask = partial(captions.sampling_probabilities, "clusters", train, 0.5, 0.2)
+    assert abs(ask(str(tmp_path / "good.txt"), 0).sum() - 57) < 1e-6
+    for name, words in (("short.npy", "the data have 120"), ("floats.npy", "whole number"),
+                        ("none.npy", "cannot be read")):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            ask(str(tmp_path / name), 0)
+
+
+# --- behind a URL -------------------------------------------------------------------------------
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """A file server with ranges, which fails now and then."""
+
+    faults, asked = [], []
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if path.is_dir():
+            return super().do_GET()
+        content, status = path.read_bytes(), 200
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        self.asked.append(self.headers.get("Range"))
+        if asked:
+            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+            content, status = content[first : last + 1], 206
+            fault = self.faults.pop() if self.faults else None
+            if fault == "error":
+                return self.send_error(503)
+            if fault == "drop":
+                return self.close_connection_now()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Accept-Ranges", "bytes")
+        if asked:
+            total = path.stat().st_size
+            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if asked and fault == "short" else content)
+        return None
+
+    def close_connection_now(self):
+        self.close_connection = True
+        self.connection.close()
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server(folder):
+    handler = partial(Ranges, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Ranges.faults.clear()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_shards_behind_a_url_are_the_same(folder, server, monkeypatch):
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    location = f"{server}/{{00000..00005}}.tar"
+    shards.build(location, 1)
+    local, remote = shards.Index(str(folder)), shards.Index(location)
+    assert np.array_equal(local.addresses, remote.addresses)
+    assert np.array_equal(local.tokens, remote.tokens)
+    ids = np.array([3, 119, 50, 3, 77])
+    assert remote.encoded(ids) == local.encoded(ids)
+    Ranges.faults += ["error", "drop", "short", "error", "drop", "short"]
+    assert remote.encoded(ids) == local.encoded(ids) and not Ranges.faults
+    Ranges.faults += ["error"] * 100
+    failed = remote.encoded(ids[:1])
+    assert isinstance(failed[0], Exception)
+    Ranges.faults.clear()
+    train, _ = data.load(location, 16)
+    batches = Batches(train, data.make_order(train, 8, 0, "pretrain"), NANO, 0, 1)
+    wanted = Batches(data.load(str(folder), 16)[0], batches.order, NANO, 0, 1)
+    for ours, theirs in zip(data.loader(batches, 2, 5, 2, False), (wanted[i] for i in (2, 3, 4))):
+        assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4]))
+
+
+def test_a_listing_behind_a_url(folder, server):
+    shards.build(server, 1)
+    assert len(shards.Index(server)) == 120
+    with pytest.raises(InputError, match=r"nosuch.*cannot be listed|no finished \.tar"):
+        shards.build(f"{server}/nosuch", 1)
+    with pytest.raises(InputError, match="install what fsspec needs"):
+        shards.build("quux://bucket/x", 1)
+
+
+# --- memory and scale, short; the long ones are in test_proof.py --------------------------------
+
+
+def test_reading_does_not_grow(folder):
+    assert memory_growth(folder, 4_000) < 0.05
+
+
+def memory_growth(folder, reads):
+    """Growth of a reader's resident memory after its first quarter, in a process of its own."""
+    code = (
+        "import sys, numpy as np, psutil, data, torch\n"
+        "torch.set_num_threads(1)\n"
+        "train, _ = data.load(sys.argv[1], 16)\n"
+        "order = data.make_order(train, 10, 0, 'pretrain')\n"
+        "batches = data.Batches(train, order, data.GLIPConfig.named('ViT-nano-8', 16), 0, 1)\n"
+        "sizes = []\n"
+        "for step in range(int(sys.argv[2]) // 10):\n"
+        "    batches[step]\n"
+        "    sizes.append(psutil.Process().memory_info().rss)\n"
+        "print(max(sizes) / sizes[len(sizes) // 4] - 1)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(reads)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.splitlines()[-1])
+
+
+# --- training on shards with bad pictures -------------------------------------------------------
+
+
+def spoil(folder, numbers):
+    """Break the pictures of some samples where they lie, behind the index's back."""
+    index = shards.Index(str(folder))
+    for i in numbers:
+        block, size = index.addresses[i].tolist()
+        with open(index.paths[index.shard(i)], "r+b") as file:
+            file.seek(block * 512)
+            file.write(b"<html>" + bytes(size - 6))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch, world):
+    """Each once in quarantine.jsonl, whoever read it and in whatever epoch; the log counts."""
+    folder = make_shards(tmp_path / "shards", 4, 75)
+    shards.build(str(folder), 1)
+    held = set(pictures.Shards(str(folder), 16).held.tolist())
+    bad = [i for i in range(220, 260) if i not in held][:6]  # behind what is looked at before
+    spoil(folder, bad)
+    launch = [sys.executable]
+    if world > 1:
+        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
+
+    def train(name, *flags):
+        words = ["train.py", "--data", str(folder), "--batch-size", "18", "--tune-epochs", "0",
+                 "--image-size", "16", "--log-every", "1", "--eval-every", "1000", "--precision",
+                 "fp32", "--workers", "1", "--out", str(tmp_path / name), *flags]  # fmt: skip
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, env=env)
+
+    done = train("all", "--epochs", "3", "--max-bad", "0.2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(x) for x in (tmp_path / "all/quarantine.jsonl").read_text().splitlines()]
+    index = shards.Index(str(folder))
+    assert sorted(line["where"] for line in lines) == sorted(index.where(i) for i in bad)
+    assert all(set(line) == {"data", "where", "why"} and "JPEG" in line["why"] for line in lines)
+    log = [json.loads(x) for x in (tmp_path / "all/log.jsonl").read_text().splitlines()]
+    assert [r["bad"] for r in log if "bad" in r][-1] >= 3 * len(bad) - 3  # once an epoch, or more
+    done = train("stop", "--epochs", "3", "--max-bad", "0.005")
+    assert done.returncode != 0
+    told = [x for x in done.stderr.splitlines() if x.startswith("train.py: ")]
+    assert len(told) == 1 and "more than --max-bad 0.005" in told[0] and "quarantine" in told[0]
