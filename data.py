@@ -16,6 +16,7 @@ was read before change what stands at a position, position = step x global batch
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ class Order:
 
 def batch_flag(stage: str) -> str:
     """The flag that sets a stage's batch."""
-    return "--batch-size" if stage == "pretrain" else "--tune-batch-size"
+    return "--batch-size" if stage.partition("/")[0] == "pretrain" else "--tune-batch-size"
 
 
 class ConceptOrder(Order):
@@ -444,8 +445,15 @@ class Batches(Dataset):
 def loader(batches: Batches, start: int, stop: int, workers: int, pin: bool) -> DataLoader:
     """Read the steps start ... stop - 1 in order, by `workers` processes (0: in this one)."""
     return DataLoader(
-        batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin
-    )
+        batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
+        worker_init_fn=ignore_signals,
+    )  # fmt: skip
+
+
+def ignore_signals(worker: int) -> None:
+    """Data workers go on when a run is asked to stop: it saves first, and then ends them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -480,7 +488,6 @@ class IndexConfig:
 def snapshot(config: SnapshotConfig) -> dict:
     """Bring the shards, then index; returns the index's record."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repository, expected = SNAPSHOTS[config.name]
     config.out.mkdir(parents=True, exist_ok=True)
@@ -489,7 +496,7 @@ def snapshot(config: SnapshotConfig) -> dict:
             repository, repo_type="dataset", local_dir=config.out, allow_patterns="*train*.tar",
             max_workers=config.connections,
         )  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # of the hub, of its connections, of the disk
         raise InputError(
             f"{repository}: {shards.printable_error(error)}; what came is kept: give the same "
             "command again to go on"

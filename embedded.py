@@ -150,6 +150,10 @@ class Emoji:
     def __len__(self) -> int:
         return len(self.concept)
 
+    def where(self, i: int) -> str:
+        """A picture's vendor and name."""
+        return f"{VENDORS[self.vendor[i]]} {self.captions[self.concept[i]]}"
+
     def texts(self, ids: np.ndarray) -> list[str]:
         """Names of pictures."""
         return [self.captions[i] for i in self.concept[ids]]

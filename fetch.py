@@ -10,6 +10,7 @@ Writes to DIR: 00000.tar, 00000.parquet (a row for each URL, with its status), 0
 (last: a shard without it is unfinished and made anew), list-0.parquet, and fetch.json.
 """
 
+import contextlib
 import http.client
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -30,7 +32,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,7 +42,7 @@ import tyro
 from PIL import Image
 
 from glip import InputError, write_bytes, write_safely
-from pictures import FORMATS, LICENCE, TOO_LARGE, BadPicture, check_pixels
+from pictures import FORMATS, LICENCE, TOO_LARGE, BadPicture, check_pixels, check_scans
 from shards import whole_stats
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's dependencies call home: not from here,
@@ -61,8 +63,16 @@ from img2dataset.writer import WebDatasetSampleWriter
 BODY_CAP = 2**25  # bytes of a picture as it is served
 OURS = {"*", "nanoglip", "img2dataset"}  # names under which opt-outs concern us
 OPT_OUTS = {"noai", "noimageai", "noml", "noindex", "noimageindex", "none"}
-VALUED = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
+DIRECTIVES = OPT_OUTS | {  # what may stand behind the name of a crawler
+    "all", "index", "follow", "nofollow", "noarchive", "nocache", "nosnippet", "notranslate",
+    "noodp", "indexifembedded", "max-snippet", "max-image-preview", "max-video-preview",
+    "unavailable_after", "archive",
+}  # fmt: skip
 AGENT = "nanoGLIP/1.0 (image-text research; img2dataset 1.47.0{})"
+
+
+CLOSED = [ipaddress.ip_network(x) for x in ("192.88.99.0/24", "3fff::/20", "5f00::/16")]
+CHECKS_AT_ONCE = threading.Semaphore(4)  # pictures that are decoded: each may take 256 MB
 
 
 class Refused(Exception):
@@ -84,7 +94,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
     closed = (
         found.is_private, found.is_loopback, found.is_link_local, found.is_multicast,
-        found.is_reserved, found.is_unspecified,
+        found.is_reserved, found.is_unspecified, getattr(found, "is_site_local", False),
+        *(found in net for net in CLOSED if net.version == found.version),
     )  # fmt: skip
     return found.is_global and not any(closed)
 
@@ -92,20 +103,18 @@ def is_public(address: str) -> bool:
 def opted_out(headers: Message) -> bool:
     """Whether response headers ask not to be used: X-Robots-Tag in all its forms, or TDM's.
 
-    A name and a colon in front aim at one crawler from there on; a few directives have values.
+    A name, a colon and a directive aim at one crawler from there on; other colons stand in values.
     """
     for header in headers.get_all("X-Robots-Tag", []):
         agent = "*"
-        for piece in header.lower().split(","):
-            while ":" in piece:
-                name, _, rest = piece.partition(":")
-                if name.strip() in VALUED:
-                    piece = ""
-                else:
-                    agent, piece = name.strip(), rest
-            if piece.strip() in OPT_OUTS and agent in OURS:
+        for piece in re.split("[,;]", header.lower()):
+            name, colon, rest = piece.partition(":")
+            directive = re.split(r"[\s:]+", f"{rest} ".lstrip())[0]
+            if colon and name.strip() not in DIRECTIVES and directive in DIRECTIVES:
+                agent, piece = name.strip().partition("/")[0], rest
+            if agent in OURS and OPT_OUTS & set(piece.split()):
                 return True
-    return headers.get("TDM-Reservation", "").strip() == "1"
+    return any(value.strip() == "1" for value in headers.get_all("TDM-Reservation", []))
 
 
 class Watch:
@@ -126,18 +135,34 @@ class Watch:
             except OSError:
                 continue
 
+    def addresses(self, host: str, port: int) -> list[tuple]:
+        """Look a host up, for no longer than there is time: a resolver cannot be interrupted."""
+        found = []
+
+        def look_up() -> None:
+            with contextlib.suppress(OSError, UnicodeError):
+                found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+
+        thread = threading.Thread(target=look_up, daemon=True)
+        thread.start()
+        thread.join(max(0.0, self.end - time.monotonic()))
+        if thread.is_alive() or self.over:
+            raise Refused("timed out", again=True)
+        if not found:
+            raise Refused("unknown host")
+        return found
+
     def connect(self, host: str, port: int) -> socket.socket:
         """Connect to a public address of a host, or to an allowed HOST:PORT."""
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            raise Refused("unknown host") from None
+        found = self.addresses(host, port)
         if f"{host}:{port}" not in self.allowed and not all(is_public(x[4][0]) for x in found):
             raise Refused("private address")
         for family, kind, protocol, _, address in found:
             connection = socket.socket(family, kind, protocol)
             connection.settimeout(max(0.01, self.end - time.monotonic()))
             self.sockets.append(connection)
+            if self.over:
+                raise Refused("timed out", again=True)
             try:
                 connection.connect(address)
             except OSError:
@@ -179,7 +204,7 @@ class Through(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     whom we talk to."""
 
     def __init__(self, watch: Watch) -> None:
-        urllib.request.HTTPSHandler.__init__(self)
+        urllib.request.HTTPSHandler.__init__(self, context=tls())
         self.watch = watch
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
@@ -187,6 +212,26 @@ class Through(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(partial(Secure, watch=self.watch), request, context=self._context)
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows, but reads nothing of a redirect's body, and honours its opt-outs."""
+
+    def http_error_302(
+        self, request: object, response: object, code: int, message: str, headers: Message
+    ) -> object:
+        response.close()
+        if opted_out(headers):
+            raise Refused("opted out")
+        return super().http_error_302(request, response, code, message, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+@lru_cache
+def tls() -> ssl.SSLContext:
+    """One for a process: to read the certificates anew for each URL would take days."""
+    return ssl.create_default_context()
 
 
 @dataclass(frozen=True)
@@ -203,22 +248,23 @@ class Guard:
     ) -> tuple[int, io.BytesIO | None, str | None]:
         """img2dataset's (key, url) -> (key, stream, error); `settings` are its own, ours count."""
         key, url = row
+        end = time.monotonic() + self.timeout
         for turn in range(self.retries + 1):
             try:
-                return key, io.BytesIO(self.fetched(url)), None
+                return key, io.BytesIO(self.fetched(url, end - time.monotonic())), None
             except Refused as refused:
-                reason = str(refused)
-                if not refused.again or turn == self.retries:
+                reason, pause = str(refused), 0.25 * 2**turn
+                if not refused.again or time.monotonic() + pause >= end:
                     break
-                time.sleep(0.25 * 2**turn)
+                time.sleep(pause)
         return key, None, reason
 
-    def fetched(self, url: str) -> bytes:
+    def fetched(self, url: str, seconds: float) -> bytes:
         """A URL's picture, whole and of bearable size. Raises Refused."""
         url = urllib.parse.quote((url or "").strip(), safe="%/:=&?~#+!$,;'@()*[]")
         if not re.match(r"https?://", url, re.IGNORECASE):
             raise Refused("not http or https")
-        watch = Watch(self.timeout, self.allowed)
+        watch = Watch(seconds, self.allowed)
         try:
             content = self.body(url, watch)
         except Refused:
@@ -244,7 +290,7 @@ class Guard:
         opener = urllib.request.OpenerDirector()
         for handler in (
             Through(watch), urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPRedirectHandler(), urllib.request.HTTPErrorProcessor(),
+            Redirects(), urllib.request.HTTPErrorProcessor(),
             urllib.request.UnknownHandler(),
         ):  # fmt: skip
             opener.add_handler(handler)
@@ -257,8 +303,10 @@ class Guard:
             if length.isdigit() and int(length) > BODY_CAP:
                 raise Refused(f"over {BODY_CAP:,} bytes")
             content = bytearray()
-            while chunk := response.read(2**16):
+            while chunk := response.read1(2**16):
                 content += chunk
+                if watch.over:
+                    raise Refused("timed out", again=True)
                 if len(content) > BODY_CAP:
                     raise Refused(f"over {BODY_CAP:,} bytes")
             if watch.over:
@@ -273,8 +321,10 @@ def check_picture(content: bytes) -> None:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             check_pixels(*image.size)
+            check_scans(content)
             image.draft("RGB", (64, 64))  # all of a JPEG is read, a part of it is computed
-            image.load()
+            with CHECKS_AT_ONCE:
+                image.load()
     except BadPicture as error:
         raise Refused(str(error)) from None
     except Exception as error:  # Pillow raises many kinds for hostile bytes
@@ -382,12 +432,16 @@ def fetch(config: FetchConfig) -> dict:
     for name in ("threads", "timeout", "shard_size"):
         if getattr(config, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0")
+    if config.retries < 0:
+        raise InputError("--retries must be at least 0")
     if config.distributor != "multiprocessing" and not importlib.util.find_spec(config.distributor):
         raise InputError(f"--distributor {config.distributor}: pip install {config.distributor}")
     plan = open_plan(config)
+    going_on = bool(unfinished(config, plan))  # then what failed is not asked for yet again
     for number in range(len(plan["rounds"])):
         run_round(config, plan, number)
-    if config.retry_failed and not unfinished(config, plan):
+    retrying = going_on and len(plan["rounds"]) > 1
+    if config.retry_failed and not retrying and not unfinished(config, plan):
         add_round(config, plan)
         run_round(config, plan, len(plan["rounds"]) - 1)
     return report(config, plan)

@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -35,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from masks import (  # noqa: F401 - half of these are for others: one name for users, glip
     DRAWS,
@@ -88,6 +90,7 @@ class GLIPConfig:
     text_heads: int = 8
     context_length: int = 77
     vocab_size: int = 49408
+    siglip: bool = False  # logits have a bias, and the scale begins at 10
 
     @staticmethod
     def named(model: str, image_size: int | tuple[int, int] | None = None) -> "GLIPConfig":
@@ -285,10 +288,14 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, layers) for _ in range(layers))
+        self.recompute = False  # forget activations inside blocks, and compute them twice
 
     def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
         for block in self.resblocks:
-            x = block(x, allowed)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, allowed, use_reentrant=False)
+            else:
+                x = block(x, allowed)
         return x
 
 
@@ -386,7 +393,9 @@ class GLIP(nn.Module):
         self.transformer = Transformer(width, config.text_layers, config.text_heads)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim) * width**-0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        start = 10.0 if config.siglip else 1 / 0.07
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(start)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.siglip else None
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(
@@ -461,8 +470,34 @@ def joined(features: Tensor) -> tuple[Tensor, Tensor]:
     return Gather.apply(features), own + dist.get_rank() * len(features)
 
 
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE in fp32 over the joint batch. (B, E), (B, E), () -> scalar.
+def clip_rows(
+    images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, own: Tensor,
+    logit_scale: Tensor, logit_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """CLIP: symmetric InfoNCE of some rows (R, E) against all (G, E), where they stand at `own`."""
+    to_text = logit_scale * images @ all_texts.T                               # (R, G)
+    to_image = logit_scale * texts @ all_images.T                              # (R, G)
+    return (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
+
+
+def siglip_rows(
+    images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, own: Tensor,
+    logit_scale: Tensor, logit_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """SigLIP (2303.15343): is this its text, yes or no, for every pair of some rows with all."""
+    logits = logit_scale * images @ all_texts.T + logit_bias                   # (R, G)
+    sign = 2.0 * F.one_hot(own, logits.shape[1]) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(images)
+
+
+LOSSES = {"clip": clip_rows, "siglip": siglip_rows}
+
+
+def contrastive_loss(
+    loss: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A row of LOSSES in fp32 over the joint batch. (B, E), (B, E), () -> scalar.
 
     Under torch.distributed each process scores its own rows against everybody's columns. The mean
     of the losses over processes, and of the gradients (which DDP takes), are the single process's.
@@ -470,9 +505,42 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     image_features, text_features = at_least_fp32(image_features), at_least_fp32(text_features)
     with torch.autocast(image_features.device.type, enabled=False):
         (all_images, own), (all_texts, _) = joined(image_features), joined(text_features)
-        to_text = logit_scale * image_features @ all_texts.T                   # (B, G)
-        to_image = logit_scale * text_features @ all_images.T                  # (B, G)
-        return (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
+        everybody = (image_features, text_features, all_images, all_texts, own)
+        return LOSSES[loss](*everybody, logit_scale, logit_bias)
+
+
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """CLIP's loss in fp32 over the joint batch, see contrastive_loss. (B, E), (B, E), ()."""
+    return contrastive_loss("clip", image_features, text_features, logit_scale)
+
+
+def cached_gradients(
+    loss: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
+    logit_bias: Tensor | None, rows: int,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """contrastive_loss, and its gradients by each of its inputs, `rows` rows at a time.
+
+    GradCache (2101.06983): features are numbers here, not functions of the model, so that no more
+    than (rows, G) logits exist at once.
+    """
+    with torch.no_grad():
+        features = (at_least_fp32(image_features), at_least_fp32(text_features))
+        (all_images, own), (all_texts, _) = (joined(x) for x in features)
+    leaves = [None if x is None else x.detach().clone().requires_grad_()
+              for x in (all_images, all_texts, logit_scale, logit_bias)]  # fmt: skip
+    total = torch.zeros_like(leaves[2])
+    with torch.enable_grad(), torch.autocast(total.device.type, enabled=False):
+        for part in own.split(rows):
+            every = (leaves[0][part], leaves[1][part], leaves[0], leaves[1], part)
+            share = LOSSES[loss](*every, *leaves[2:]) * (len(part) / len(own))
+            share.backward()
+            total = total + share.detach()
+    grads = [None if x is None else x.grad for x in leaves]
+    if len(all_images) > len(own):
+        for grad in grads[:2]:  # others' losses depend on these features, too: see Gather
+            dist.all_reduce(grad)
+        grads[:2] = [grad[own] for grad in grads[:2]]
+    return total, grads
 
 
 # ------------------------------------------------------------------------------------------------
@@ -481,13 +549,34 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 
 
 def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Let `write(file)` fill a temporary file, flush it to disk, and only then give it its name."""
+    """Let `write(file)` fill a temporary file, flush it to disk, and only then give it its name.
+
+    Raises InputError where there is no room; what had the name before is then still there.
+    """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by either
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(temporary.parent).free if temporary.parent.is_dir() else 0
+        why = "No space left" if free < 2**26 else f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{path} cannot be written ({why}); what was there before is as it was: make room, "
+            "or choose another folder"
+        ) from None
     os.replace(temporary, path)
+    flush_folder(Path(path).parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make names that were given in a folder outlast a loss of power."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

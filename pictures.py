@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import glip
-from glip import InputError, cached, decode_tokens, noise, tokenize
+from glip import InputError, cached, decode_tokens, tokenize
 from shards import Index
 
 # ------------------------------------------------------------------------------------------------
@@ -38,6 +38,7 @@ CROP_SCALE = (0.5, 1.0)  # share of the area that a training crop covers, as in 
 DRAWS = 8  # random numbers that one augmented picture may use
 
 
+SCANS_CAP = 100  # of a JPEG: each costs as much as a picture, and can be a few bytes
 TOO_LARGE = f"over {PIXEL_CAP:,} pixels, or none"
 LICENCE = (
     "The lists of Conceptual Captions may be freely used; the pictures belong to their owners, "
@@ -55,6 +56,7 @@ def decode(content: bytes, side: int) -> np.ndarray:
     "Enough" leaves the shorter side at 2 x `side` or more. Raises BadPicture.
     """
     try:
+        check_scans(content)
         if content[:2] == b"\xff\xd8" and b"Exif\0\0" not in content:
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
             check_pixels(width, height)
@@ -82,9 +84,17 @@ def check_pixels(width: int, height: int) -> None:
         raise BadPicture(TOO_LARGE)
 
 
+def check_scans(content: bytes) -> None:
+    """Refuse a JPEG that would be decoded for hours."""
+    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > SCANS_CAP:
+        raise BadPicture(f"over {SCANS_CAP} scans")
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its camera was held, on white, RGB."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would cut at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -129,6 +139,11 @@ def centred(pixels: np.ndarray, side: int) -> Tensor:
     """The shorter side resized, the centre cut: Resize and CenterCrop. (h, w, 3) -> (3, S, S)."""
     height, width = pixels.shape[:2]
     short = min(height, width)
+    for axis, length in ((0, height), (1, width)):
+        if length > 8 * short:  # a thread of a picture: what is far from its centre is not needed
+            start = (length - 8 * short) // 2
+            pixels = np.take(pixels, range(start, start + 8 * short), axis)
+    height, width = pixels.shape[:2]
     image = resize(pixels, side * height // short, side * width // short)
     top, left = (round((length - side) / 2) for length in image.shape[1:])
     return image[:, top : top + side, left : left + side]
@@ -184,7 +199,7 @@ class Source:
     def image(self, content: bytes | Exception, draw: np.ndarray | None) -> Tensor:
         """One picture from its bytes, (3, S, S) bytes. Raises BadPicture."""
         if isinstance(content, Exception):
-            raise BadPicture(f"{type(content).__name__}: cannot be read")
+            raise BadPicture(f"{type(content).__name__}: {content}"[:100])
         pixels = decode(content, self.image_size)
         if draw is None:
             return centred(pixels, self.image_size)
@@ -195,7 +210,8 @@ class Source:
     ) -> tuple[np.ndarray, Tensor, list[list[str]]]:
         """ids (B,), draws (B, DRAWS) -> ids after replacement, images (B, 3, S, S), bad ones.
 
-        A bad one is [source, where, reason]. Raises InputError where a hundred in a row are bad.
+        A bad one is [source, where, reason]. After a hundred bad ones in a row the picture is
+        black, and it is for --max-bad to stop the run.
         """
         ids, bad = np.array(ids), []
         images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -208,10 +224,8 @@ class Source:
                 except BadPicture as error:
                     bad.append([self.name, self.where(ids[k]), str(error)])
                 if len(bad) - first >= min(100, len(self)):
-                    raise InputError(
-                        f"{self.name}: {len(bad) - first} pictures in a row cannot be read, the "
-                        f"last is {bad[-1][1]} ({bad[-1][2]}); repair the data"
-                    )
+                    images[k] = 0
+                    break
                 ids[k] = self.following(ids[k])
                 (content,) = self.encoded(ids[k : k + 1])
         return ids, images, bad
@@ -237,8 +251,10 @@ class Source:
                 return {str(i): why for i, why in found if why}
 
         key = hashlib.sha256(f"{self.stamp(ids)} {self.image_size}".encode() + ids.tobytes())
-        bad = cached(glip.CACHE / f"probe-{key.hexdigest()[:16]}.json", check)
-        bad = {int(i): why for i, why in bad.items()}
+        path = glip.CACHE / f"probe-{key.hexdigest()[:16]}.json"
+        bad = {} if path.is_file() else {int(i): why for i, why in check().items()}
+        if not bad and not path.is_file():  # what was bad may have been the network, or be repaired
+            cached(path, dict)
         for i, why in list(bad.items())[:10]:
             print(f"cannot be read: {self.where(i)} ({why})")
         if bad:
@@ -391,14 +407,18 @@ def split_rows(rows: list[tuple[Path, str]]) -> tuple[list, list]:
 
 
 class Shards(Source):
-    """Indexed shards; one pair in twenty is held out, at most MAX_HELD_OUT, spread evenly."""
+    """Indexed shards; one pair in twenty is held out, at most MAX_HELD_OUT.
+
+    Chosen by the headers in front of pictures, those of the smallest checks: shards that come later
+    never bring a picture to the held-out ones that was trained on before.
+    """
 
     def __init__(self, location: str, image_size: int) -> None:
         self.name, self.image_size, self.index = location, image_size, Index(location)
         total = len(self.index)
-        count = min(total // 20, MAX_HELD_OUT)
-        draw = noise(0, "held out", 0, 1, count)[0] if count else np.empty(0)
-        self.held = ((np.arange(count) + draw) * (total / max(count, 1))).astype(int)
+        chosen = np.flatnonzero(self.index.checks < 2**16 // 20)
+        first = np.argsort(self.index.checks[chosen], kind="stable")[:MAX_HELD_OUT]
+        self.held = np.sort(chosen[first])
         left_out = {f"left out: {why}": n for why, n in self.index.skipped.items()}
         self.counts = {"pictures": total, "shards": len(self.index.counts), **left_out}
 
@@ -440,6 +460,10 @@ class Mixed(Source):
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def where(self, i: int) -> str:
+        ((source, start, _),) = self.parts(np.array([i]))
+        return f"{source.name} {source.where(i - start)}"
 
     def parts(self, ids: np.ndarray) -> list[tuple[Source, int, np.ndarray]]:
         """(source, where it starts, places in `ids`) of each source that these ids touch."""

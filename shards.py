@@ -6,7 +6,7 @@
 
 Shards are named by a folder, a single .tar, or a pattern such as DIR/train-{0000..2175}.tar, on
 disk or behind any URL that fsspec reads (s3://, gs://, http://). The index is mapped into memory,
-so that all workers and processes share one copy: 9 bytes a sample, and 2 for each of its tokens.
+so that all workers and processes share one copy: 11 bytes a sample, and 2 for each of its tokens.
 
 Nothing in a shard is trusted. Headers alone say what is a picture or a caption; everything else is
 passed over and counted; names are keys, never paths; nothing is unpickled or written anywhere.
@@ -46,14 +46,15 @@ VERSION = 1
 # ------------------------------------------------------------------------------------------------
 
 
-def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the plain files in a tar of `length` bytes, by their headers alone.
+def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str, int, int, int]]:
+    """(name, offset, size, check) of the plain files in a tar of `length` bytes, by their headers.
 
-    Each header's checksum is verified. After a broken one the next good one is looked for, so that
-    damage costs what it hits and no more; what is passed over is counted by reason in `skipped`.
+    Each header's checksum is verified. After a broken one, or a hole of zeros, the next good one is
+    looked for, so that damage costs what it hits and no more; what is passed over is counted by
+    reason in `skipped`. `check` tells a header from others.
     """
     offset, name, lost, empty = 0, "", False, 0
-    while offset + BLOCK <= length and empty < 2:
+    while offset + BLOCK <= length:
         file.seek(offset)
         block = file.read(BLOCK)
         offset += BLOCK
@@ -63,18 +64,19 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
             empty += 1
             continue
         except (tarfile.HeaderError, ValueError, OverflowError):
-            skipped["broken header"] += not lost
-            lost, empty = True, 0
+            skipped["hole" if empty else "broken header"] += not lost
+            lost, empty, name = True, 0, ""
             continue
+        skipped["hole"] += empty > 0
         if header.size < 0 or offset + header.size > length:
             skipped["torn"] += 1
-            lost = True
+            lost, empty, name = True, 0, ""
             continue
         lost, empty = False, 0
         if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # the next one's long name
             name = long_name(file.read(min(header.size, CAPTION_CAP)), header.type)
         elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not header.name.endswith("/"):
-            yield name or header.name, offset, header.size
+            yield name or header.name, offset, header.size, check_of(block)
             name = ""
         else:  # links, devices, folders, sparse files
             skipped["not a plain file"] += header.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE)
@@ -83,6 +85,11 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
             offset += -(-header.size // BLOCK) * BLOCK
     if offset < length and length - offset < BLOCK:
         skipped["torn"] += 1
+
+
+def check_of(header: bytes) -> int:
+    """16 bits that tell a member's header (512 bytes: name, size, time) from others."""
+    return zlib.crc32(header) & 0xFFFF
 
 
 def long_name(content: bytes, kind: bytes) -> str:
@@ -97,10 +104,11 @@ def long_name(content: bytes, kind: bytes) -> str:
 class Scan:
     """One shard's samples by key: where pictures lie (M, 2), token ids end to end, caption lengths.
 
-    An address is (offset / 512, bytes).
+    An address is (offset / 512, bytes); `checks` (M,) tell the header in front of each picture.
     """
 
     addresses: np.ndarray
+    checks: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
     skipped: dict[str, int]
@@ -114,7 +122,7 @@ def scan(location: str) -> Scan:
     skipped, found = Counter(), {}
     with fsspec.open(location, "rb", **reading_ahead(location)) as file:
         length = file.seek(0, os.SEEK_END)
-        for name, offset, size in members(file, length, skipped):
+        for name, offset, size, check in members(file, length, skipped):
             folder, _, base = name.rpartition("/")
             key, dot, suffix = base.partition(".")
             suffix = (dot + suffix).lower()
@@ -127,11 +135,13 @@ def scan(location: str) -> Scan:
             elif not 0 < size <= (PICTURE_CAP if kind == "picture" else CAPTION_CAP):
                 skipped[f"{kind.strip('.')} empty or too large"] += 1
             elif kind == "picture":
-                record[kind] = (offset // BLOCK, size)
-            else:
+                record[kind] = (offset // BLOCK, size, check)
+            elif ".txt" not in record:
                 file.seek(offset)
                 record[kind] = file.read(size)
-    addresses, tokens, lengths = [], [], []
+                if kind == ".txt":
+                    record.pop(".json", None)  # not needed, and a shard has many
+    addresses, checks, tokens, lengths = [], [], [], []
     for key in sorted(found):
         record = found[key]
         caption = caption_of(record)
@@ -140,12 +150,13 @@ def scan(location: str) -> Scan:
                 skipped["no picture" if "picture" not in record else "no caption"] += 1
             continue
         ids = encode(caption)[:LONGEST]
-        addresses.append(record["picture"])
+        addresses.append(record["picture"][:2])
+        checks.append(record["picture"][2])
         tokens.extend(ids)
         lengths.append(len(ids))
     return Scan(
-        np.array(addresses, "<u4").reshape(-1, 2), np.array(tokens, "<u2"),
-        np.array(lengths, "u1"), {k: n for k, n in skipped.items() if n},
+        np.array(addresses, "<u4").reshape(-1, 2), np.array(checks, "<u2"),
+        np.array(tokens, "<u2"), np.array(lengths, "u1"), {k: n for k, n in skipped.items() if n},
     )  # fmt: skip
 
 
@@ -158,7 +169,10 @@ def caption_of(record: dict[str, bytes]) -> str:
         except (ValueError, RecursionError):
             content = None
         caption = content.get("caption") if isinstance(content, dict) else ""
-    return " ".join(caption.split()) if isinstance(caption, str) else ""
+    if not isinstance(caption, str):
+        return ""
+    # No longer than it can count, for merging the pieces of one endless word takes for ever.
+    return " ".join(word[:200] for word in caption[:4096].split())
 
 
 def printable(text: str) -> str:
@@ -229,7 +243,7 @@ def shards_of(location: str) -> list[str]:
     named. Raises InputError where there is none at all.
     """
     if location.endswith(".tar"):
-        found, finished = expand(location), set()
+        found, finished, fetched = expand(location), set(), False
     elif is_remote(location):
         root, fs = location.rstrip("/"), filesystem(location, os.getpid())
         try:
@@ -242,16 +256,24 @@ def shards_of(location: str) -> list[str]:
         names = sorted({str(x).rstrip("/").rpartition("/")[2] for x in listed})
         found = [f"{root}/{name}" for name in names if name.endswith(".tar")]
         finished = {n.removesuffix("_stats.json") for n in names if n.endswith("_stats.json")}
+        fetched = bool(finished) or "fetch.json" in names
     else:
         found = sorted(str(path) for path in Path(location).glob("*.tar"))
         finished = {p.name.removesuffix("_stats.json") for p in whole_stats(Path(location))}
-    torn = [path for path in found if finished and Path(path).stem not in finished]
+        fetched = bool(finished) or (Path(location) / "fetch.json").exists()
+    torn = [path for path in found if fetched and Path(path).stem not in finished]
     if torn:
         print(f"{location}: left out, unfinished (no _stats.json yet): "
               f"{', '.join(Path(path).name for path in torn)}")  # fmt: skip
     found = [path for path in found if path not in torn]
     if not found:
         raise InputError(f"{location}: no finished .tar shard; name a folder of shards")
+    names = Counter(path.rpartition("/")[2] for path in found)
+    if len(names) < len(found):
+        raise InputError(
+            f"{location}: {names.most_common(1)[0][0]} is there in several folders; give each "
+            "folder to --data by itself"
+        )
     return found
 
 
@@ -259,10 +281,11 @@ def whole_stats(folder: Path) -> Iterator[Path]:
     """img2dataset's NAME_stats.json files, without one that a kill left half written."""
     for path in folder.glob("*_stats.json"):
         try:
-            if "successes" in json.loads(path.read_text()):
-                yield path
-        except ValueError:
+            content = json.loads(path.read_text())
+        except (ValueError, RecursionError):
             continue
+        if isinstance(content, dict) and "successes" in content:
+            yield path
 
 
 def size_of(path: str) -> int:
@@ -295,10 +318,27 @@ def index_folder(location: str) -> Path:
 def fingerprint(path: str) -> list:
     """Name, bytes, and a checksum of the first and last 64 KiB of a shard."""
     length = size_of(path)
-    with fsspec.open(path, "rb") as file:
-        check = zlib.crc32(file.read(2**16))
-        file.seek(max(0, length - 2**16))
-        return [path.rpartition("/")[2], length, zlib.crc32(file.read(), check)]
+
+    def ends() -> int:
+        with fsspec.open(path, "rb") as file:
+            check = zlib.crc32(file.read(2**16))
+            file.seek(max(0, length - 2**16))
+            return zlib.crc32(file.read(), check)
+
+    return [path.rpartition("/")[2], length, with_told_retries(path, ends)]
+
+
+def with_told_retries(path: str, call: Callable[[], object]) -> object:
+    """with_retries, and in the end a sentence."""
+    try:
+        return with_retries(call)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path}: cannot be read ({printable_error(error)}); what was indexed is kept: give "
+            "the same command again to go on"
+        ) from None
 
 
 def build(location: str, workers: int) -> dict:
@@ -337,17 +377,18 @@ def build(location: str, workers: int) -> dict:
 
 def build_part(location: str, part: Path) -> None:
     """Scan one shard and keep what was found."""
-    found = with_retries(lambda: scan(location))
+    found = with_told_retries(location, lambda: scan(location))
     skipped = np.frombuffer(json.dumps(found.skipped).encode(), np.uint8)
     write_safely(part, lambda file: np.savez(
-        file, addresses=found.addresses, tokens=found.tokens, lengths=found.lengths, skipped=skipped
+        file, addresses=found.addresses, checks=found.checks, tokens=found.tokens,
+        lengths=found.lengths, skipped=skipped,
     ))  # fmt: skip
 
 
 def join(home: Path, prints: list, parts: Sequence[Path]) -> dict:
     """Put the parts together, in order; index.json is written last."""
     counts, skipped = [], Counter()
-    for name in ("addresses", "tokens", "lengths"):
+    for name in ("addresses", "checks", "tokens", "lengths"):
 
         def pour(file: BinaryIO, name: str = name) -> None:
             for part in parts:
@@ -375,6 +416,9 @@ def read_record(home: Path) -> dict | None:
 # ------------------------------------------------------------------------------------------------
 # Reading
 # ------------------------------------------------------------------------------------------------
+
+
+STALE = "the shard is not what was indexed: give python data.py index again"
 
 
 class Index:
@@ -412,6 +456,7 @@ class Index:
         sums = np.add.reduceat(self.lengths, np.arange(0, total, 64), dtype=np.int64)
         self.begins = np.concatenate([[0], np.cumsum(sums)])
         self.addresses = mapped(home / "addresses.bin", "<u4", 2 * total, again).reshape(-1, 2)
+        self.checks = mapped(home / "checks.bin", "<u2", total, again)
         self.tokens = mapped(home / "tokens.bin", "<u2", int(self.begins[-1]), again)
 
     def __reduce__(self) -> tuple:
@@ -436,21 +481,37 @@ class Index:
         return self.tokens[begin : begin + int(self.lengths[i])]
 
     def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
-        """The encoded pictures of samples; the error for each that cannot be read."""
-        if is_remote(self.location):
-            return self.fetched(ids)
+        """The encoded pictures of samples; the error for each that cannot be read.
+
+        The header in front of each is read along: it tells a shard that is no longer the one that
+        was indexed.
+        """
+        found = self.fetched(ids) if is_remote(self.location) else self.opened(ids)
+        for k, (i, content) in enumerate(zip(ids, found, strict=True)):
+            if isinstance(content, bytes):
+                right = check_of(content[:BLOCK]) == self.checks[i]
+                found[k] = content[BLOCK:] if right else OSError(STALE)
+        return found
+
+    def opened(self, ids: np.ndarray) -> list[bytes | Exception]:
+        """Headers and pictures from disk."""
         found = []
         for i, (block, size) in zip(ids, self.addresses[ids].tolist(), strict=True):
-            file = opened(self.paths[self.shard(i)])
-            content = os.pread(file.fileno(), size, block * BLOCK)
-            found.append(content if len(content) == size else OSError("the shard was cut short"))
+            try:
+                file = opened(self.paths[self.shard(i)])
+                content = os.pread(file.fileno(), BLOCK + size, (block - 1) * BLOCK)
+            except OSError as error:
+                content = error
+            if isinstance(content, bytes) and len(content) != BLOCK + size:
+                content = OSError("the shard was cut short")
+            found.append(content)
         return found
 
     def fetched(self, ids: np.ndarray) -> list[bytes | Exception]:
         """The same from behind a URL: all ranges at once, what failed up to three times more."""
         fs = filesystem(self.location, os.getpid())
-        begins = self.addresses[ids, 0].astype(int) * BLOCK
-        ends = begins + self.addresses[ids, 1]
+        begins = (self.addresses[ids, 0].astype(int) - 1) * BLOCK
+        ends = begins + BLOCK + self.addresses[ids, 1]
         paths = [fs._strip_protocol(self.paths[self.shard(i)]) for i in ids]
         found = [OSError("not read")] * len(ids)
         for turn in range(4):

@@ -9,30 +9,30 @@
 The demo trains for four minutes on two CPU cores with native bf16, and then names about 41 % of
 1,809 emoji in the style of an artist that it never saw (three seeds in results/; chance: 0.06 %).
 
-Writes to runs/NAME: config.json, log.jsonl, latest.pt (at every evaluation, until the run is done),
-pretrained.pt (before tuning), model.pt, and quarantine.jsonl if pictures could not be read.
+Writes to runs/NAME: config.json, log.jsonl, pretrained.pt (before tuning), model.pt; until it is
+done latest.pt and previous.pt, from which the same command goes on after a kill; and if there is
+cause, quarantine.jsonl (pictures that could not be read) and bad-batch.json.
 """
 
-import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
 from timm.optim import Muon
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,255 +42,18 @@ import aclip
 import data
 import evaluate
 import glip
-from data import EMBEDDED, HELD_OUT, MAX_BAD, SAMPLINGS, VENDORS, Batches, TextMask
+from data import EMBEDDED, Batches, TextMask
 from glip import GLIP, GLIPConfig, InputError, Masker
-
-# ------------------------------------------------------------------------------------------------
-# Settings: the defaults are the demo's; a recipe changes some; a flag given by hand wins
-# ------------------------------------------------------------------------------------------------
-
-# The GLIP authors' README. What it leaves open is filled with open_clip's defaults (warm-up, weight
-# decay, context of 77) or, for the tuning's warm-up, with ours. Their batch of 1,280 is stated for
-# 50 % alone; crops cover 50 to 100 % of a picture (data.CROP_SCALE).
-PAPER = {
-    "data": (), "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0, "batch_size": 1280,
-    "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98, "warmup": 10_000,
-    "tune_epochs": 1.0, "tune_batch_size": 640, "tune_lr": 1e-5, "tune_warmup": 1_000,
-    "teacher_momentum": 0.996, "text_threshold": 1e-6, "log_every": 100,
-}  # fmt: skip
-RECIPES = {
-    "demo": {},
-    "compare": {"steps": 450, "tune_epochs": 0.5},  # a row of the comparison of masks: 100 s
-    "cc3m": PAPER,
-    "cc12m": PAPER,
-}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Pre-train a CLIP model under a mask, then tune it without."""
-
-    recipe: Literal[tuple(RECIPES)] = "demo"  # a named set of the settings below
-
-    # Data
-    data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
-    data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
-    sampling: Literal[("all", *SAMPLINGS)] = "all"  # which pairs an epoch of pre-training has
-    sampling_share: float = 0.5  # share of the pairs that such an epoch has
-    sampling_power: float = 0.2  # clusters: n pairs of a cluster count as n^power
-    clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
-    max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
-    vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
-    held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
-
-    # Mask
-    mask: Literal[tuple(glip.MASKS)] = "gaussian"  # which patches are kept
-    mask_ratio: float = 0.75  # share of patches removed, in [0, 1)
-    sigma: float | tuple[float, float] = 0.2  # variance on [-1, 1], or two: of rows, of columns
-    mask_center: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]: where it is centred
-    min_mask_ratio: float | None = None  # cluster: share never computed (none: mask_ratio - 0.2)
-    embedding_weight: float = 0.0  # cluster: share of patch embeddings in similarity at the end
-    teacher_scale: float = 1.0  # attentive: size of the teacher's pictures; 0.5 is A-CLIP-eff
-    teacher_momentum: float = 0.9  # attentive: of the moving average at the start; 1 at the end
-    aclip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # attentive: A-CLIP's other losses
-
-    # Words
-    text_mask: Literal[("none", *glip.TEXT_MASKS)] = "none"  # which words are kept in pre-training
-    text_tokens: int = 0  # length of a caption under a text mask, start and end included
-    text_threshold: float = 1e-4  # frequency, sampling words: smaller shares count as rare
-
-    # Model
-    model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # a row of glip.SIZES
-    image_size: int = 0  # pixels a side (0: the model's own)
-
-    # Pre-training
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
-    batch_size: int = 256  # pairs per step, over all processes
-    steps: int = 1250  # updates
-    epochs: float = 0.0  # passes over the data, instead of steps
-    lr: float = 1e-3  # highest learning rate (Muon's is twice that); then half a cosine to 0
-    weight_decay: float = 0.1  # on matrices only
-    beta2: float = 0.98  # AdamW's second decay
-    warmup: int = 50  # steps of linear warm-up
-
-    # Unmasked tuning, with a fresh optimizer and schedule
-    tune_epochs: float = 1.0  # passes over the data (0: none)
-    tune_batch_size: int = 256  # pairs per step, over all processes
-    tune_lr: float = 3e-4  # highest learning rate
-    tune_warmup: int = 5  # steps of linear warm-up
-    tune_image_size: int = 0  # pixels a side (0: as in pre-training)
-
-    # Machine
-    seed: int = 0  # of weights, order, augmentation and masks
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
-    workers: int = -1  # data processes each (-1: 0 for embedded data, else the cores, at most 8)
-
-    # Output
-    out: str = ""  # folder of the run (default: runs/, named by what differs from the recipe)
-    log_every: int = 10  # steps between records in log.jsonl
-    eval_every: int = 0  # steps between evaluations (0: four in a stage)
-
-
-MACHINE = {"device", "workers", "out", "log_every", "eval_every"}  # what no result depends on
-
-
-def parse(arguments: list[str] | None = None) -> TrainConfig:
-    """Command line -> settings: defaults, then the recipe's, then what was given by hand."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default="demo")
-    recipe = "demo"
-    with contextlib.suppress(argparse.ArgumentError):  # tyro tells it better
-        recipe = first.parse_known_args(arguments)[0].recipe
-    default = TrainConfig(recipe, **RECIPES[recipe]) if recipe in RECIPES else TrainConfig()
-    config = tyro.cli(TrainConfig, args=arguments, default=default)
-    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in arguments if a.startswith("--")}
-    if {"steps", "epochs"} <= given:
-        raise InputError("--steps and --epochs both set the length: give one of them")
-    if "epochs" in given and not config.epochs > 0:
-        raise InputError("--epochs must be above 0; give --steps to count in steps")
-    if "steps" in given:
-        config = replace(config, epochs=0.0)
-    own = bool(config.data) and config.data[0] not in EMBEDDED
-    if own and given & {"vendors", "held_out"}:
-        names = " ".join(config.data)
-        raise InputError(f"--vendors and --held-out are for emoji, not for --data {names}")
-    for flag in sorted(given & {"data_weights", "sampling", "max_bad"}):
-        if not own:
-            raise InputError(f"{flag_of(flag)} is for pictures of your own: give their --data")
-    if config.mask == "none":
-        if "mask_ratio" in given and config.mask_ratio != 0:
-            raise InputError("--mask none keeps every patch: leave --mask-ratio out")
-        config = replace(config, mask_ratio=0.0)
-    used = [
-        glip.declared(registry[name])
-        for registry, name in ((glip.MASKS, config.mask), (glip.TEXT_MASKS, config.text_mask))
-        if name in registry
-    ]
-    used.append(data.sampling_inputs(config.sampling))
-    for flag in sorted(given & FLAG_SERVES.keys()):
-        if not any(name in row for row in used for name in FLAG_SERVES[flag].split()):
-            raise InputError(
-                f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
-                f"{config.text_mask} --sampling {config.sampling}: leave it out"
-            )
-    return config
-
-
-FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it
-    "sigma": "sigma", "mask_center": "centre", "min_mask_ratio": "min_mask_ratio",
-    "embedding_weight": "embedding_weight", "teacher_scale": "attention",
-    "teacher_momentum": "attention", "aclip": "attention",
-    "text_threshold": "text_threshold caption_scores", "sampling_share": "share",
-    "sampling_power": "power", "clusters": "clusters",
-}  # fmt: skip
-
-
-def flag_of(name: str) -> str:
-    """A setting as it is typed."""
-    return f"--{name.replace('_', '-')}"
-
-
-def check(config: TrainConfig, world: int) -> None:
-    """Refuse settings that cannot work, before anything is read or written."""
-    if not config.data:
-        raise InputError(f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
-    for name in ("batch_size", "tune_batch_size"):
-        flag, size = flag_of(name), getattr(config, name)
-        if size < 2:
-            raise InputError(f"{flag} {size}: a contrast needs at least 2 pairs")
-        if size % world:
-            raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
-    for name in ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"):
-        if not all(0 < value < math.inf for value in as_tuple(getattr(config, name))):
-            raise InputError(f"{flag_of(name)} must be above 0 and finite")
-    for name in ("tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise InputError(f"{flag_of(name)} must be at least 0 and finite")
-    if config.data_weights and len(config.data_weights) != len(config.data):
-        raise InputError(
-            f"--data-weights needs {len(config.data)} numbers, one for each of --data, or none"
-        )
-    if config.sampling != "all" and len(config.data) > 1:
-        raise InputError("--sampling is for a single --data: sample each source into its own index")
-    if config.sampling == "clusters" and not config.clusters:
-        raise InputError("--sampling clusters needs --clusters FILE, with a cluster for each pair")
-    for name in ("sampling_share", "max_bad"):
-        if not 0 < getattr(config, name) <= 1:
-            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside (0, 1]")
-    if not 0 <= config.sampling_power <= 1:
-        raise InputError(f"--sampling-power {config.sampling_power} is outside [0, 1]")
-    if not 0 <= config.beta2 < 1:
-        raise InputError(f"--beta2 {config.beta2} is outside [0, 1)")
-    for name in ("embedding_weight", "teacher_momentum"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside [0, 1]")
-    if not all(-1 <= value <= 1 for value in config.mask_center):
-        raise InputError(f"--mask-center {config.mask_center} lies outside the picture, [-1, 1]")
-    if not 0 < config.teacher_scale <= 1:
-        raise InputError(f"--teacher-scale {config.teacher_scale} is outside (0, 1]")
-    if (config.text_mask != "none") != (config.text_tokens > 0):
-        raise InputError("a text mask is --text-mask with --text-tokens, 3 or more: give both")
-    if config.text_mask != "none" and not 3 <= config.text_tokens <= CONTEXT:
-        raise InputError(f"--text-tokens {config.text_tokens} is outside [3, {CONTEXT}]")
-    for size in (config.image_size, config.tune_image_size):
-        grid = GLIPConfig.named(config.model, size or None).grid
-        glip.num_keep(grid[0] * grid[1], config.mask_ratio)
-    if not 0 <= (config.min_mask_ratio or 0) <= config.mask_ratio:
-        raise InputError(
-            f"--min-mask-ratio {config.min_mask_ratio} is outside [0, --mask-ratio "
-            f"{config.mask_ratio}]"
-        )
-    model, masker = GLIPConfig.named(config.model, config.image_size or None), masker_of(config)
-    if any(side * config.teacher_scale % model.patch_size for side in model.pixels):
-        raise InputError(
-            f"--teacher-scale {config.teacher_scale} of {model.image_size} pixels is not a "
-            f"multiple of the patch size {model.patch_size}: choose another scale"
-        )
-    unmet = masker.unmet()
-    if unmet:
-        raise InputError(
-            f"mask '{config.mask}' needs {', '.join(unmet)}, which nothing here supplies: it can "
-            f"have {', '.join(sorted(masker.SUPPLIED))}"
-        )
-
-
-CONTEXT = GLIPConfig().context_length
-
-
-def as_tuple(value: float | tuple[float, float]) -> tuple[float, ...]:
-    """One or two numbers as a tuple."""
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def masker_of(config: TrainConfig) -> Masker:
-    """The pre-training mask as set."""
-    return Masker(
-        config.mask, config.mask_ratio, config.sigma, config.mask_center,
-        config.min_mask_ratio, teacher_scale=config.teacher_scale,
-    )  # fmt: skip
-
-
-def run_name(config: TrainConfig) -> str:
-    """A folder name made of the recipe and of what differs from it; no clock."""
-    base = TrainConfig(recipe=config.recipe, **RECIPES[config.recipe])
-    parts = [config.recipe]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in MACHINE or value == getattr(base, field.name):
-            continue
-        if field.name == "mask_ratio" and config.mask == "none":
-            continue
-        values = value if isinstance(value, tuple) else (value,)
-        if field.name in ("data", "clusters"):  # the name of a path, not the folders of a machine
-            values = [Path(name).name for name in values]
-        value = "-".join(map(str, values))
-        value = re.sub(r"[^\w.-]+", "-", value)
-        parts.append(f"{field.name.replace('_', '-')}={value}")
-    name = "_".join(parts)
-    return name if len(name) <= 200 else f"{name[:190]}-{zlib.crc32(name.encode()):08x}"
-
+from recipes import (  # noqa: F401 - one name for users, train
+    RECIPES,
+    TrainConfig,
+    as_tuple,
+    check,
+    flag_of,
+    masker_of,
+    parse,
+    run_name,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Pure functions of the step, and the optimizer
@@ -468,27 +231,37 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
 
 def run_stage(
     stage: Stage, model: GLIP, config: TrainConfig, world: int, device: torch.device,
-    report: "Report",
+    report: "Report", state: dict,
 ) -> None:  # fmt: skip
-    """Train `model` in place for one stage."""
+    """Train `model` in place for one stage, from where `state`, a checkpoint of it, stopped."""
     network = aclip.AClip(model).to(device) if stage.aclip else model
+    model.transformer.recompute = model.visual.transformer.recompute = config.recompute
     optimizers = make_optimizers(network, config)
-    parallel = DistributedDataParallel(network, static_graph=True) if world > 1 else network
+    start = state.get("step", 0)
+    if state:
+        restore(state, stage, network, optimizers)
+    parallel = network
+    if world > 1:
+        static = not (config.micro_batch or config.recompute)
+        parallel = DistributedDataParallel(network, static_graph=static)
+    if config.compile:
+        parallel = torch.compile(parallel)
     bf16 = evaluate.use_bf16(config.precision, device)
     workers = config.workers
     if workers < 0:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if config.data[0] in EMBEDDED else max(1, min(8, cores))
-    batches = data.loader(stage.batches, 0, stage.steps, workers, pin=device.type == "cuda")
+    batches = data.loader(stage.batches, start, stage.steps, workers, pin=device.type == "cuda")
     model.train()
-    report.begin(stage, model)
-    for step, batch in enumerate(batches):
+    report.begin(stage, network, optimizers, state)
+    for step, batch in enumerate(batches, start):
         report.data_arrived(batch[4])
         renew_mask(stage, network, config, step, device)
         lr = lr_at(step, stage.steps, stage.warmup, stage.lr)
-        found = update(parallel, optimizers, batch, stage, lr, device, bf16)
+        found = compute_gradients(parallel, batch, stage, config, device, bf16)
+        finite = apply_gradients(network, optimizers, lr, config.clip_grad_norm)
         model.clamp_logit_scale()
-        report.step(step, *found, lr)
+        report.step(step, *found, lr, finite)
     model.requires_grad_(True)  # A-CLIP froze the patch projection
 
 
@@ -514,33 +287,190 @@ def renew_mask(
         (masker.threshold,) = found
 
 
-def update(
-    network: nn.Module, optimizers: list[torch.optim.Optimizer],
-    batch: tuple[Tensor, Tensor, Tensor, Tensor, list], stage: Stage, lr: float,
-    device: torch.device, bf16: bool,
+def compute_gradients(
+    network: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor, list], stage: Stage,
+    config: TrainConfig, device: torch.device, bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """One step on images (B, 3, H, W), tokens (B, T), noise (B, N), more noise for A-CLIP's crops.
+    """Backward through images (B, 3, H, W), tokens (B, T), noise (B, N), A-CLIP's further noise.
 
     Returns the loss, logit_scale, and visible (B, K) or None.
     """
     images, tokens, noise, extra = (x.to(device, non_blocking=True) for x in batch[:4])
-    inner = network.module if isinstance(network, DistributedDataParallel) else network
+    inner = getattr(network, "module", getattr(network, "_orig_mod", network))
+    inner = getattr(inner, "module", inner)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if stage.aclip:
             loss, scale, visible = aclip.aclip_loss(
                 network, inner, stage.masker, images, tokens, noise, extra
             )
+        elif config.micro_batch:
+            return backward_cached(network, inner, images, tokens, noise, stage.masker, config)
         else:
             ids_keep, visible = stage.masker(images, noise, inner.visual)
             image_features, text_features, scale = network(images, tokens, ids_keep, visible)
-            loss = glip.clip_loss(image_features, text_features, scale)
+            loss = glip.contrastive_loss(
+                config.loss, image_features, text_features, scale, inner.logit_bias
+            )
     loss.backward()
+    return loss.detach(), scale.detach(), visible
+
+
+def backward_cached(
+    network: nn.Module, inner: GLIP, images: Tensor, tokens: Tensor, noise: Tensor,
+    masker: Masker, config: TrainConfig,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The same gradients with the activations of micro_batch pairs at a time.
+
+    GradCache (2101.06983): all features without a graph, their gradients by the loss, then each
+    part again with a graph, under the masks that it had.
+    """
+    parts = [slice(i, i + config.micro_batch) for i in range(0, len(images), config.micro_batch)]
+    features, masks = [], []
+    with torch.no_grad():
+        for part in parts:
+            masks.append(masker(images[part], noise[part], inner.visual))
+            features.append(inner(images[part], tokens[part], *masks[-1]))
+    image_features, text_features, scales = zip(*features, strict=True)
+    loss, grads = glip.cached_gradients(
+        config.loss, torch.cat(image_features), torch.cat(text_features), scales[0],
+        inner.logit_bias, config.micro_batch,
+    )  # fmt: skip
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        alone = isinstance(network, DistributedDataParallel) and not last
+        with network.no_sync() if alone else contextlib.nullcontext():
+            found = network(images[part], tokens[part], *masks[place])
+            surrogate = (found[0] * grads[0][part]).sum() + (found[1] * grads[1][part]).sum()
+            surrogate = surrogate + found[2] * grads[2] * float(last)
+            if inner.logit_bias is not None:
+                surrogate = surrogate + inner.logit_bias * grads[3] * float(last)
+            surrogate.backward()
+    visible = None if masks[0][1] is None else torch.cat([mask[1] for mask in masks])
+    return loss, scales[0], visible
+
+
+@torch.no_grad()
+def apply_gradients(
+    network: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, longest: float
+) -> Tensor:
+    """Update, unless a gradient is not finite; returns whether all are, on the device.
+
+    After DDP every process has the same gradients, so all skip or none. Fused AdamW skips on the
+    device; Muon cannot, and the host waits to hear.
+    """
+    grads = [p.grad for p in network.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    finite = norm.isfinite()
+    if longest:
+        torch._foreach_mul_(grads, (longest / (norm + 1e-6)).clamp(max=1.0))
+    skip = len(optimizers) > 1 and not finite.item()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        optimizer.step()
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.found_inf = (~finite).float()
+        if not skip:
+            optimizer.step()
         optimizer.zero_grad()
-    return loss, scale, visible
+    return finite
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints, and going on from them
+# ------------------------------------------------------------------------------------------------
+
+STOPPED = 75  # the exit code of a run that was asked to stop and can be resumed
+FREE = {  # what may differ when a run is resumed
+    "device", "workers", "out", "log_every", "eval_every", "save_every", "micro_batch", "recompute",
+    "compile", "max_bad", "resume",
+}  # fmt: skip
+asked_to_stop = []  # signals that came
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """SIGTERM and SIGINT ask the run to save and stop; a second SIGINT stops it at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked_to_stop:
+            raise KeyboardInterrupt
+        asked_to_stop.append(number)
+
+    asked_to_stop.clear()
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and saved."""
+
+
+def stamp_of(pairs: object) -> str:
+    """What tells these training data from others."""
+    text = pairs.stamp(np.arange(0)) if isinstance(pairs, data.Source) else str(pairs.counts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def last_state(out: Path, config: TrainConfig, stages: list[Stage]) -> dict:
+    """The newest whole checkpoint of an unfinished run in `out`, {} if there is none.
+
+    Raises InputError where it is another run's, naming what differs.
+    """
+    names = [name for name in ("latest.pt", "previous.pt") if (out / name).is_file()]
+    for name in names:
+        try:
+            state = glip.load_checkpoint(out / name)
+        except InputError as error:
+            print(f"{error}; going back to the checkpoint before", file=sys.stderr)
+            continue
+        if "optimizers" not in state:
+            continue
+        now, then = asdict(config), state["config"]
+        for key in sorted(now.keys() - FREE):
+            if key not in then or now[key] != then[key]:
+                raise InputError(
+                    f"--out {out} holds another run: its {flag_of(key)} was {then.get(key)}, not "
+                    f"{now[key]}; give that, or choose another --out"
+                )
+        if state["data_stamp"] != stamp_of(stages[0].batches.pairs):
+            raise InputError(
+                f"--out {out}: the data have changed since this run began; bring them back, or "
+                "choose another --out"
+            )
+        return state
+    if names:
+        raise InputError(f"--out {out}: no checkpoint in it is whole; remove the folder")
+    return {}
+
+
+def restore(
+    state: dict, stage: Stage, network: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Put a checkpoint's optimizers, teacher and heads back in place."""
+    model = network.model if stage.aclip else network
+    found = Masker.restored(state["mask"], model.visual)
+    vars(stage.masker).update(vars(found))
+    if stage.aclip:
+        network.load_state_dict(state["heads"], strict=False)
+    for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+
+
+def cut_log(out: Path, state: dict, stages: list[Stage]) -> None:
+    """Cut log.jsonl back to a checkpoint, and what was written of another step away."""
+    order = [stage.name for stage in stages]
+    until = (order.index(state["stage"]), state["step"]) if state else (-1, 0)
+    kept, path = [], out / "log.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut
+            record = json.loads(line)
+            if (order.index(record["stage"]), record["step"]) <= until:
+                kept.append(line + "\n")
+    glip.write_bytes(path, "".join(kept).encode())
 
 
 class Report:
@@ -551,72 +481,109 @@ class Report:
     ) -> None:
         self.config, self.out, self.rank, self.world, self.device = config, out, rank, world, device
         self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
-        self.read, self.bad, self.quarantined = 0, 0, set()
+        self.read, self.bad, self.quarantined, self.news, self.told = 0, 0, set(), [], 0
+        self.first_bad = torch.full((), -1, device=device)  # the first step that was not finite
 
-    def begin(self, stage: Stage, model: GLIP) -> None:
+    def begin(
+        self, stage: Stage, network: nn.Module, optimizers: list, state: dict
+    ) -> None:  # fmt: skip
         """Start the clock of a stage; evaluation stops it."""
-        self.stage, self.model, self.waited = stage, model, 0.0
+        self.stage, self.network, self.optimizers, self.waited = stage, network, optimizers, 0.0
+        self.model = network.model if stage.aclip else network
         self.every = self.config.eval_every or max(1, math.ceil(stage.steps / 4))
         self.bar = tqdm(
             total=stage.steps, desc=stage.name, disable=self.rank > 0, dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
+            initial=state.get("step", 0), mininterval=0.5 if sys.stderr.isatty() else 20,
         )  # fmt: skip
-        self.begun = self.ready = time.perf_counter()
+        self.begun = self.ready = self.saved = time.perf_counter()
+        self.begun -= self.seconds.get(stage.name, 0.0)
+        self.first = state.get("step", 0)
 
     def data_arrived(self, bad: list[list[str]]) -> None:
         """Count the time since the last step ended as waiting for data, and list bad pictures."""
         self.waited += time.perf_counter() - self.ready
         self.read += self.stage.batches.share
         self.bad += len(bad)
-        new = [row for row in bad if tuple(row) not in self.quarantined]
-        if new:
-            path = self.out / "quarantine.jsonl"
-            if path.exists():  # other processes, and epochs before, write there too
-                lines = path.read_text().splitlines()
-                self.quarantined |= {tuple(json.loads(line).values()) for line in lines}
-            for row in new:
-                if tuple(row) not in self.quarantined:
-                    self.quarantined.add(tuple(row))
-                    line = json.dumps(dict(zip(("data", "where", "why"), row, strict=True)))
+        self.news += bad
+
+    def quarantine(self) -> None:
+        """List what could not be read since the last time; the first process writes for all."""
+        news = [self.news]
+        if self.world > 1:
+            news = [None] * self.world
+            dist.all_gather_object(news, self.news)
+        bad, self.news = [row for rows in news for row in rows], []
+        path = self.out / "quarantine.jsonl"
+        if not self.quarantined and path.exists():  # of the run before it was cut short
+            self.quarantined |= {tuple(json.loads(line).values())
+                                 for line in path.read_text().splitlines()}  # fmt: skip
+        for row in bad:
+            if tuple(row) not in self.quarantined:
+                self.quarantined.add(tuple(row))
+                line = json.dumps(dict(zip(("data", "where", "why"), row, strict=True)))
+                if self.rank == 0:
                     with open(path, "a") as file:
                         file.write(line + "\n")
 
     def step(
-        self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float
-    ) -> None:
-        """Log, evaluate and save when due; raises InputError for a loss that is not finite."""
-        last = step + 1 == self.stage.steps
-        if last or (step + 1) % self.config.log_every == 0:
-            self.log(step, loss, scale, visible, lr)
+        self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float,
+        finite: Tensor,
+    ) -> None:  # fmt: skip
+        """Log, evaluate, save when due, and stop if asked to; all processes decide alike.
+
+        Raises InputError for numbers that are not finite, and Stopped.
+        """
+        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, step)
+        last, done = step + 1 == self.stage.steps, step + 1
+        due = last or done % self.config.log_every == 0
+        stop = bool(asked_to_stop)
+        if due or (self.world > 1 and done % 10 == 0):  # others hear of a signal here
+            sums = torch.stack([loss.float(), loss.new_tensor(self.bad).float(),
+                                loss.new_tensor(stop).float()])  # fmt: skip
+            if self.world > 1:
+                dist.all_reduce(sums)
+            loss, bad, stop = sums.tolist()
+            if bad > self.told:  # all processes know the same number
+                self.quarantine()
+                self.told = bad
+            if due:
+                self.log(step, loss / self.world, round(bad), scale, visible, lr)
+        elif self.world > 1:
+            stop = False
         self.bar.update()
-        if last or (step + 1) % self.every == 0:
+        evaluating = last or done % self.every == 0
+        if evaluating or stop:
             self.seconds[self.stage.name] = time.perf_counter() - self.begun
-            self.steps[self.stage.name] = step + 1
+            self.steps[self.stage.name] = done
+        if evaluating:
             if self.rank == 0:
-                self.evaluate(step + 1)
+                self.evaluate(done)
             if self.world > 1:
                 dist.barrier()
             self.begun = time.perf_counter() - self.seconds[self.stage.name]
+        if self.rank == 0 and (evaluating or stop or self.save_is_due(done)):
+            self.seconds[self.stage.name] = time.perf_counter() - self.begun
+            self.save_last(done)
+        if stop and not last:
+            self.bar.close()
+            raise Stopped(f"{self.stage.name} step {done}")
         if last:
             self.bar.close()
         self.ready = time.perf_counter()
 
+    def save_is_due(self, done: int) -> bool:
+        """Every save_every steps; by default when ten minutes have passed."""
+        if self.config.save_every:
+            return done % self.config.save_every == 0
+        return time.perf_counter() - self.saved > 600
+
     def log(
-        self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float
+        self, step: int, loss: float, bad: int, scale: Tensor, visible: Tensor | None, lr: float
     ) -> None:
-        """One record of log.jsonl, the loss averaged over the processes."""
-        sums = torch.stack([loss.detach().float(), loss.new_tensor(self.bad).float()])
-        if self.world > 1:
-            dist.all_reduce(sums)
-        loss, bad = sums[0].item() / self.world, round(sums[1].item())
+        """One record of log.jsonl, of a loss that is the mean over the processes."""
+        self.check_finite(loss, step)
         self.check_bad(bad, self.read * self.world)
         batch_size = self.stage.batches.order.batch_size
-        if not math.isfinite(loss):
-            self.bar.close()
-            raise InputError(
-                f"the loss is {loss} at {self.stage.name} step {step + 1}: lower --lr or lengthen "
-                "--warmup"
-            )
         elapsed = time.perf_counter() - self.begun
         rate, waiting = (step + 1) * batch_size / elapsed, self.waited / elapsed
         shares = {}
@@ -635,20 +602,41 @@ class Report:
             refresh=False,
         )
 
+    def check_finite(self, loss: float, step: int) -> None:
+        """Stop after a loss or gradient that was not finite; its update was skipped.
+
+        The pictures of that batch are written down.
+        """
+        first = int(self.first_bad)
+        if first < 0 and math.isfinite(loss):
+            return
+        first, batches = first if first >= 0 else step, self.stage.batches
+        ids = batches.order.batch(first)
+        where = [batches.pairs.where(i) for i in ids]
+        if self.rank == 0:
+            record = {"stage": self.stage.name, "step": first + 1, "pictures": where}
+            glip.write_bytes(self.out / "bad-batch.json", json.dumps(record, indent=1).encode())
+        self.bar.close()
+        raise InputError(
+            f"the loss or its gradient is not finite at {self.stage.name} step {first + 1}; that "
+            f"update was skipped, and {self.out}/bad-batch.json names its pictures: lower --lr, "
+            "lengthen --warmup, or try --clip-grad-norm 1"
+        )
+
     def check_bad(self, bad: int, read: int) -> None:
         """Stop if too many pictures cannot be read; all processes know the same numbers."""
-        if bad > self.config.max_bad * read:
-            path = self.out / "quarantine.jsonl"
-            reasons = Counter(json.loads(line)["why"] for line in path.read_text().splitlines())
+        if bad > self.config.max_bad * max(read, 1000):  # too few tell nothing
+            reasons = Counter(why for _, _, why in self.quarantined)
             most = ", ".join(f"{why} ({n})" for why, n in reasons.most_common(3))
             self.bar.close()
             raise InputError(
                 f"{bad} of {read} pictures cannot be read, more than --max-bad "
-                f"{self.config.max_bad:g}: {most}; {path} lists them: repair the data"
+                f"{self.config.max_bad:g}: {most}; {self.out}/quarantine.jsonl lists them: repair "
+                "the data"
             )
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the full picture on the held-out pairs, and save the model as it is."""
+        """Evaluate the full picture on the held-out pairs."""
         result = evaluate.quick(
             self.model, self.stage.held_out, self.device, self.config.precision
         )
@@ -657,18 +645,32 @@ class Report:
             f"{self.stage.name} step {step}: "
             + ", ".join(f"{name} {value:.1%}" for name, value in result.items())
         )
-        self.save("latest.pt", step)
         self.model.train()
 
-    def save(self, name: str, step: int) -> None:
+    def save(self, name: str, step: int, **state: object) -> None:
         """Write a checkpoint that tells what made it."""
         glip.save_checkpoint(
             self.out / name, self.model, stage=self.stage.name, step=step,
             mask=self.stage.masker.state(), config=asdict(self.config),
             seconds=dict(self.seconds), steps=dict(self.steps),
             machine=evaluate.machine(self.device), command=command(), world=self.world,
-            bf16=evaluate.use_bf16(self.config.precision, self.device),
+            bf16=evaluate.use_bf16(self.config.precision, self.device), **state,
         )  # fmt: skip
+
+    def save_last(self, step: int) -> None:
+        """Write latest.pt, all that going on needs; the one before stays as previous.pt."""
+        heads = {}
+        if self.stage.aclip:
+            heads = {k: v for k, v in self.network.state_dict().items() if k[:6] != "model."}
+        self.save(
+            "next.pt", step, heads=heads, optimizers=[o.state_dict() for o in self.optimizers],
+            data_stamp=stamp_of(self.stage.batches.pairs), read=self.read, bad=self.bad,
+        )  # fmt: skip
+        if (self.out / "latest.pt").exists():
+            os.replace(self.out / "latest.pt", self.out / "previous.pt")
+        os.replace(self.out / "next.pt", self.out / "latest.pt")
+        glip.flush_folder(self.out)
+        self.saved = time.perf_counter()
 
     def write(self, **record: object) -> None:
         """Append a line to log.jsonl."""
@@ -690,49 +692,76 @@ def command() -> str:
 def train(config: TrainConfig) -> Path:
     """Pre-train, keep pretrained.pt, tune, keep model.pt; the folder of the run is returned.
 
-    Raises InputError for settings or data that cannot work, before anything is written.
+    A run that was cut short goes on from its last checkpoint. Raises InputError for settings or
+    data that cannot work, before anything is written, and Stopped when a signal asks for it.
     """
-    with processes(config) as (rank, world, device):
+    with processes(config) as (rank, world, device), listening():
         check(config, world)
         out = Path(config.out or Path("runs") / run_name(config))
         if out.exists() and not out.is_dir():
             raise InputError(f"--out {out} is a file: name a folder")
-        if out.exists() and any(out.iterdir()):
-            state = "a finished" if (out / "model.pt").exists() else "an unfinished"
+        if (out / "model.pt").exists():
             raise InputError(
-                f"--out {out} holds {state} run already: choose another --out, or remove the folder"
+                f"--out {out} holds a finished run already: choose another --out, or remove the "
+                "folder"
             )
+        if out.exists() and any(out.iterdir()):
+            if not (out / "config.json").is_file():
+                raise InputError(f"--out {out} holds other files: choose another --out")
+            if config.resume == "never":
+                raise InputError(
+                    f"--out {out} holds an unfinished run: leave --resume out to go on with it, or "
+                    "remove the folder"
+                )
         stages = plan(config, rank, world)  # all processes meet here, and then the first writes
+        state = last_state(out, config, stages) if out.is_dir() else {}
+        if world > 1:
+            dist.barrier()  # nobody writes before all have read
         torch.manual_seed(config.seed)
-        model = GLIP(stages[0].model).to(device)
+        model = GLIP(replace(stages[0].model, siglip=config.loss == "siglip")).to(device)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(config), indent=2)
             glip.write_bytes(out / "config.json", text.encode())
-            print(f"{config.model} on {device.type}, writing to {out}")
+            cut_log(out, state, stages)
+            told = f", going on after {state['stage']} step {state['step']}" if state else ""
+            print(f"{config.model} on {device.type}, writing to {out}{told}")
         report = Report(config, out, rank, world, device)
+        if state:
+            report.seconds, report.steps = state["seconds"], state["steps"]
+            report.read, report.bad = state["read"], state["bad"]
         for stage in stages:
-            if stage.model != model.config:
+            if state and stage.name != state["stage"]:
+                continue  # done before
+            if stage.model.image_size != model.config.image_size:
                 model = glip.resized(model, stage.model.image_size).to(device)
-            run_stage(stage, model, config, world, device, report)
+            if state:
+                model.load_state_dict(state["model"])
+            run_stage(stage, model, config, world, device, report, state)
+            state = {}
             if rank == 0:
                 last = stage is stages[-1]
                 report.save("model.pt" if last else "pretrained.pt", stage.steps)
         if rank == 0:
-            (out / "latest.pt").unlink()
+            for name in ("latest.pt", "previous.pt"):
+                (out / name).unlink(missing_ok=True)
     return out
 
 
 def main() -> None:
-    """The command line: bad input is one sentence and exit code 2."""
+    """The command line: bad input is one sentence and exit code 2, a signal's stop STOPPED."""
     try:
         train(parse())
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: stopped after {stopped}, saved; the same command goes on")
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; what was saved so far is in the run's folder")
+        sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

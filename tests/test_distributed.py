@@ -2,7 +2,9 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,24 +14,33 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import glip
-from aclip import AClip, aclip_loss
+import train
+from aclip import AClip
 from glip import GLIP, GLIPConfig, Masker
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
 BATCH, SEED = 12, 3
 
 
-CASES = [*glip.MASKS, "cluster with embeddings", "the full A-CLIP"]
+EMBEDDINGS, FULL = "cluster with embeddings", "the full A-CLIP"
+CASES = [(mask, loss, micro) for mask in [*glip.MASKS, EMBEDDINGS] for loss in glip.LOSSES
+         for micro in (0, 1)]  # fmt: skip
+CASES += [("gaussian", loss, micro) for loss in glip.LOSSES for micro in (2, 3, 99)]
+CASES += [(FULL, "clip", 0)]
 
 
-def gradients(rank: int, world: int, case: str) -> tuple[float, dict]:
-    """Loss and gradients of this process's share of a fixed batch, in float64."""
+def gradients(rank: int, world: int, case: tuple[str, str, int]) -> tuple[float, dict]:
+    """Loss and gradients of this process's share of a fixed batch, in float64, by the loop's code.
+
+    A case is a mask, a loss, and how many pairs are computed at a time.
+    """
+    name, loss, micro = case
     torch.manual_seed(0)
-    model, teacher = GLIP(TINY).double(), GLIP(TINY).double().visual.requires_grad_(False)
-    mask = {CASES[-2]: "cluster", CASES[-1]: "attentive"}.get(case, case)
+    model = GLIP(replace(TINY, siglip=loss == "siglip")).double()
+    teacher = GLIP(TINY).double().visual.requires_grad_(False)
     masker = Masker(
-        mask, 0.5, min_mask_ratio=0.25, threshold=0.02, teacher=teacher,
-        embedding_weight=0.5 if case == CASES[-2] else 0.0,
+        {EMBEDDINGS: "cluster", FULL: "attentive"}.get(name, name), 0.5, min_mask_ratio=0.25,
+        threshold=0.02, teacher=teacher, embedding_weight=0.5 if name == EMBEDDINGS else 0.0,
     )  # fmt: skip
     share = BATCH // world
     rows = slice(rank * share, (rank + 1) * share)
@@ -38,16 +49,16 @@ def gradients(rank: int, world: int, case: str) -> tuple[float, dict]:
     tokens = torch.from_numpy(data.noise(SEED, "tokens", 0, BATCH, 9) * 49).long()
     tokens[:, 6] = 49
     noise = torch.from_numpy(data.noise(SEED, "mask", rank * share, share, 16))
-    network = AClip(model).double() if case == CASES[-1] else model
+    draws = torch.from_numpy(data.noise(SEED, "crops", rank * share, share, 8)).double()
+    network = AClip(model).double() if name == FULL else model
     parallel = DistributedDataParallel(network) if world > 1 else network
-    if case == CASES[-1]:
-        draws = torch.from_numpy(data.noise(SEED, "crops", rank * share, share, 8)).double()
-        loss, *_ = aclip_loss(parallel, network, masker, images, tokens[rows], noise, draws)
-    else:
-        ids, visible = masker(images, noise, model.visual)
-        assert visible is None or 0.1 < visible.double().mean() < 0.9
-        loss = glip.clip_loss(*parallel(images, tokens[rows], ids, visible))
-    loss.backward()
+    stage = SimpleNamespace(aclip=name == FULL, masker=masker)
+    config = train.TrainConfig(loss=loss, micro_batch=micro)
+    batch = (images, tokens[rows], noise, draws, [])
+    loss, _, visible = train.compute_gradients(
+        parallel, batch, stage, config, torch.device("cpu"), False
+    )
+    assert visible is None or 0.1 < visible.double().mean() < 0.9
     return loss.item(), {
         name: p.grad for name, p in network.named_parameters() if p.grad is not None
     }
@@ -65,7 +76,7 @@ def work(rank: int, world: int, folder: str) -> None:
         loss, grads = gradients(rank, world, case)
         mean = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(mean)
-        results[case] = {"loss": mean.item() / world, "grads": grads}
+        results[str(case)] = {"loss": mean.item() / world, "grads": grads}
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     # Leave without gloo's teardown, which now and then aborts a process that has done its work
@@ -76,15 +87,16 @@ def work(rank: int, world: int, folder: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_gradients_equal_the_single_process(world, tmp_path):
-    """The loss alone would not tell: a gather without gradients gives the same loss."""
+    """Of the whole batch at once, too. The loss alone would not tell: a gather without gradients
+    gives the same loss."""
     mp.spawn(work, (world, str(tmp_path)), nprocs=world)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for case in CASES:
-        loss, grads = gradients(0, 1, case)
-        assert results[case]["loss"] == pytest.approx(loss, rel=1e-12)
-        assert results[case]["grads"].keys() == grads.keys()
+        loss, grads = gradients(0, 1, (*case[:2], 0))
+        assert results[str(case)]["loss"] == pytest.approx(loss, rel=1e-12)
+        assert results[str(case)]["grads"].keys() == grads.keys()
         for name, wanted in grads.items():
-            found = results[case]["grads"][name]
+            found = results[str(case)]["grads"][name]
             assert (found - wanted).norm() <= 1e-10 * wanted.norm(), (case, name)

@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -54,10 +55,14 @@ OPTED_OUT = [  # every form of X-Robots-Tag that concerns us
     ["noai"], ["noindex, noai"], ["max-image-preview: large, noai"], ["img2dataset: noai"],
     ["unavailable_after: 25 Jun 2030 15:00:00 PST, noimageai"], ["all", "noimageai"], ["NOAI"],
     ["otherbot: nofollow", "nanoglip: noai"], ["noml"], ["none"], ["*: noindex"],
-    ["otherbot: noindex, img2dataset: noai"],
+    ["otherbot: noindex, img2dataset: noai"], ["noai; noindex"], ["noarchive noai"],
+    ["unavailable_after: Wed, 25 Jun 2030 15:00:00 GMT, noai"], ["max-foo: 3, noai"],
+    ["unavailable_after: Friday, 25-Jun-30 15:00:00 UTC, noimageai"], ["nanoglip/1.0: noai"],
+    ["nofollow, max-snippet: -1, noindex"],
 ]  # fmt: skip
 ALLOWED = [["all"], ["otherbot: noai"], ["max-image-preview: large"], ["nofollow"], ["noarchive"],
-           ["otherbot: noindex, noai"]]  # fmt: skip
+           ["otherbot: noindex, noai"], ["unavailable_after: 25 Jun 2030 15:00:00 PST"],
+           ["max-snippet: 20, max-video-preview: 3"], ["otherbot/2.1: none"]]  # fmt: skip
 
 
 class Web(http.server.BaseHTTPRequestHandler):
@@ -125,6 +130,18 @@ class Web(http.server.BaseHTTPRequestHandler):
 
     def send_to(self, target):
         self.answer(b"", 302, Location=target.replace("COLON", ":"))
+
+    def send_fat(self, number):
+        """A redirect with a body without end, which nobody has to read."""
+        self.send_response(302)
+        self.send_header("Location", "/good/1")
+        self.send_header("Content-Length", str(2**40))
+        self.end_headers()
+        for _ in range(1000):
+            self.wfile.write(bytes(2**20))
+
+    def send_closed(self, number):
+        self.answer(b"", 302, Location="/good/1", X_Robots_Tag="noai")
 
     def send_optout(self, number):
         self.send_tagged(OPTED_OUT[int(number)])
@@ -222,7 +239,8 @@ def test_opt_outs_in_every_form(tags):
     ("169.254.169.254", False), ("192.168.0.1", False), ("100.64.0.1", False), ("0.0.0.0", False),
     ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("fe80::1%eth0", False),
     ("fd00::1", False), ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False),
-    ("2002:a00:1::", False), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
+    ("2002:a00:1::", False), ("fec0::1", False), ("3fff::1", False), ("192.88.99.1", False),
+    ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
 ])  # fmt: skip
 def test_private_addresses_in_every_form(address, public):
     assert fetch.is_public(address) == public
@@ -239,7 +257,7 @@ def test_what_is_refused_and_why(web, private):
         (f"http://{web}/missing", "HTTP 404"), (f"http://{web}/html", "not a picture"),
         (f"http://{web}/torn", "torn picture"), (f"http://{web}/short", "cut short"),
         (f"http://{web}/slow", "timed out"), (f"http://{web}/trickle", "timed out"),
-        (f"http://{web}/huge", "over 33,554,432 bytes"),
+        (f"http://{web}/closed", "opted out"), (f"http://{web}/huge", "over 33,554,432 bytes"),
         (f"http://{web}/bomb", "over 67,108,864 pixels"),
         (f"http://{web}/tdm", "opted out"), (f"http://127.0.0.1:{port}/", "private address"),
         (f"http://localhost:{port}/", "private address"), (f"http://[::1]:{port}/", "private"),
@@ -256,7 +274,11 @@ def test_what_is_refused_and_why(web, private):
     assert reason(web, f"http://{web}/good/1") is None
     agents = {agent for path, agent in Web.asked if path == "/good/1"}
     assert agents == {"nanoGLIP/1.0 (image-text research; img2dataset 1.47.0; me@example.org)"}
-    guard = fetch.Guard(1.0, 1, "", frozenset([web]))
+    begun = time.monotonic()
+    assert reason(web, f"http://{web}/fat") is None and time.monotonic() - begun < 1
+    guard = fetch.Guard(2.0, 5, "", frozenset([web]))
+    assert guard.download((0, f"http://{web}/slow"))[2] == "timed out"
+    assert time.monotonic() - begun < 3.5  # the deadline is of all tries together
     assert guard.download((0, f"http://{web}/flaky/a"))[2] is None
 
 
@@ -317,12 +339,13 @@ def test_full_circle(web, private, tmp_path):
               "--model", "ViT-nano-8", "--image-size", "16"]  # fmt: skip
     trained = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
-    assert "an epoch is 4 steps of 16 = 64" in trained.stdout
+    assert re.search(r"an epoch is 4 steps of 16 = 64, \d+ left over", trained.stdout)
     script = [sys.executable, "evaluate.py", str(tmp_path / "run")]
     evaluated = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert evaluated.returncode == 0, evaluated.stderr
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert results["counts"]["held-out pictures"] == 3 and results["config"]["data"] == "cc3m"
+    held = results["counts"]["held-out pictures"]
+    assert held == len(data.Shards(str(out), 16).held) and results["config"]["data"] == "cc3m"
 
 
 def glip_text(index, i):

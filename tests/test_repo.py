@@ -22,7 +22,7 @@ from tests.test_train import command
 ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
     "masks", "glip", "aclip", "embedded", "shards", "pictures", "fetch", "captions", "data",
-    "evaluate", "train",
+    "evaluate", "recipes", "train",
 ]  # fmt: skip
 CHAIN = [  # each does import the one before it
     "masks", "glip", "shards", "pictures", "captions", "data", "evaluate", "train"

@@ -1,0 +1,283 @@
+"""What a run is: every setting of train.py, the recipes that change some, and what is refused.
+
+The defaults are the demo's; a recipe changes some; a flag given by hand wins.
+"""
+
+import argparse
+import contextlib
+import math
+import re
+import sys
+import zlib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+import data
+import glip
+from data import EMBEDDED, HELD_OUT, MAX_BAD, SAMPLINGS, VENDORS
+from glip import GLIPConfig, InputError, Masker
+
+# The GLIP authors' README. What it leaves open is filled with open_clip's defaults (warm-up, weight
+# decay, context of 77) or, for the tuning's warm-up, with ours. Their batch of 1,280 is stated for
+# 50 % alone; crops cover 50 to 100 % of a picture (data.CROP_SCALE).
+PAPER = {
+    "data": (), "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0, "batch_size": 1280,
+    "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98, "warmup": 10_000,
+    "tune_epochs": 1.0, "tune_batch_size": 640, "tune_lr": 1e-5, "tune_warmup": 1_000,
+    "teacher_momentum": 0.996, "text_threshold": 1e-6, "log_every": 100,
+}  # fmt: skip
+RECIPES = {
+    "demo": {},
+    "compare": {"steps": 450, "tune_epochs": 0.5},  # a row of the comparison of masks: 100 s
+    "cc3m": PAPER,
+    "cc12m": PAPER,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pre-train a CLIP model under a mask, then tune it without."""
+
+    recipe: Literal[tuple(RECIPES)] = "demo"  # a named set of the settings below
+
+    # Data
+    data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
+    data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
+    sampling: Literal[("all", *SAMPLINGS)] = "all"  # which pairs an epoch of pre-training has
+    sampling_share: float = 0.5  # share of the pairs that such an epoch has
+    sampling_power: float = 0.2  # clusters: n pairs of a cluster count as n^power
+    clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
+    max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
+    vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
+    held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
+
+    # Mask
+    mask: Literal[tuple(glip.MASKS)] = "gaussian"  # which patches are kept
+    mask_ratio: float = 0.75  # share of patches removed, in [0, 1)
+    sigma: float | tuple[float, float] = 0.2  # variance on [-1, 1], or two: of rows, of columns
+    mask_center: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]: where it is centred
+    min_mask_ratio: float | None = None  # cluster: share never computed (none: mask_ratio - 0.2)
+    embedding_weight: float = 0.0  # cluster: share of patch embeddings in similarity at the end
+    teacher_scale: float = 1.0  # attentive: size of the teacher's pictures; 0.5 is A-CLIP-eff
+    teacher_momentum: float = 0.9  # attentive: of the moving average at the start; 1 at the end
+    aclip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # attentive: A-CLIP's other losses
+
+    # Words
+    text_mask: Literal[("none", *glip.TEXT_MASKS)] = "none"  # which words are kept in pre-training
+    text_tokens: int = 0  # length of a caption under a text mask, start and end included
+    text_threshold: float = 1e-4  # frequency, sampling words: smaller shares count as rare
+
+    # Model
+    model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # a row of glip.SIZES
+    image_size: int = 0  # pixels a side (0: the model's own)
+
+    # Pre-training
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
+    batch_size: int = 256  # pairs per step, over all processes
+    steps: int = 1250  # updates
+    epochs: float = 0.0  # passes over the data, instead of steps
+    lr: float = 1e-3  # highest learning rate (Muon's is twice that); then half a cosine to 0
+    weight_decay: float = 0.1  # on matrices only
+    beta2: float = 0.98  # AdamW's second decay
+    warmup: int = 50  # steps of linear warm-up
+
+    # Unmasked tuning, with a fresh optimizer and schedule
+    tune_epochs: float = 1.0  # passes over the data (0: none)
+    tune_batch_size: int = 256  # pairs per step, over all processes
+    tune_lr: float = 3e-4  # highest learning rate
+    tune_warmup: int = 5  # steps of linear warm-up
+    tune_image_size: int = 0  # pixels a side (0: as in pre-training)
+
+    # Loss
+    loss: Literal[tuple(glip.LOSSES)] = "clip"  # which text is it, or (siglip) is this its text
+    clip_grad_norm: float = 0.0  # longest gradient (0: any)
+
+    # Machine
+    seed: int = 0  # of weights, order, augmentation and masks
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
+    micro_batch: int = 0  # pairs of a process whose activations exist at once (0: all)
+    recompute: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # blocks twice, to save memory
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # with torch.compile
+    workers: int = -1  # data processes each (-1: 0 for embedded data, else the cores, at most 8)
+
+    # Output
+    out: str = ""  # folder of the run (default: runs/, named by what differs from the recipe)
+    log_every: int = 10  # steps between records in log.jsonl
+    eval_every: int = 0  # steps between evaluations (0: four in a stage)
+    save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where --out holds this run, unfinished
+
+
+MACHINE = {  # what no result depends on
+    "device", "workers", "out", "log_every", "eval_every", "save_every", "resume", "micro_batch",
+    "recompute", "compile",
+}  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> TrainConfig:
+    """Command line -> settings: defaults, then the recipe's, then what was given by hand."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="demo")
+    recipe = "demo"
+    with contextlib.suppress(argparse.ArgumentError):  # tyro tells it better
+        recipe = first.parse_known_args(arguments)[0].recipe
+    default = TrainConfig(recipe, **RECIPES[recipe]) if recipe in RECIPES else TrainConfig()
+    config = tyro.cli(TrainConfig, args=arguments, default=default)
+    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in arguments if a.startswith("--")}
+    if {"steps", "epochs"} <= given:
+        raise InputError("--steps and --epochs both set the length: give one of them")
+    if "epochs" in given and not config.epochs > 0:
+        raise InputError("--epochs must be above 0; give --steps to count in steps")
+    if "steps" in given:
+        config = replace(config, epochs=0.0)
+    own = bool(config.data) and config.data[0] not in EMBEDDED
+    if own and given & {"vendors", "held_out"}:
+        names = " ".join(config.data)
+        raise InputError(f"--vendors and --held-out are for emoji, not for --data {names}")
+    for flag in sorted(given & {"data_weights", "sampling", "max_bad"}):
+        if not own:
+            raise InputError(f"{flag_of(flag)} is for pictures of your own: give their --data")
+    if config.mask == "none":
+        if "mask_ratio" in given and config.mask_ratio != 0:
+            raise InputError("--mask none keeps every patch: leave --mask-ratio out")
+        config = replace(config, mask_ratio=0.0)
+    used = [
+        glip.declared(registry[name])
+        for registry, name in ((glip.MASKS, config.mask), (glip.TEXT_MASKS, config.text_mask))
+        if name in registry
+    ]
+    used.append(data.sampling_inputs(config.sampling))
+    for flag in sorted(given & FLAG_SERVES.keys()):
+        if not any(name in row for row in used for name in FLAG_SERVES[flag].split()):
+            raise InputError(
+                f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
+                f"{config.text_mask} --sampling {config.sampling}: leave it out"
+            )
+    return config
+
+
+FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it
+    "sigma": "sigma", "mask_center": "centre", "min_mask_ratio": "min_mask_ratio",
+    "embedding_weight": "embedding_weight", "teacher_scale": "attention",
+    "teacher_momentum": "attention", "aclip": "attention",
+    "text_threshold": "text_threshold caption_scores", "sampling_share": "share",
+    "sampling_power": "power", "clusters": "clusters",
+}  # fmt: skip
+
+
+def flag_of(name: str) -> str:
+    """A setting as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check(config: TrainConfig, world: int) -> None:
+    """Refuse settings that cannot work, before anything is read or written."""
+    if not config.data:
+        raise InputError(f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
+    for name in ("batch_size", "tune_batch_size"):
+        flag, size = flag_of(name), getattr(config, name)
+        if size < 2:
+            raise InputError(f"{flag} {size}: a contrast needs at least 2 pairs")
+        if size % world:
+            raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
+    for name in ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"):
+        if not all(0 < value < math.inf for value in as_tuple(getattr(config, name))):
+            raise InputError(f"{flag_of(name)} must be above 0 and finite")
+    for name in (
+        "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every", "save_every",
+        "micro_batch", "clip_grad_norm",
+    ):  # fmt: skip
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"{flag_of(name)} must be at least 0 and finite")
+    if config.aclip and (config.micro_batch or config.loss != "clip"):
+        raise InputError(
+            "--aclip compares pictures across the batch and with CLIP's loss: leave --micro-batch "
+            "and --loss out"
+        )
+    if config.data_weights and len(config.data_weights) != len(config.data):
+        raise InputError(
+            f"--data-weights needs {len(config.data)} numbers, one for each of --data, or none"
+        )
+    if config.sampling != "all" and len(config.data) > 1:
+        raise InputError("--sampling is for a single --data: sample each source into its own index")
+    if config.sampling == "clusters" and not config.clusters:
+        raise InputError("--sampling clusters needs --clusters FILE, with a cluster for each pair")
+    for name in ("sampling_share", "max_bad"):
+        if not 0 < getattr(config, name) <= 1:
+            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside (0, 1]")
+    if not 0 <= config.sampling_power <= 1:
+        raise InputError(f"--sampling-power {config.sampling_power} is outside [0, 1]")
+    if not 0 <= config.beta2 < 1:
+        raise InputError(f"--beta2 {config.beta2} is outside [0, 1)")
+    for name in ("embedding_weight", "teacher_momentum"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside [0, 1]")
+    if not all(-1 <= value <= 1 for value in config.mask_center):
+        raise InputError(f"--mask-center {config.mask_center} lies outside the picture, [-1, 1]")
+    if not 0 < config.teacher_scale <= 1:
+        raise InputError(f"--teacher-scale {config.teacher_scale} is outside (0, 1]")
+    if (config.text_mask != "none") != (config.text_tokens > 0):
+        raise InputError("a text mask is --text-mask with --text-tokens, 3 or more: give both")
+    if config.text_mask != "none" and not 3 <= config.text_tokens <= CONTEXT:
+        raise InputError(f"--text-tokens {config.text_tokens} is outside [3, {CONTEXT}]")
+    for size in (config.image_size, config.tune_image_size):
+        grid = GLIPConfig.named(config.model, size or None).grid
+        glip.num_keep(grid[0] * grid[1], config.mask_ratio)
+    if not 0 <= (config.min_mask_ratio or 0) <= config.mask_ratio:
+        raise InputError(
+            f"--min-mask-ratio {config.min_mask_ratio} is outside [0, --mask-ratio "
+            f"{config.mask_ratio}]"
+        )
+    model, masker = GLIPConfig.named(config.model, config.image_size or None), masker_of(config)
+    if any(side * config.teacher_scale % model.patch_size for side in model.pixels):
+        raise InputError(
+            f"--teacher-scale {config.teacher_scale} of {model.image_size} pixels is not a "
+            f"multiple of the patch size {model.patch_size}: choose another scale"
+        )
+    unmet = masker.unmet()
+    if unmet:
+        raise InputError(
+            f"mask '{config.mask}' needs {', '.join(unmet)}, which nothing here supplies: it can "
+            f"have {', '.join(sorted(masker.SUPPLIED))}"
+        )
+
+
+CONTEXT = GLIPConfig().context_length
+
+
+def as_tuple(value: float | tuple[float, float]) -> tuple[float, ...]:
+    """One or two numbers as a tuple."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def masker_of(config: TrainConfig) -> Masker:
+    """The pre-training mask as set."""
+    return Masker(
+        config.mask, config.mask_ratio, config.sigma, config.mask_center,
+        config.min_mask_ratio, teacher_scale=config.teacher_scale,
+    )  # fmt: skip
+
+
+def run_name(config: TrainConfig) -> str:
+    """A folder name made of the recipe and of what differs from it; no clock."""
+    base = TrainConfig(recipe=config.recipe, **RECIPES[config.recipe])
+    parts = [config.recipe]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in MACHINE or value == getattr(base, field.name):
+            continue
+        if field.name == "mask_ratio" and config.mask == "none":
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if field.name in ("data", "clusters"):  # the name of a path, not the folders of a machine
+            values = [Path(name).name for name in values]
+        value = "-".join(map(str, values))
+        value = re.sub(r"[^\w.-]+", "-", value)
+        parts.append(f"{field.name.replace('_', '-')}={value}")
+    name = "_".join(parts)
+    return name if len(name) <= 200 else f"{name[:190]}-{zlib.crc32(name.encode()):08x}"

@@ -1,0 +1,245 @@
+"""A run that is killed, stopped, poisoned or moved to other processes goes on as if it were not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import shards
+import train
+from tests.test_shards import make_shards
+from tests.torture import (
+    BASE,
+    ROOT,
+    differences,
+    end,
+    finish,
+    start,
+    torture,
+    wait_for_checkpoint,
+)
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    finish(out, BASE)
+    return out
+
+
+def cut_short(out, flags=BASE, launch=(), number=signal.SIGKILL, after=0.0):
+    """A run that was ended behind its first checkpoint; its exit code."""
+    process = start(out, flags, launch)
+    wait_for_checkpoint(out, process)
+    time.sleep(after)
+    end(process, number)
+    process.communicate(timeout=120)
+    assert not (out / "model.pt").exists()
+    return process.returncode
+
+
+def test_killed_runs_end_as_the_straight_run(tmp_path):
+    counts = torture(tmp_path, 2)
+    assert counts["runs"] == 2
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, straight):
+    out = tmp_path / "run"
+    cut_short(out, after=1.0)
+    for path in out.glob("*.tmp"):
+        path.unlink()
+    assert (out / "previous.pt").exists()
+    content = (out / "latest.pt").read_bytes()
+    (out / "latest.pt").write_bytes(content[: len(content) // 2])
+    told = finish(out, BASE)
+    assert "latest.pt: not a readable nanoGLIP checkpoint" in told and "going back" in told
+    assert differences(straight, out) == []
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json", "log.jsonl", "model.pt", "pretrained.pt"
+    ]  # fmt: skip
+
+
+def test_what_may_differ_and_what_may_not(tmp_path, straight):
+    """Workers, micro-batch, logging: yes; anything else by name; other data; a lost checkpoint."""
+    out = tmp_path / "run"
+    cut_short(out)
+    for flag, value, words in (
+        ("--lr", "0.5", "its --lr was 0.001, not 0.5"), ("--mask", "random", "its --mask was"),
+        ("--resume", "never", "leave --resume out"), ("--seed", "1", "its --seed was 0, not 1"),
+    ):  # fmt: skip
+        process = start(out, [*BASE, flag, value])
+        told = process.communicate()[0]
+        assert process.returncode == 2 and words in told and "Traceback" not in told
+    for path in out.glob("*.pt"):
+        if path.name not in ("latest.pt", "previous.pt"):
+            path.unlink()
+    state = torch.load(out / "latest.pt", weights_only=True)
+    torch.save(state | {"data_stamp": "other"}, out / "other.pt")
+    for name in ("latest.pt", "previous.pt"):
+        shutil.copy(out / name, tmp_path / name) if (out / name).exists() else None
+        shutil.copy(out / "other.pt", out / name)
+    told = start(out, BASE).communicate()[0]
+    assert "the data have changed" in told
+    for name in ("latest.pt", "previous.pt"):
+        (out / name).write_bytes(b"torn")
+    told = start(out, BASE).communicate()[0]
+    assert "no checkpoint in it is whole" in told
+    (out / "previous.pt").unlink()
+    shutil.copy(tmp_path / "latest.pt", out / "latest.pt")
+    told = finish(out, [*BASE, "--workers", "1", "--micro-batch", "7", "--recompute",
+                        "--save-every", "4"])  # fmt: skip
+    assert "going on after pretrain step" in told
+    one, two = (torch.load(run / "model.pt", weights_only=True)["model"] for run in (straight, out))
+    assert all((one[k] - two[k]).norm() <= 1e-3 * one[k].norm() + 1e-5 for k in one)
+    told = start(out, BASE).communicate()[0]
+    assert "holds a finished run already" in told
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/letter.txt").write_text("mine")
+    assert "holds other files" in start(tmp_path / "foreign", BASE).communicate()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_workers_let_it(tmp_path, number):
+    folder = make_shards(tmp_path / "shards", 4, 20)
+    shards.build(str(folder), 1)
+    flags = [*BASE, "--data", str(folder), "--workers", "2", "--tune-batch-size", "32",
+             "--tune-epochs", "1"]  # fmt: skip
+    finish(tmp_path / "straight", flags)
+    out = tmp_path / "run"
+    process = start(out, [*flags, "--save-every", "0", "--eval-every", "3"])
+    wait_for_checkpoint(out, process)
+    end(process, number)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == train.STOPPED, told[-2000:]
+    assert "stopped after pretrain step" in told and "Traceback" not in told
+    step = torch.load(out / "latest.pt", weights_only=True)["step"]
+    assert f"stopped after pretrain step {step}," in told
+    finish(out, [*flags, "--eval-every", "3"])
+    one, two = (torch.load(run / "model.pt", weights_only=True)["model"]
+                for run in (tmp_path / "straight", out))  # fmt: skip
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.proof
+def test_torchrun_restarts_what_died(tmp_path):
+    """A worker is killed; all start again from the checkpoint. Then a stop by signal, on all."""
+    finish(tmp_path / "straight", BASE, TORCHRUN)
+    out = tmp_path / "run"
+    process = start(out, BASE, (*TORCHRUN, "--max-restarts", "3"))
+    wait_for_checkpoint(out, process)
+    workers = [int(p) for p in children(process.pid) if "train.py" in command_of(p)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    told = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and "going on after pretrain step" in told, told[-3000:]
+    assert differences(tmp_path / "straight", out) == []
+    out = tmp_path / "stopped"
+    process = start(out, [*BASE, "--steps", "4000"], TORCHRUN)
+    wait_for_checkpoint(out, process)
+    for pid in children(process.pid):  # one rank alone hears it; both must stop at one step
+        if "train.py" in command_of(pid):
+            os.kill(int(pid), signal.SIGTERM)
+            break
+    told = process.communicate(timeout=100)[0]
+    assert told.count("stopped after pretrain step") == 1, told[-3000:]
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def command_of(pid):
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.read_bytes().decode().replace("\0", " ") if path.exists() else ""
+
+
+@pytest.mark.proof
+def test_two_nodes_are_one_run(tmp_path):
+    """Two agents on loopback, one process each: the same bits as two processes of one node."""
+    finish(tmp_path / "one", BASE, TORCHRUN)
+    port = 20_000 + os.getpid() % 20_000
+    agents = [
+        start(tmp_path / "two", BASE, (
+            "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
+            "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port),
+        )) for node in (0, 1)
+    ]  # fmt: skip
+    told = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], told
+    assert differences(tmp_path / "one", tmp_path / "two") == []
+
+
+POISON = """
+import os, sys, data, train
+original = data.Batches.__getitem__
+def poisoned(self, step):
+    images, *rest = original(self, step)
+    images = images.float() / 255
+    if step == 3 and self.rank == {rank}:
+        images[0] = float("nan")
+    return images, *rest
+data.Batches.__getitem__ = poisoned
+train.main()
+"""
+
+
+@pytest.mark.parametrize(("world", "optimizer"), [(1, "adamw"), (2, "muon"), (2, "adamw")])
+def test_poison_on_one_rank_harms_none(tmp_path, world, optimizer):
+    """The update is skipped everywhere, all stop, and the batch is written down."""
+    (tmp_path / "poison.py").write_text(POISON.format(rank=world - 1))
+    launch = TORCHRUN if world > 1 else ()
+    words = [*BASE, "--log-every", "4", "--optimizer", optimizer, "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "poison.py"), *words], capture_output=True,
+        text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0 and "not finite at pretrain step 4" in done.stderr
+    found = json.loads((tmp_path / "run/bad-batch.json").read_text())
+    assert found["step"] == 4 and len(found["pictures"]) == 32
+    state = torch.load(tmp_path / "run/latest.pt", weights_only=True)
+    assert all(w.isfinite().all() for w in state["model"].values())
+    skipped = torch.load(tmp_path / "run/previous.pt", weights_only=True)
+    assert state["step"] >= 3 and skipped["step"] >= 2
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(small)])
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        process = start(small / "run", [*BASE, "--steps", "2000"])
+        wait_for_checkpoint(small / "run", process)
+        (small / "filler").write_bytes(bytes(2**20))
+        with open(small / "filler", "ab") as file:
+            try:
+                while process.poll() is None:
+                    file.write(bytes(2**20))
+                    file.flush()
+            except OSError:
+                pass
+        told = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and "No space left" in told, told[-2000:]
+        assert "Traceback" not in told
+        (small / "filler").unlink()
+        whole = [name for name in ("latest.pt", "previous.pt") if (small / "run" / name).exists()]
+        assert torch.load(small / "run" / whole[0], weights_only=True)["step"] >= 1
+        process = start(small / "run", [*BASE, "--steps", "2000"])
+        time.sleep(12)
+        end(process, signal.SIGTERM)
+        assert "going on after" in process.communicate(timeout=60)[0]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
