@@ -34,7 +34,34 @@ RECIPES = {
     "compare": {"steps": 450, "tune_epochs": 0.5},  # a row of the comparison of masks: 100 s
     "cc3m": PAPER,
     "cc12m": PAPER,
-}
+    # FLIP (2212.00794), its authors' configuration for ViT-B/16 on LAION-400M: 32 epochs, learning
+    # rates per 256 pairs brought to the batch, warm-ups of 40 and 20 epochs of ImageNet's length.
+    # It flips pictures, which is not done here.
+    "flip": PAPER | {
+        "mask": "random", "epochs": 32.0, "batch_size": 65_536, "lr": 1.024e-3, "beta2": 0.95,
+        "warmup": 782, "tune_epochs": 0.32, "tune_batch_size": 65_536, "tune_lr": 1.024e-5,
+        "tune_warmup": 391,
+    },
+    # Cluster Masking (2405.08815), its README's command for CC12M; it is not tuned.
+    "cluster-masking": PAPER | {
+        "mask": "cluster", "min_mask_ratio": 0.3, "epochs": 32.0, "batch_size": 2048, "lr": 5e-4,
+        "warmup": 2000, "tune_epochs": 0.0,
+    },
+    # A-CLIP (2212.08653) on YFCC-15M: 25 epochs, one of warm-up (3,600 steps are about that); its
+    # schedule ends at 1e-5, ours at 0; colour augmentation is left out. It is not tuned.
+    "a-clip": PAPER | {
+        "mask": "attentive", "aclip": True, "epochs": 25.0, "batch_size": 4096, "lr": 5e-4,
+        "weight_decay": 0.5, "warmup": 3600, "tune_epochs": 0.0,
+    },
+    # CLIPA (2305.07017), B/16 at 112 pixels and 16 text tokens on LAION-400M. Its crops cover 40 to
+    # 100 %, ours 50; its positions are sines; `syntax` is its best text reduction.
+    "clipa": PAPER | {
+        "mask": "none", "mask_ratio": 0.0, "image_size": 112, "text_mask": "syntax",
+        "text_tokens": 16, "epochs": 6.0, "batch_size": 65_536, "lr": 2.048e-3, "beta2": 0.95,
+        "warmup": 782, "tune_image_size": 224, "tune_epochs": 0.33, "tune_batch_size": 8192,
+        "tune_lr": 2.56e-5, "tune_warmup": 3072,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

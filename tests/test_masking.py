@@ -302,13 +302,13 @@ def test_cluster_shows_the_asked_share_on_the_average(name, ratio):
     """The threshold of one sample, on pictures and noise that were not in it."""
     train, _ = data.load(name, 32)
     config = GLIPConfig(32, 4, 24, 2, 3, 10, 20, 1, 2)
-    order = data.Order(train.concept, 64, 0, "pretrain")
+    order = data.ConceptOrder(train.concept, 64, 0, "pretrain")
     batches = data.Batches(train, order, config, 0, 1)
     masker, tower = Masker("cluster", ratio), GLIP(config).visual
     masker.find_threshold(batches.sample(), tower)
     shares = []
     for step in range(12):
-        images, _, noise, _ = batches[step]
+        images, _, noise, *_ = batches[step]
         ids, visible = masker(images, noise, tower)
         assert ids.shape[1] == num_keep(64, ratio - 0.2)
         shares.append(visible.sum() / (64 * 64))

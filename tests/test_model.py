@@ -2,7 +2,7 @@
 
 import math
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import open_clip
 import pytest
@@ -265,3 +265,35 @@ def test_bad_checkpoints_are_refused_in_a_sentence_and_nothing_executes(tmp_path
             glip.load_model(file)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
+
+
+def test_siglip_is_open_clips():
+    """Loss and gradients, against open_clip's on the same features; the model brings its start."""
+    from open_clip.loss import SigLipLoss
+
+    torch.manual_seed(0)
+    model = GLIP(replace(GLIPConfig.named("ViT-nano-8"), siglip=True))
+    assert model.logit_scale.exp().item() == pytest.approx(10) and model.logit_bias.item() == -10
+    ours = [torch.nn.functional.normalize(torch.randn(7, 12), dim=-1).requires_grad_()
+            for _ in range(2)]  # fmt: skip
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    found = glip.contrastive_loss("siglip", *ours, model.logit_scale.exp(), model.logit_bias)
+    wanted = SigLipLoss()(*theirs, torch.tensor(10.0), torch.tensor(-10.0))
+    torch.testing.assert_close(found, wanted)
+    found.backward()
+    wanted.backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    torch.manual_seed(0)
+    model = GLIP(GLIPConfig.named("ViT-nano-8")).train()
+    images, tokens = torch.rand(4, 3, 64, 64), glip.tokenize(["a", "b c", "d", "e"])
+    grads = []
+    for recompute in (False, True):
+        model.visual.transformer.recompute = model.transformer.recompute = recompute
+        model.zero_grad()
+        glip.clip_loss(*model(images, tokens)).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

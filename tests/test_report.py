@@ -54,7 +54,7 @@ def test_the_sweep_is_what_it_says():
         key = (run.data, run.mask, run.ratio, run.equal)
         steps[key] = config.steps
         names.setdefault(key, set()).add(run.name)
-        assert config.data == run.data and config.seed == run.seed
+        assert config.data == (run.data,) and config.seed == run.seed
         assert config.mask == ("none" if run.mask == sweep.SMALL else run.mask)
         assert config.mask_ratio == (0 if config.mask == "none" else run.ratio)
         if run.mask == sweep.SMALL:

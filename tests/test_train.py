@@ -57,6 +57,14 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.tune_epochs, config.tune_batch_size, config.tune_lr) == (1, 640, 1e-5)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_can_start(recipe):
+    """Its settings fit together with nothing given but the data; its mask has what it needs."""
+    config = parse(["--recipe", recipe, "--data", "x"])
+    train.check(config, 8)
+    assert run_name(config) == f"{recipe}_data=x"
+
+
 def test_no_mask_means_ratio_zero():
     assert parse(["--mask", "none"]).mask_ratio == 0
     with pytest.raises(glip.InputError, match="leave --mask-ratio out"):
