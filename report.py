@@ -220,9 +220,9 @@ def data_table() -> str:
         f"{index['open_seconds']:.1f} s with {index['open_memory_mib']:.0f} MiB of memory, and "
         f"gives a batch from the middle of a run in {index['first_batch_seconds']:.2f} s. Over "
         f"{memory['reads']:,} reads a process grew by {memory['growth']:.1%}. {fuzz['shards']:,} "
-        f"damaged and hostile shards made nothing crash. {killed['runs']} training runs were killed "
-        f"{killed['kills']} times, {killed['while_writing']} of them while a checkpoint was written, "
-        "and ended with the bits of runs that were left alone (`make proof`)."
+        f"damaged and hostile shards made nothing crash. {killed['runs']} training runs were "
+        f"killed {killed['kills']} times, {killed['while_writing']} of them while a checkpoint was "
+        "written, and ended with the bits of runs that were left alone (`make proof`)."
     )
 
 
