@@ -22,7 +22,7 @@ from glip import GLIPConfig, InputError, Masker
 
 # The GLIP authors' README. What it leaves open is filled with open_clip's defaults (warm-up, weight
 # decay, context of 77) or, for the tuning's warm-up, with ours. Their batch of 1,280 is stated for
-# 50 % alone; crops cover 50 to 100 % of a picture (data.CROP_SCALE).
+# 50 % alone; crops cover 50 to 100 % of a picture (pictures.CROP_SCALE).
 PAPER = {
     "data": (), "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0, "batch_size": 1280,
     "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98, "warmup": 10_000,
@@ -225,10 +225,6 @@ def check(config: TrainConfig, world: int) -> None:
         raise InputError(
             "--aclip compares pictures across the batch and with CLIP's loss: leave --micro-batch "
             "and --loss out"
-        )
-    if config.data_weights and len(config.data_weights) != len(config.data):
-        raise InputError(
-            f"--data-weights needs {len(config.data)} numbers, one for each of --data, or none"
         )
     if config.sampling != "all" and len(config.data) > 1:
         raise InputError("--sampling is for a single --data: sample each source into its own index")
