@@ -23,7 +23,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -548,6 +548,21 @@ def cached_gradients(
 # ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def room_for(path: Path | str) -> Iterator[None]:
+    """Tell of a disk that is full, or closed to us, by one InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by either
+        folder = Path(path).parent
+        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+        why = "No space left" if free < 2**26 else f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{path} cannot be written ({why}); what was there before is as it was: make room, "
+            "or choose another folder"
+        ) from None
+
+
 def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object]) -> None:
     """Let `write(file)` fill a temporary file, flush it to disk, and only then give it its name.
 
@@ -555,20 +570,21 @@ def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object])
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with room_for(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by either
+    except InputError:
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(temporary.parent).free if temporary.parent.is_dir() else 0
-        why = "No space left" if free < 2**26 else f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"{path} cannot be written ({why}); what was there before is as it was: make room, "
-            "or choose another folder"
-        ) from None
+        raise
     os.replace(temporary, path)
     flush_folder(Path(path).parent)
+
+
+def append_line(path: Path | str, record: dict) -> None:
+    """Add a line of JSON to a file; raises InputError where there is no room."""
+    with room_for(path), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def flush_folder(folder: Path) -> None:

@@ -520,10 +520,9 @@ class Report:
         for row in bad:
             if tuple(row) not in self.quarantined:
                 self.quarantined.add(tuple(row))
-                line = json.dumps(dict(zip(("data", "where", "why"), row, strict=True)))
                 if self.rank == 0:
-                    with open(path, "a") as file:
-                        file.write(line + "\n")
+                    record = dict(zip(("data", "where", "why"), row, strict=True))
+                    glip.append_line(path, record)
 
     def step(
         self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float,
@@ -675,8 +674,7 @@ class Report:
     def write(self, **record: object) -> None:
         """Append a line to log.jsonl."""
         if self.rank == 0:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            glip.append_line(self.out / "log.jsonl", record)
 
 
 def command() -> str:
