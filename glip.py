@@ -33,11 +33,18 @@ from pathlib import Path
 import ftfy
 import regex
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from losses import (  # noqa: F401 - one name for users, glip
+    LOSSES,
+    at_least_fp32,
+    cached_gradients,
+    clip_loss,
+    contrastive_loss,
+    joined,
+)
 from masks import (  # noqa: F401 - half of these are for others: one name for users, glip
     DRAWS,
     MASKS,
@@ -375,11 +382,6 @@ def attend_to(visible: Tensor) -> Tensor:
     return F.pad(visible, (1, 0), value=True)[:, None, None, :]
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Undo a lower precision of autocast: norms, similarities and the loss want fp32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 class GLIP(nn.Module):
     """The two towers and the temperature. `GLIP(config)`; see forward."""
 
@@ -437,110 +439,6 @@ class GLIP(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep the temperature's inverse within [1, 100], as CLIP does after every update."""
         self.logit_scale.clamp_(0, math.log(100))
-
-
-# ------------------------------------------------------------------------------------------------
-# Loss
-# ------------------------------------------------------------------------------------------------
-
-
-class Gather(torch.autograd.Function):
-    """Join every process's features, gradients included. (B, E) -> (processes x B, E)."""
-
-    @staticmethod
-    def forward(ctx: object, features: Tensor) -> Tensor:
-        parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, features.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        # Every process's loss depends on these features: without the sum the gradient is wrong
-        # although the loss is right.
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def joined(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Everybody's features, and where this process's rows stand in them. (B, E) -> (G, E), (B,)."""
-    own = torch.arange(len(features), device=features.device)
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return features, own
-    return Gather.apply(features), own + dist.get_rank() * len(features)
-
-
-def clip_rows(
-    images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, own: Tensor,
-    logit_scale: Tensor, logit_bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """CLIP: symmetric InfoNCE of some rows (R, E) against all (G, E), where they stand at `own`."""
-    to_text = logit_scale * images @ all_texts.T                               # (R, G)
-    to_image = logit_scale * texts @ all_images.T                              # (R, G)
-    return (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
-
-
-def siglip_rows(
-    images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, own: Tensor,
-    logit_scale: Tensor, logit_bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """SigLIP (2303.15343): is this its text, yes or no, for every pair of some rows with all."""
-    logits = logit_scale * images @ all_texts.T + logit_bias                   # (R, G)
-    sign = 2.0 * F.one_hot(own, logits.shape[1]) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(images)
-
-
-LOSSES = {"clip": clip_rows, "siglip": siglip_rows}
-
-
-def contrastive_loss(
-    loss: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """A row of LOSSES in fp32 over the joint batch. (B, E), (B, E), () -> scalar.
-
-    Under torch.distributed each process scores its own rows against everybody's columns. The mean
-    of the losses over processes, and of the gradients (which DDP takes), are the single process's.
-    """
-    image_features, text_features = at_least_fp32(image_features), at_least_fp32(text_features)
-    with torch.autocast(image_features.device.type, enabled=False):
-        (all_images, own), (all_texts, _) = joined(image_features), joined(text_features)
-        everybody = (image_features, text_features, all_images, all_texts, own)
-        return LOSSES[loss](*everybody, logit_scale, logit_bias)
-
-
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's loss in fp32 over the joint batch, see contrastive_loss. (B, E), (B, E), ()."""
-    return contrastive_loss("clip", image_features, text_features, logit_scale)
-
-
-def cached_gradients(
-    loss: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
-    logit_bias: Tensor | None, rows: int,
-) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
-    """contrastive_loss, and its gradients by each of its inputs, `rows` rows at a time.
-
-    GradCache (2101.06983): features are numbers here, not functions of the model, so that no more
-    than (rows, G) logits exist at once.
-    """
-    with torch.no_grad():
-        features = (at_least_fp32(image_features), at_least_fp32(text_features))
-        (all_images, own), (all_texts, _) = (joined(x) for x in features)
-    leaves = [None if x is None else x.detach().clone().requires_grad_()
-              for x in (all_images, all_texts, logit_scale, logit_bias)]  # fmt: skip
-    total = torch.zeros_like(leaves[2])
-    with torch.enable_grad(), torch.autocast(total.device.type, enabled=False):
-        for part in own.split(rows):
-            every = (leaves[0][part], leaves[1][part], leaves[0], leaves[1], part)
-            share = LOSSES[loss](*every, *leaves[2:]) * (len(part) / len(own))
-            share.backward()
-            total = total + share.detach()
-    grads = [None if x is None else x.grad for x in leaves]
-    if len(all_images) > len(own):
-        for grad in grads[:2]:  # others' losses depend on these features, too: see Gather
-            dist.all_reduce(grad)
-        grads[:2] = [grad[own] for grad in grads[:2]]
-    return total, grads
 
 
 # ------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def work(rank: int, world: int, folder: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_gradients_equal_the_single_process(world, tmp_path):
     """Of the whole batch at once, too. The loss alone would not tell: a gather without gradients
     gives the same loss."""
