@@ -1,0 +1,127 @@
+"""Many processes: joining torchrun's, and sharing a step's gradients, or the whole state, by torch.
+
+Without `--shard` every process holds the model and DDP averages the gradients. With it FSDP2
+divides weights, gradients and optimizer among the processes, block by block, and brings a block
+together only while it computes: for towers that one device cannot hold.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from glip import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises InputError for one that this machine lacks."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    if name == "auto":
+        name = next(device for device, works in there.items() if works)
+    if not there[name]:
+        raise InputError(f"--device {name}: this machine or its torch has none; use --device auto")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
+    """Join torchrun's processes if there are any: (rank, world, device)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device)
+    if device.type == "cuda":
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= there:
+            raise InputError(f"{there} GPUs here: give torchrun --nproc_per_node {there} at most")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world > 1:  # the others wait while the first decodes, checks pictures or evaluates
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
+    try:
+        yield int(os.environ.get("RANK", 0)), world, device
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def spread(
+    network: nn.Module, world: int, device: torch.device, shard: bool, static_graph: bool
+) -> nn.Module:
+    """What the loop calls in the place of `network`; with `shard` its parameters are divided."""
+    if shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (world,))
+        scalars = {p for p in network.parameters() if not p.ndim}  # cannot be divided
+        for tower in (network.visual, network):
+            for block in tower.transformer.resblocks:
+                fully_shard(block, mesh=mesh)
+        return fully_shard(network, mesh=mesh, ignored_params=scalars)
+    if world > 1:
+        return DistributedDataParallel(
+            network, static_graph=static_graph, gradient_as_bucket_view=True
+        )
+    return network
+
+
+@contextlib.contextmanager
+def exchange(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether the gradients of a backward pass are shared at once, or kept to add more to them."""
+    if isinstance(network, DistributedDataParallel) and not wanted:
+        with network.no_sync():
+            yield
+        return
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(wanted)
+    yield
+
+
+def share_scalars(network: nn.Module) -> None:
+    """Average the gradients that FSDP2 leaves alone."""
+    for p in network.parameters():
+        if p.grad is not None and not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this process holds of each."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """Length of all gradients together, divided ones or not."""
+    divided = [g for g in grads if isinstance(g, DTensor)]
+    if not divided:
+        return torch.nn.utils.get_total_norm(grads)
+    alone = [g for g in grads if not isinstance(g, DTensor)]
+    norms = [torch.nn.utils.get_total_norm(divided).full_tensor()]
+    return torch.stack([*norms, *(g.norm() for g in alone)]).norm()
+
+
+def whole(tree: object) -> object:
+    """Dicts and lists with every divided tensor made whole; all processes call it together."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor().cpu()
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    return [whole(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def divided(state: dict, parameters: list[nn.Parameter]) -> dict:
+    """The reverse for the state of an optimizer: each tensor is divided like its parameter."""
+    for place, p in enumerate(parameters):
+        found = state["state"].get(place, {})
+        for key, value in found.items():
+            if isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape:
+                value = value.to(p.device)
+                found[key] = distribute_tensor(value, p.device_mesh, p.placements)
+    return state
