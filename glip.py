@@ -98,6 +98,7 @@ class GLIPConfig:
     context_length: int = 77
     vocab_size: int = 49408
     siglip: bool = False  # logits have a bias, and the scale begins at 10
+    quick_gelu: bool = False  # x sigmoid(1.702 x) in GELU's place, as in OpenAI's weights
 
     @staticmethod
     def named(model: str, image_size: int | tuple[int, int] | None = None) -> "GLIPConfig":
@@ -264,9 +265,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
+        self.quick_gelu = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        x = self.c_fc(x)
+        return self.c_proj(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
 
 class Block(nn.Module):
@@ -345,7 +348,7 @@ class ImageTower(nn.Module):
         positions = resample_positions(self.positional_embedding, self.config.grid, grid)
         positions = positions.to(x.dtype)
         x = x + (positions[1:] if ids_keep is None else positions[1:][ids_keep])
-        first = (self.class_embedding.to(x.dtype) + positions[0]).expand(len(x), 1, -1)
+        first = (self.class_embedding.to(x.dtype) + positions[0]).expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], dim=1))
 
     def project(self, patches: Tensor) -> Tensor:
@@ -399,6 +402,9 @@ class GLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(start)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.siglip else None
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.quick_gelu = config.quick_gelu
 
     def encode_image(
         self, images: Tensor, ids_keep: Tensor | None = None, visible: Tensor | None = None
@@ -421,7 +427,7 @@ class GLIP(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (B, T, D)
         before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         x = self.ln_final(self.transformer(x, before))
-        x = x[torch.arange(len(x), device=x.device), lengths(tokens) - 1]      # (B, D)
+        x = x[torch.arange(x.shape[0], device=x.device), lengths(tokens) - 1]      # (B, D)
         return F.normalize(at_least_fp32(x @ self.text_projection), dim=-1)    # (B, E)
 
     def forward(

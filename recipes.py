@@ -10,9 +10,11 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 import data
@@ -100,6 +102,7 @@ class TrainConfig:
     # Model
     model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # a row of glip.SIZES
     image_size: int = 0  # pixels a side (0: the model's own)
+    init: str = ""  # run or .pt file whose weights to start from (none: new ones)
 
     # Pre-training
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
@@ -129,7 +132,12 @@ class TrainConfig:
     micro_batch: int = 0  # pairs of a process whose activations exist at once (0: all)
     recompute: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # blocks twice, to save memory
     compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # with torch.compile
+    shard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # divide the state (FSDP2)
     workers: int = -1  # data processes each (-1: 0 for embedded data, else the cores, at most 8)
+
+    # Instead of a run
+    estimate: str = ""  # say what it would cost on a machine: here, h100x8, ...
+    overfit: int = 0  # learn this many pairs by heart: a loss near 0, or what is wrong
 
     # Output
     out: str = ""  # folder of the run (default: runs/, named by what differs from the recipe)
@@ -137,11 +145,12 @@ class TrainConfig:
     eval_every: int = 0  # steps between evaluations (0: four in a stage)
     save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
     resume: Literal["auto", "never"] = "auto"  # auto: go on where --out holds this run, unfinished
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # records for it, too
 
 
 MACHINE = {  # what no result depends on
     "device", "workers", "out", "log_every", "eval_every", "save_every", "resume", "micro_batch",
-    "recompute", "compile",
+    "recompute", "compile", "shard", "tensorboard", "estimate", "overfit",
 }  # fmt: skip
 
 
@@ -166,6 +175,9 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     if own and given & {"vendors", "held_out"}:
         names = " ".join(config.data)
         raise InputError(f"--vendors and --held-out are for emoji, not for --data {names}")
+    if not config.tune_epochs:
+        for flag in sorted(name for name in given if name[:5] == "tune_" and name != "tune_epochs"):
+            raise InputError(f"{flag_of(flag)} does nothing without tuning: --tune-epochs is 0")
     for flag in sorted(given & {"data_weights", "sampling", "max_bad"}):
         if not own:
             raise InputError(f"{flag_of(flag)} is for pictures of your own: give their --data")
@@ -204,8 +216,12 @@ def flag_of(name: str) -> str:
 
 def check(config: TrainConfig, world: int) -> None:
     """Refuse settings that cannot work, before anything is read or written."""
-    if not config.data:
+    if not config.data and not config.estimate:
         raise InputError(f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
+    if config.estimate and config.overfit:
+        raise InputError("--estimate and --overfit are two questions: ask one at a time")
+    if config.overfit == 1 or config.overfit < 0:
+        raise InputError(f"--overfit {config.overfit}: a contrast needs at least 2 pairs")
     for name in ("batch_size", "tune_batch_size"):
         flag, size = flag_of(name), getattr(config, name)
         if size < 2:
@@ -226,6 +242,10 @@ def check(config: TrainConfig, world: int) -> None:
             "--aclip compares pictures across the batch and with CLIP's loss: leave --micro-batch "
             "and --loss out"
         )
+    if config.shard:
+        check_shard(config, world)
+    if config.tensorboard and not find_spec("tensorboard"):
+        raise InputError("--tensorboard needs a package: pip install tensorboard")
     if config.sampling != "all" and len(config.data) > 1:
         raise InputError("--sampling is for a single --data: sample each source into its own index")
     if config.sampling == "clusters" and not config.clusters:
@@ -270,6 +290,18 @@ def check(config: TrainConfig, world: int) -> None:
         )
 
 
+def check_shard(config: TrainConfig, world: int) -> None:
+    """Refuse what cannot be divided among processes."""
+    if not find_spec("torch.distributed.fsdp._fully_shard"):
+        raise InputError(f"--shard needs FSDP2, which torch {torch.__version__} lacks: update it")
+    if world < 2:
+        raise InputError("--shard divides a model among processes: start them with torchrun")
+    if config.optimizer == "muon":
+        raise InputError("--shard divides the matrices that muon needs whole: --optimizer adamw")
+    if config.aclip or config.embedding_weight or masker_of(config).needs("attention"):
+        raise InputError(f"--mask {config.mask} looks through the whole tower: leave --shard out")
+
+
 CONTEXT = GLIPConfig().context_length
 
 
@@ -297,7 +329,7 @@ def run_name(config: TrainConfig) -> str:
         if field.name == "mask_ratio" and config.mask == "none":
             continue
         values = value if isinstance(value, tuple) else (value,)
-        if field.name in ("data", "clusters"):  # the name of a path, not the folders of a machine
+        if field.name in ("data", "clusters", "init"):  # a path's name, not a machine's folders
             values = [Path(name).name for name in values]
         value = "-".join(map(str, values))
         value = re.sub(r"[^\w.-]+", "-", value)

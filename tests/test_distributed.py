@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import glip
+import parallel
 import train
 from aclip import AClip
 from glip import GLIP, GLIPConfig, Masker
@@ -27,9 +27,12 @@ CASES = [(mask, loss, micro) for mask in [*glip.MASKS, EMBEDDINGS] for loss in g
          for micro in (0, 1)]  # fmt: skip
 CASES += [("gaussian", loss, micro) for loss in glip.LOSSES for micro in (2, 3, 99)]
 CASES += [(FULL, "clip", 0)]
+SHARDED = [("gaussian", loss, micro) for loss in glip.LOSSES for micro in (0, 2)]
 
 
-def gradients(rank: int, world: int, case: tuple[str, str, int]) -> tuple[float, dict]:
+def gradients(
+    rank: int, world: int, case: tuple[str, str, int], shard: bool = False
+) -> tuple[float, dict]:
     """Loss and gradients of this process's share of a fixed batch, in float64, by the loop's code.
 
     A case is a mask, a loss, and how many pairs are computed at a time.
@@ -51,17 +54,17 @@ def gradients(rank: int, world: int, case: tuple[str, str, int]) -> tuple[float,
     noise = torch.from_numpy(data.noise(SEED, "mask", rank * share, share, 16))
     draws = torch.from_numpy(data.noise(SEED, "crops", rank * share, share, 8)).double()
     network = AClip(model).double() if name == FULL else model
-    parallel = DistributedDataParallel(network) if world > 1 else network
+    shared = parallel.spread(network, world, torch.device("cpu"), shard, not micro)
     stage = SimpleNamespace(aclip=name == FULL, masker=masker)
-    config = train.TrainConfig(loss=loss, micro_batch=micro)
+    config = train.TrainConfig(loss=loss, micro_batch=micro, shard=shard)
     batch = (images, tokens[rows], noise, draws, [])
     loss, _, visible = train.compute_gradients(
-        parallel, batch, stage, config, torch.device("cpu"), False
+        shared, network, batch, stage, config, torch.device("cpu"), False
     )
     assert visible is None or 0.1 < visible.double().mean() < 0.9
-    return loss.item(), {
-        name: p.grad for name, p in network.named_parameters() if p.grad is not None
-    }
+    return loss.item(), parallel.whole(
+        {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    )
 
 
 def work(rank: int, world: int, folder: str) -> None:
@@ -72,8 +75,8 @@ def work(rank: int, world: int, folder: str) -> None:
     )
     torch.set_num_threads(1)
     results = {}
-    for case in CASES:
-        loss, grads = gradients(rank, world, case)
+    for case in CASES + [(*case, "shard") for case in SHARDED if world > 1]:
+        loss, grads = gradients(rank, world, case[:3], shard=len(case) > 3)
         mean = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(mean)
         results[str(case)] = {"loss": mean.item() / world, "grads": grads}
@@ -93,7 +96,7 @@ def test_gradients_equal_the_single_process(world, tmp_path):
     gives the same loss."""
     mp.spawn(work, (world, str(tmp_path)), nprocs=world)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    for case in CASES:
+    for case in CASES + [(*case, "shard") for case in SHARDED if world > 1]:
         loss, grads = gradients(0, 1, (*case[:2], 0))
         assert results[str(case)]["loss"] == pytest.approx(loss, rel=1e-12)
         assert results[str(case)]["grads"].keys() == grads.keys()

@@ -1,0 +1,272 @@
+"""What a run will cost, on paper: python train.py --recipe cc12m --estimate h100x8
+
+    forward   = layers (24 D^2 T + 4 D T^2) a tower of T tokens, width D; + patches, projections
+    compute   = 3 forward: the backward pass is two more; + 1 to recompute, + 1 for micro-batches
+    memory    = 16 bytes a parameter (weight, gradient, Adam's two), 12 where Muon has one, + 2 for
+                bf16 copies; + layers (36 D T + 2 h T^2) bytes a pair in bf16, (64 D T + 4 h T^2)
+                in fp32; without T^2 on GPUs, whose fused attention keeps no matrix
+    step      = FLOPs / rate of products + bytes touched / bandwidth of memory
+    exchange  = gradients round a ring, 2 (n - 1) / n of 4 bytes a parameter (3 with --shard, whose
+                weights go round as well), hidden as far as the backward pass lasts; and features
+                of all pairs there and back, which wait for nothing
+
+Bytes touched: TOUCHED times those of activations, and of the state of the optimizer. For a GPU the
+rates are the vendor's, times ATTAINED, which is our assumption. `here` measures both rates first.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+import evaluate
+import glip
+from glip import GLIPConfig, InputError
+from masks import share_skipped
+from recipes import TrainConfig, masker_of
+
+GPUS = {
+    # name: FLOP/s in bf16 (dense) and fp32, bytes/s of memory, bytes of it, bytes/s to neighbours
+    "h100": (989e12, 67e12, 3.35e12, 80e9, 450e9),
+    "h200": (989e12, 67e12, 4.8e12, 141e9, 450e9),
+    "a100": (312e12, 19.5e12, 2.04e12, 80e9, 300e9),
+    "l40s": (362e12, 92e12, 0.86e12, 48e9, 32e9),
+    "rtx4090": (165e12, 83e12, 1.01e12, 24e9, 32e9),
+    "rtx3090": (71e12, 36e12, 0.94e12, 24e9, 32e9),
+}
+ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no GPU was at hand
+MACHINE = 8  # GPUs in one; what leaves it has
+NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
+LOGITS = 2**22  # that exist at once under --micro-batch
+TOUCHED = 5.0  # times that an activation is read or written in a step; fitted to runs on CPUs
+PAIRS = {  # of the sets that recipes are for, from their sources
+    "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
+    "flip": 400_000_000, "clipa": 400_000_000,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes: rates in FLOP/s and bytes/s, memory in bytes, and how many there are."""
+
+    name: str
+    products: float
+    memory_rate: float
+    memory: float
+    link: float
+    count: int
+    fused: bool  # attention that keeps no matrix
+    bf16: bool
+
+
+def count_of(text: str) -> int:
+    """How many devices `h100x8` or `here` are; raises InputError for one that is not known."""
+    found = re.fullmatch(rf"here|({'|'.join(GPUS)})(?:x([1-9]\d*))?", text.lower())
+    if not found:
+        raise InputError(f"--estimate {text}: choose here, or one of {', '.join(GPUS)}, as h100x8")
+    return int(found[2] or 1)
+
+
+def named(text: str, precision: str) -> Machine:
+    """`h100x8` or `here`; raises InputError for one that is not known."""
+    count = count_of(text)
+    if text.lower() == "here":
+        device = evaluate.pick_device("auto")
+        bf16 = evaluate.use_bf16(precision, device)
+        return Machine(f"{device.type} (measured)", *rates(device, bf16), 0, 0, 1,
+                       device.type == "cuda", bf16)  # fmt: skip
+    bf16, fp32, memory_rate, memory, link = GPUS[text.lower().removesuffix(f"x{count}")]
+    products = fp32 if precision == "fp32" else bf16
+    link = link if count <= MACHINE else min(link, NETWORK)
+    products, memory_rate = products * ATTAINED[0], memory_rate * ATTAINED[1]
+    return Machine(
+        text, products, memory_rate, memory, link, count, True, precision != "fp32"
+    )  # fmt: skip
+
+
+def rates(device: torch.device, bf16: bool, width: int = 512, rows: int = 4096) -> tuple:
+    """FLOP/s of a product like a block's, bytes/s of an element-wise sum; best of a second each."""
+    kind = torch.bfloat16 if bf16 else torch.float32
+    x = torch.randn(rows, width, device=device, dtype=kind)
+    w = torch.randn(4 * width, width, device=device, dtype=kind)
+    a, b = (torch.randn(2**22, device=device) for _ in range(2))
+
+    def best(work: object) -> float:
+        found, begun = [], time.perf_counter()
+        while time.perf_counter() - begun < 1 or len(found) < 3:
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    product = best(lambda: torch.nn.functional.linear(x, w))
+    return 2 * x.numel() * 4 * width / product, 3 * 4 * a.numel() / best(lambda: torch.add(a, b))
+
+
+def tower_flops(tokens: float, width: int, layers: int) -> float:
+    """Products of a tower's forward pass for one item."""
+    return layers * (24 * width**2 * tokens + 4 * width * tokens**2)
+
+
+def tower_bytes(
+    tokens: float, width: int, layers: int, heads: int, bf16: bool, fused: bool
+) -> float:
+    """What a tower's forward pass keeps of one item for the backward pass."""
+    a, b = (36, 2) if bf16 else (64, 4)
+    return layers * (a * width * tokens + (0 if fused else b * heads * tokens**2))
+
+
+def parameters(model: GLIPConfig) -> dict[str, int]:
+    """How many numbers each tower learns, and how many of both Muon takes."""
+    with torch.device("meta"):
+        network = glip.GLIP(model)
+    total = sum(p.numel() for p in network.parameters())
+    image = sum(p.numel() for p in network.visual.parameters())
+    blocks = [p for n, p in network.named_parameters() if "resblocks" in n and p.ndim > 1]
+    return {"image": image, "text": total - image, "blocks": sum(p.numel() for p in blocks),
+            "muon_flops": sum(muon_flops(*p.shape) for p in blocks)}  # fmt: skip
+
+
+def muon_flops(rows: int, columns: int) -> float:
+    """Five Newton-Schulz steps of a matrix, each two products with it and one of its square."""
+    small, large = sorted((rows, columns))
+    return 5 * (4 * small**2 * large + 2 * small**3)
+
+
+def forward_flops(model: GLIPConfig, kept: int, text: float) -> tuple[float, float]:
+    """Products of both towers for one pair: `kept` patches, `text` tokens."""
+    image = tower_flops(1 + kept, model.width, model.layers)
+    image += 6 * model.patch_size**2 * model.width * kept + 2 * model.width * model.embed_dim
+    words = tower_flops(text, model.text_width, model.text_layers)
+    return image, words + 2 * model.text_width * model.embed_dim
+
+
+def of_stage(
+    config: TrainConfig, model: GLIPConfig, kept: int, text: float, batch: int, on: Machine,
+    pretrain: bool,
+) -> dict:  # fmt: skip
+    """FLOPs a pair, bytes of memory and seconds of a step, with the parts of each."""
+    patches, learned = model.grid[0] * model.grid[1], parameters(model)
+    total, share = learned["image"] + learned["text"], batch / on.count
+    views = 2 if pretrain and config.aclip else 1
+    image, words = forward_flops(model, kept, text)
+    forward = views * image + words
+    compute = (3 + config.recompute + bool(config.micro_batch)) * forward
+    if pretrain and masker_of(config).needs("attention"):
+        compute += config.teacher_scale**2 * forward_flops(model, patches, 0)[0]
+    compute += 12 * batch * model.embed_dim  # the loss
+    kept_bytes = tower_bytes(1 + kept, model.width, model.layers, model.heads, on.bf16, on.fused)
+    kept_bytes = views * kept_bytes + tower_bytes(
+        text, model.text_width, model.text_layers, model.text_heads, on.bf16, on.fused
+    )
+    muon = config.optimizer == "muon"
+    state = (16 + 2 * on.bf16) * total - 4 * muon * learned["blocks"]
+    touched = TOUCHED * kept_bytes * (1 + 0.5 * config.recompute)  # of a pair
+    backward = 2 * forward / on.products + 2 / 3 * touched / on.memory_rate  # of a pair
+    flops = share * compute + muon * learned["muon_flops"]
+    seconds = {
+        "products": flops / on.products, "memory": (share * touched + 2 * state) / on.memory_rate
+    }  # fmt: skip
+    sent = least = 0.0
+    if on.count > 1:
+        ring, parts = (on.count - 1) / on.count, share // (config.micro_batch or share) or 1
+        times = 2 if not config.shard else 3 if not config.micro_batch else 1 + 3 * parts
+        weights = ring * times * 4 * total
+        features = ring * (2 if config.loss == "siglip" else 6) * 4 * batch * model.embed_dim
+        sent = weights + features
+        hidden = share / parts * backward
+        seconds["exchange"] = features / on.link + max(0.0, weights / on.link - hidden)
+        least = weights / on.link / backward
+    held = min(config.micro_batch or share, share) * kept_bytes
+    if config.recompute:  # inputs of blocks, and the inside of one
+        inside = 1 / max(model.layers, model.text_layers)
+        inputs = 4 * ((1 + kept) * model.width * model.layers * views
+                      + text * model.text_width * model.text_layers)  # fmt: skip
+        held = min(config.micro_batch or share, share) * (kept_bytes * inside + inputs)
+    logits = 3 * 4 * batch * share * (1 if config.loss == "siglip" else 2)
+    if config.micro_batch:
+        logits = min(logits, 3 * 4 * LOGITS)
+    return {
+        "forward_flops": {"image": image, "text": words}, "flops_per_pair": flops / share,
+        "state_bytes": state / (on.count if config.shard else 1), "activation_bytes": held,
+        "logit_bytes": logits, "seconds": seconds, "step": sum(seconds.values()),
+        "sent_bytes": sent, "least_pairs": least,
+    }  # fmt: skip
+
+
+def tell(config: TrainConfig, stages: list) -> str:
+    """The estimate in words. `stages` are of train.plan(), or [] where there are no data yet."""
+    on = named(config.estimate, config.precision)
+    lines, hours = [], 0.0
+    for name in ("pretrain", "tune") if config.tune_epochs else ("pretrain",):
+        first = name == "pretrain"
+        size = (config.image_size if first else config.tune_image_size or config.image_size) or None
+        model, batch = GLIPConfig.named(config.model, size), config.batch_size
+        epochs, steps = config.epochs, config.steps
+        if not first:
+            batch, epochs = config.tune_batch_size, config.tune_epochs
+        known = [stage for stage in stages if stage.name == name]
+        if known:
+            steps, text, source = known[0].steps, longest(known[0]), "in these data"
+        else:
+            text, source = model.context_length, "at most"
+            steps = round(epochs * (PAIRS.get(config.recipe, 0) // batch)) if epochs else steps
+            if not steps:
+                raise InputError("--estimate: give --data, or a recipe whose data are known")
+        text = config.text_tokens or text if first else text
+        patches = model.grid[0] * model.grid[1]
+        kept, masker = patches, masker_of(config)
+        if first and config.mask != "none":
+            varies = "min_mask_ratio" in glip.declared(glip.MASKS[config.mask])
+            skipped = share_skipped(config.mask_ratio, config.min_mask_ratio)
+            kept = glip.num_keep(patches, skipped if varies else masker.mask_ratio)
+        found = of_stage(config, model, kept, text, batch, on, first)
+        hours += steps * found["step"] / 3600
+        if not lines:
+            learned = parameters(model)
+            lines.append(
+                f"{config.model}: {(learned['image'] + learned['text']) / 1e6:.1f} M parameters "
+                f"(image {learned['image'] / 1e6:.1f}, text {learned['text'] / 1e6:.1f}), "
+                f"on {on.name}: {on.products / 1e12:.3g} TFLOP/s, {on.memory_rate / 1e9:.3g} GB/s"
+            )
+        lines.append(paragraph(name, found, kept, patches, text, source, batch, steps, on))
+    lines.append(f"in all {hours:.3g} hours, {hours * on.count:.3g} device hours; data not counted")
+    return "\n".join(lines)
+
+
+def longest(stage: object) -> float:
+    """Tokens of the longest caption of a batch, the mean over some batches."""
+    steps = range(0, stage.steps, max(1, stage.steps // 10))
+    tokens = (stage.batches.pairs.tokens(stage.batches.order.batch(step)) for step in steps)
+    found = [int(glip.lengths(block).max()) for block in tokens]
+    return sum(found) / len(found)
+
+
+def paragraph(
+    name: str, found: dict, kept: int, patches: int, text: float, source: str, batch: int,
+    steps: int, on: Machine,
+) -> str:  # fmt: skip
+    """One stage in words."""
+    image, words = (found["forward_flops"][tower] / 1e9 for tower in ("image", "text"))
+    parts = ", ".join(f"{key} {value:.3g}" for key, value in found["seconds"].items())
+    memory = sum(found[key] for key in ("state_bytes", "activation_bytes", "logit_bytes"))
+    lines = [
+        f"{name}: {kept} of {patches} patches, {text:.3g} tokens ({source}); forward "
+        f"{image:.3g} + {words:.3g} GFLOP a pair, {found['flops_per_pair'] / 1e9:.3g} in training",
+        f"  memory {memory / 1e9:.3g} GB a device: {found['state_bytes'] / 1e9:.3g} state, "
+        f"{found['activation_bytes'] / 1e9:.3g} activations, {found['logit_bytes'] / 1e9:.3g} "
+        "logits" + (f"; it has {on.memory / 1e9:.0f}" if on.memory else "")
+        + (": too little, try --micro-batch" if on.memory and memory > 0.9 * on.memory else ""),
+        f"  step of {batch:,} pairs: {found['step']:.3g} s ({parts}), "
+        f"{batch / found['step']:,.0f} pairs a second; {steps:,} steps, "
+        f"{steps * found['step'] / 3600:.3g} hours",
+    ]  # fmt: skip
+    if on.count > 1:
+        lines.append(
+            f"  exchange {found['sent_bytes'] / 1e9:.3g} GB a device and step; below "
+            f"{found['least_pairs']:.0f} pairs a device it outlasts the backward pass"
+        )
+    return "\n".join(lines)

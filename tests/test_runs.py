@@ -1,0 +1,182 @@
+"""Shared state, the page, TensorBoard, the self-test and the estimate."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+import signal
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import estimate
+import glip
+import page
+import train
+from glip import GLIP, GLIPConfig, InputError
+from tests.test_resume import TORCHRUN, cut_short
+from tests.torture import BASE, finish
+
+ADAMW = [*BASE, "--steps", "40", "--optimizer", "adamw", "--clip-grad-norm", "0.5"]
+
+
+def test_a_divided_run_is_the_same_run_and_goes_on_undivided(tmp_path):
+    """FSDP2 on two processes, stopped, and resumed by one process that holds everything."""
+    finish(tmp_path / "one", ADAMW)
+    out = tmp_path / "run"
+    flags = [*ADAMW, "--save-every", "5"]
+    code = cut_short(out, [*flags, "--shard"], TORCHRUN, signal.SIGTERM)
+    assert code and torch.load(out / "latest.pt", weights_only=True)["world"] == 2
+    finish(out, flags)
+    losses = [
+        [r["loss"] for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())
+         if "loss" in r] for run in (tmp_path / "one", out)
+    ]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    one, two = (torch.load(run / "model.pt", weights_only=True)["model"]
+                for run in (tmp_path / "one", out))  # fmt: skip
+    assert all((one[k] - two[k]).norm() <= 1e-3 * one[k].norm() + 1e-5 for k in one)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "words"),
+    [
+        (["--optimizer", "adamw"], 1, "start them with torchrun"),
+        ([], 2, "--optimizer adamw"),
+        (["--optimizer", "adamw", "--mask", "attentive"], 2, "leave --shard out"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(flags, world, words):
+    with pytest.raises(InputError, match=words):
+        train.check(train.parse(["--shard", *flags]), world)
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag's name and attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finish(tmp_path / "a <b>", [*BASE, "--tensorboard", "--eval-every", "7"])
+    text = (tmp_path / "a <b>/report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    for tag, attributes in tags.found:
+        assert tag not in ("script", "link", "iframe")
+        assert not attributes.get("src", "data:").startswith(("http", "/", "."))
+    assert "http:" not in text and "<h1>a &lt;b&gt;</h1>" in text and "tune, step 1 of 1" in text
+    records = [json.loads(x) for x in (tmp_path / "a <b>/log.jsonl").read_text().splitlines()]
+    losses = [r for r in records if "loss" in r]
+    loss = re.search(r"<svg.*?</svg>", text)[0]
+    assert loss.count("<circle") == len(losses)
+    pictures = [a["src"].partition(",")[2] for t, a in tags.found if t == "img"]
+    assert len(pictures) == 2 * 2 * 12  # both stages, the picture and what was seen of it
+    sizes = {Image.open(io.BytesIO(base64.b64decode(p))).size for p in pictures}
+    assert sizes == {(16, 16)}
+    events = EventAccumulator(str(tmp_path / "a <b>/tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in losses])
+    assert [e.step for e in events.Scalars("loss")][-1] == 14 + 1
+
+
+def test_the_page_shows_what_a_mask_leaves():
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    tokens, keep = glip.tokenize(["a <red> apple"]), torch.tensor([[1, 2]])
+    text = page.samples(images, tokens, keep, torch.tensor([[True, False]]), (2, 2))
+    shown = [base64.b64decode(x) for x in re.findall(r'base64,([^"]+)"', text)]
+    full, part = (torch.tensor(list(Image.open(io.BytesIO(x)).get_flattened_data()))
+                  for x in shown)  # fmt: skip
+    full, part = (x.view(16, 16, 3).permute(2, 0, 1) for x in (full, part))
+    assert torch.equal(full, images[0].long())
+    assert torch.equal(part[:, :8, 8:], full[:, :8, 8:])
+    assert (part[:, 8:] == 128).all() and (part[:, :8, :8] == 128).all()
+    assert "a &lt; red &gt; apple" in text
+
+
+TINY = ["--image-size", "16", "--precision", "fp32"]
+
+
+def test_a_batch_is_learned_by_heart_or_the_fault_is_named(capsys):
+    train.overfit(train.parse(["--overfit", "16", *TINY]))
+    assert "learned by heart" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"still that of guessing \(ln batch 2.08\): raise --lr"):
+        train.overfit(train.parse(["--overfit", "8", "--lr", "1e-9", "--steps", "30", *TINY]))
+    with pytest.raises(InputError, match=r"look alike|not finite|too slowly|of guessing"):
+        train.overfit(train.parse(["--overfit", "8", "--lr", "30", "--steps", "40", *TINY]))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-S-16"])
+def test_the_estimate_counts_as_torch_does(name):
+    """Parameters, products and what is kept for the backward pass, on no device at all."""
+    config = GLIPConfig.named(name)
+    learned = estimate.parameters(config)
+    with torch.device("meta"):
+        model, theirs = GLIP(config), open_clip.CLIP(**open_clip.get_model_config(name))
+        assert learned["image"] + learned["text"] == sum(p.numel() for p in theirs.parameters())
+        kept, text, batch = 98 if "16" in name else 40, 30, 2
+        images = torch.zeros(batch, 3, 224, 224)
+        tokens = torch.zeros(batch, text, dtype=torch.long)
+        ids = torch.zeros(batch, kept, dtype=torch.long)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = {}
+
+    def keep(x):
+        if x.untyped_storage()._cdata not in weights:
+            saved[x.untyped_storage()._cdata] = x
+        return x
+
+    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(
+        keep, lambda x: x
+    ):
+        features = model(images, tokens, ids)[:2]
+    wanted = sum(estimate.forward_flops(config, kept, text)) * batch
+    assert wanted == pytest.approx(forward.get_total_flops(), rel=1e-3)
+    with FlopCounterMode(display=False) as both:
+        torch.stack([x.sum() for x in model(images, tokens, ids)[:2]]).sum().backward()
+    assert 3 * wanted == pytest.approx(both.get_total_flops(), rel=0.02)
+    held = sum(x.untyped_storage().nbytes() for x in saved.values()) / batch
+    expected = estimate.tower_bytes(
+        1 + kept, config.width, config.layers, config.heads, False, False
+    ) + estimate.tower_bytes(
+        text, config.text_width, config.text_layers, config.text_heads, False, False
+    )
+    assert expected == pytest.approx(held, rel=0.03) and len(features) == 2
+
+
+def test_the_estimate_follows_the_settings():
+    def told(*flags):
+        text = estimate.tell(train.parse(["--recipe", "cc12m", "--estimate", *flags]), [])
+        numbers = r"([\d.e+]+) GB a device.*? ([\d.e+]+) s \(products.*? in all ([\d.e+]+) hours"
+        return [float(x) for x in re.search(numbers, text.replace("\n", " ")).groups()]
+
+    memory, step, hours = told("h100")
+    for flags in (["--mask-ratio", "0.75"], ["--mask", "none"], ["--precision", "fp32"]):
+        changed = told("h100", *flags)
+        more = flags[0] != "--mask-ratio"
+        assert all((new > old) == more for new, old in zip(changed, (memory, step, hours)))
+    assert told("h100", "--micro-batch", "64")[0] < memory / 2
+    assert told("h100", "--recompute")[0] < memory / 2
+    assert told("h100x8")[2] == pytest.approx(hours / 8, rel=0.2)
+    for name in estimate.GPUS:
+        assert estimate.named(name, "auto").count == 1
+        rates = {estimate.named(text, "bf16").products for text in (name, f"{name}x16")}
+        assert len(rates) == 1
+    assert told("h100x8", "--mask", "cluster")[1] > told("h100x8")[1]  # computes more than it shows
+    for wrong in ("h100x0", "abacus", "x8", "h100x"):
+        with pytest.raises(InputError, match="choose here, or one of"):
+            told(wrong)
+    with pytest.raises(InputError, match="give --data, or a recipe whose data are known"):
+        config = train.parse(["--estimate", "h100", "--epochs", "3"])
+        estimate.tell(config, [])
