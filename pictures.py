@@ -13,7 +13,7 @@ import csv
 import hashlib
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,10 +50,13 @@ class BadPicture(ValueError):
     """A picture that cannot be used, for the reason that it tells."""
 
 
-def decode(content: bytes, side: int) -> np.ndarray:
+def decode(
+    content: bytes, side: int, finish: Callable[[Image.Image], Image.Image] | None = None
+) -> np.ndarray:
     """Encoded bytes -> RGB pixels (h, w, 3), upright, on white; JPEG at a fraction if enough.
 
-    "Enough" leaves the shorter side at 2 x `side` or more. Raises BadPicture.
+    "Enough" leaves the shorter side at 2 x `side` or more. `finish` makes RGB in another way than
+    upright() does. Raises BadPicture.
     """
     try:
         check_scans(content)
@@ -66,7 +69,7 @@ def decode(content: bytes, side: int) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             check_pixels(*image.size)
             image.draft("RGB", (2 * side, 2 * side))
-            return np.asarray(upright(image))
+            return np.asarray((finish or upright)(image))
     except BadPicture:
         raise
     except Image.DecompressionBombError:
