@@ -1,0 +1,186 @@
+"""Intervals and verdicts against scipy's bootstrap, McNemar's test in closed form, and chance."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import evaluate
+import figures
+import glip
+import significance
+from significance import compare, difference, interval
+from tests.test_data import make_pictures
+
+
+def rights(n, share, seed=0):
+    return np.random.default_rng(seed).random(n) < share
+
+
+def as_columns(**hits):
+    return {"full picture": {name.replace("_", " "): found for name, found in hits.items()}}
+
+
+@pytest.mark.parametrize(("n", "share"), [(1809, 0.41), (300, 0.03), (50, 0.9)])
+def test_interval_of_a_share_is_scipys_bootstrap(n, share):
+    hits = rights(n, share)
+    theirs = scipy.stats.bootstrap(
+        (hits,), np.mean, n_resamples=20_000, method="percentile", rng=1, batch=1000
+    ).confidence_interval
+    assert interval(hits) == pytest.approx((theirs.low, theirs.high), abs=1.01 / n)
+    drawn = interval(hits.astype(float))  # numbers in general are resampled
+    assert drawn == pytest.approx((theirs.low, theirs.high), abs=max(0.003, 1.01 / n))
+
+
+def test_interval_of_any_statistic_resamples_examples_together():
+    rng = np.random.default_rng(0)
+    labels = rng.random(500) < 0.4
+    scores = labels + rng.normal(size=500)
+    low, high = interval(labels, scores, statistic=lambda x, y: np.corrcoef(x, y)[0, 1])
+    theirs = scipy.stats.pearsonr(labels, scores)
+    assert (low, high) == pytest.approx(tuple(theirs.confidence_interval()), abs=0.02)
+    assert low < theirs.statistic < high
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Also where all answers are wrong, or right, and no resample differs from the sample."""
+    for truth in (0.4, 0.03):
+        held = [low <= truth <= high for low, high in
+                (interval(rights(400, truth, seed)) for seed in range(1000))]  # fmt: skip
+        assert 0.91 < np.mean(held) < 0.98
+    low, high = interval(np.zeros(100, bool))
+    assert low == 0 and high == pytest.approx(1 - 0.025 ** (1 / 100))
+    assert interval(np.ones(100, bool)) == pytest.approx((1 - high, 1))
+    assert interval(np.zeros(0, bool)) == (0, 1)
+
+
+def test_difference_is_mcnemars_exact_test_and_the_paired_bootstrap():
+    a, b = rights(500, 0.4), rights(500, 0.5, seed=1)
+    gained, lost = int((~a & b).sum()), int((a & ~b).sum())
+    n, fewer = gained + lost, min(gained, lost)
+    p = min(1, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    found = difference(a, b)
+    assert found["p"] == pytest.approx(p) and found["difference"] == pytest.approx(
+        b.mean() - a.mean()
+    )
+    theirs = scipy.stats.bootstrap(
+        (a, b), lambda a, b, axis: b.mean(axis) - a.mean(axis), paired=True, n_resamples=20_000,
+        method="percentile", rng=1, batch=1000,
+    ).confidence_interval  # fmt: skip
+    assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.005)
+    other = difference(b, a)
+    assert other["p"] == found["p"] and other["difference"] == -found["difference"]
+
+
+def test_a_run_against_itself_has_no_real_difference():
+    own = as_columns(easy=rights(300, 0.9), hard=rights(300, 0.1), none=np.zeros(300, bool))
+    for row in compare(own, own)["full picture"].values():
+        assert (row["difference"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1)
+        assert row["real"] is False
+
+
+def test_clear_differences_are_real_and_chance_seldom_is():
+    a = as_columns(better=rights(1000, 0.3), same=rights(1000, 0.5))
+    b = as_columns(better=rights(1000, 0.5, 1), same=rights(1000, 0.5, 2))
+    rows = compare(a, b)["full picture"]
+    assert rows["better"]["real"] and rows["better"]["low"] > 0.1 and not rows["same"]["real"]
+    text = significance.describe({"full picture": rows})
+    assert next(line for line in text.splitlines() if line.endswith("real")).startswith("better")
+    assert "1 of 2 differences are real" in text
+    fooled = 0
+    for seed in range(100):  # eight metrics without any difference
+        sides = ({f"m{i}": rights(200, 0.5, [seed, side, i]) for i in range(8)}
+                 for side in (0, 1))  # fmt: skip
+        rows = compare(*({"column": side} for side in sides))["column"]
+        fooled += any(row["real"] for row in rows.values())
+    assert fooled <= 12  # 5 are expected; uncorrected, 34
+
+
+def test_permuted_features_are_at_chance():
+    """Their interval holds one in a hundred, and the right features are really better."""
+    rng = torch.Generator().manual_seed(0)
+    names = torch.nn.functional.normalize(torch.randn(100, 64, generator=rng), dim=-1)
+    concept, flags = np.arange(3000) % 100, np.zeros(100, bool)
+    images = names[concept]
+    perfect, permuted = (
+        evaluate.hits(evaluate.zero_shot(images[order], names, concept, flags))
+        for order in (torch.arange(3000), torch.randperm(3000, generator=rng))
+    )
+    low, high = interval(permuted["zero-shot top-1"])
+    assert low <= 0.01 <= high and high - low < 0.01 and perfect["zero-shot top-1"].all()
+    rows = compare({"": permuted}, {"": perfect})[""]
+    assert len(rows) == 2 and all(row["real"] for row in rows.values())
+
+
+def made_run(folder, seed=0, own="own"):
+    """A finished run on 300 own pictures, of a model that was never trained."""
+    pictures = folder.parent / own
+    if not pictures.exists():
+        make_pictures(pictures, 300)
+    torch.manual_seed(seed)
+    model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2))
+    settings = {"data": str(pictures), "vendors": (), "held_out": "Twtr", "mask": "gaussian",
+                "mask_ratio": 0.5, "seed": seed, "out": str(folder), "model": "m", "aclip": False,
+                "text_mask": "none"}  # fmt: skip
+    folder.mkdir()
+    glip.save_checkpoint(
+        folder / "model.pt", model, config=settings, stage="pretrain", step=1, steps={}, seconds={},
+        mask=glip.Masker("gaussian", 0.5).state(), machine={}, command="c", world=1, bf16=False,
+    )  # fmt: skip
+    return folder
+
+
+def run_main(monkeypatch, capsys, *words):
+    """(exit code, stdout, last line of stderr) of evaluate.py."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--device", "cpu"])
+    code = 0
+    try:
+        evaluate.main()
+    except SystemExit as stopped:
+        code = stopped.code
+    told = capsys.readouterr()
+    return code, told.out, (told.err.strip().splitlines() or [""])[-1]
+
+
+def test_two_runs_are_compared_by_the_command(tmp_path, monkeypatch, capsys):
+    """Evaluated where they were not, read where they were, and refused where pairs differ."""
+    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(figures, "draw_all", lambda *_: [])
+    a, b, other = (made_run(tmp_path / name, seed, own) for name, seed, own in
+                   (("a", 0, "own"), ("b", 1, "own"), ("other", 0, "more")))  # fmt: skip
+    code, out, err = run_main(monkeypatch, capsys, a, b)
+    assert (code, err) == (0, "") and f"A: {a}" in out and "differences are real" in out
+    results = json.loads((b / "results.json").read_text())
+    with np.load(b / "outcomes.npz") as kept:
+        ranks = {name: kept[name] for name in kept.files}
+    for column, table in results["held_out"].items():
+        for metric, value in table.items():
+            low, high = results["intervals"][column][metric]
+            assert 0 <= low <= value <= high <= 1
+            way, _, k = metric.partition(" R@")
+            answers = ranks[f"{column}/{way} R@{{}}"]
+            assert value == (answers < int(k)).mean()
+            assert [low, high] == list(interval(answers < int(k)))
+            assert f"{100 * value:.1f} %" in out
+    assert set(results["held_out"]) == {"masked inference", "full picture"}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "run_evaluation", None)  # all that is needed is there
+        same, out, _ = run_main(monkeypatch, capsys, a, a)
+    assert same == 0 and "0 of 12 differences are real" in out
+    for name in sorted((tmp_path / "more").glob("*.txt")):
+        name.write_text("another " + name.read_text())
+    code, _, err = run_main(monkeypatch, capsys, a, other)
+    assert code == 2 and "held out different pairs" in err and "--data" in err
+    (a / "outcomes.npz").write_bytes(b"torn")
+    for words, told in (
+        ((a, b), "outcomes.npz: not what evaluate.py writes"),
+        ((a, tmp_path / "nowhere"), "nowhere: no model.pt in it"),
+        ((a, b, "--publish"), "one at a time"),
+    ):
+        code, _, err = run_main(monkeypatch, capsys, *words)
+        assert code == 2 and told in err
