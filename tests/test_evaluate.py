@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 import data
 import evaluate
 import glip
-from evaluate import ranks, retrieval, zero_shot
+from evaluate import metrics, ranks, retrieval, zero_shot
 from tests.test_data import make_pictures
 from tests.test_model import broken_checkpoints
 from tests.test_train import command
@@ -31,9 +31,10 @@ def features(n, width=32, seed=0):
 def test_perfect_features_score_100_and_permuted_ones_chance():
     names, flags = features(50), np.arange(50) % 5 == 0
     concept = np.random.default_rng(0).integers(0, 50, 400)
-    perfect = zero_shot(names[concept], names, concept, flags)
+    perfect = metrics(zero_shot(names[concept], names, concept, flags))
     assert set(perfect.values()) == {1.0} and len(perfect) == 4
     chance = zero_shot(features(20_000, seed=1), names, np.arange(20_000) % 50, flags)
+    chance = metrics(chance)
     assert chance["zero-shot top-1"] == pytest.approx(1 / 50, abs=0.005)
     assert chance["zero-shot top-5"] == pytest.approx(5 / 50, abs=0.01)
     assert chance["zero-shot top-5 without flags"] == pytest.approx(5 / 40, abs=0.01)
@@ -50,17 +51,44 @@ def test_without_flags_neither_asks_for_nor_offers_flags():
     names, flags = features(6), np.array([True, True, False, False, False, False])
     concept = np.array([0, 1, 2, 3])
     images = names[[1, 0, 0, 3]]  # flags confused with each other, and 2 taken for a flag
-    result = zero_shot(images, names, concept, flags)
+    result = metrics(zero_shot(images, names, concept, flags))
     assert result["zero-shot top-1"] == 0.25
     scores = (images[2:] @ names[2:].T).argmax(1) + 2
     wanted = (scores == torch.tensor([2, 3])).double().mean().item()
     assert result["zero-shot top-1 without flags"] == wanted
 
 
+def test_robustness_changes_pixels_and_only_them():
+    """A stand-in that encodes the pictures' bytes: what each change should do is known."""
+    seen = {}
+
+    class Pixels:
+        def images(self, render, count, masker=None):
+            seen[len(seen)] = render(np.arange(count))
+            return F.normalize(seen[len(seen) - 1].flatten(1).float(), dim=-1)
+
+        def texts(self, captions):
+            return features(len(captions), width=3 * 64 * 64)
+
+    art = data.Emoji("emoji", 64, ("Twtr",), "test")
+    art.concept = art.concept[:40]
+    found = evaluate.robustness(Pixels(), art)
+    plain, *changed = seen.values()
+    pictures = dict(zip(found, (plain, *changed), strict=True))
+    assert all(p.shape == plain.shape and p.dtype == torch.uint8 for p in changed)
+    assert torch.equal(plain, art.render(np.arange(40), None))
+    assert all((p != plain).any() for p in changed)
+    assert (pictures["grey"][:, 0] == pictures["grey"][:, 2]).all()
+    assert (pictures["turned, 40°"][:, :, 0, 0] == 255).all()  # the corner is laid open
+    loss = [(pictures[f"blurred, {n} px"].float() - plain).abs().mean() for n in (1, 2)]
+    assert 0 < loss[0] < loss[1]
+    assert all("zero-shot top-1" in table for table in found.values())
+
+
 def test_retrieval_equals_a_plain_loop():
     images, texts = features(90, 8), features(30, 8, seed=2)
     concept = torch.arange(90) % 30
-    result = retrieval(images, texts, concept)
+    result = metrics(retrieval(images, texts, concept))
     for k in (1, 5, 10):
         hits = sum(
             int(concept[i]) in (images[i] @ texts.T).argsort(descending=True)[:k] for i in range(90)
