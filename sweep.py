@@ -1,6 +1,6 @@
 """The comparison of masks in the README: every mask of the registry, at equal steps and equal time.
 
-    python sweep.py            runs what results/ lacks; about five hours on two cores
+    python sweep.py            runs what results/ lacks; about six hours on two cores
     python sweep.py --jobs 1   one run at a time, on all cores
     python sweep.py --masks border gaussian     these masks alone
     python sweep.py --list     prints the runs, and which of them results/ has
@@ -10,6 +10,9 @@ Interrupt it when you like: finished runs are skipped, an unfinished one starts 
 Equal time is not taken with a stop-watch: the cost of a step under each mask is measured once, in
 one alternating run (results/cost.json), and a mask whose step costs more than GLIP's at the same
 ratio gets as many steps as cost the same. Where a step costs the same, one run serves both.
+
+At the end come the runs that only the notebooks 05 and 06 need: other sigmas, fewer vendors, scenes
+anywhere.
 """
 
 import json
@@ -44,6 +47,8 @@ AWAY = ("emoji", "scenes-corner")  # where most run, at 75 %
 HOME_ONLY = {"grid", "block"}
 SMALL = "small pictures"  # RECLIP's in the table of costs
 SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
+ART = ("Goog", "Appl", "FB", "Sams")  # to train on the first 1, 2, 4: the question of scale
+TUNING = {1: 2.86, 2: 1.43, 4: 0.74}  # epochs of their art that are the comparison's 20 steps
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ class Run:
     equal: str  # in steps or time
     seed: int
     flags: tuple[str, ...]  # of train.py
+    more: tuple[str, ...] = ()  # flags of evaluate.py
 
     @property
     def name(self) -> str:
@@ -210,7 +216,26 @@ def planned(cost: dict) -> list[Run]:
     return runs
 
 
-def run(name: str, flags: tuple[str, ...], threads: int) -> str | None:
+def questions() -> list[Run]:
+    """What the notebooks 05 and 06 ask beside the comparison, at 75 % and equal steps."""
+    three, shifts = ("none", "random", "gaussian"), ("--robustness", "--linear-probe")
+    asked = [  # data, mask, flags of train.py, seeds, flags of evaluate.py
+        *((HOME, "gaussian", f"--sigma {s}", 3, ()) for s in (0.05, 0.1, 0.4, 0.8)),
+        *(("scenes-anywhere", mask, "", 2, ()) for mask in (*three, "attentive")),
+        *(("emoji", mask, f"--vendors {' '.join(ART[:n])} --tune-epochs {epochs}", 1, shifts)
+          for n, epochs in TUNING.items() for mask in three),
+        *((HOME, "gaussian", f, 2, ()) for f in ("--sigma 0.1 0.4", "--mask-center 0 0.5")),
+    ]  # fmt: skip
+    runs = []
+    for seed, (name, mask, flags, seeds, more) in product(SEEDS, asked):
+        if seed < seeds:
+            words = f"--recipe compare --data {name} --mask {mask} {flags} --seed {seed}".split()
+            ratio = 0.0 if mask == "none" else RATIOS[0]
+            runs.append(Run(name, mask, ratio, "steps", seed, tuple(words), more))
+    return runs
+
+
+def run(name: str, flags: tuple[str, ...], threads: int, more: tuple[str, ...] = ()) -> str | None:
     """Train, evaluate and publish one run, unless results/ has it; returns what went wrong."""
     if (RESULTS / f"{name}.json").exists():
         return None
@@ -218,7 +243,7 @@ def run(name: str, flags: tuple[str, ...], threads: int) -> str | None:
     folder = ROOT / "runs/sweep" / name
     if folder.exists() and not (folder / "model.pt").exists():
         shutil.rmtree(folder)  # a run of the sweep that was interrupted
-    commands = [["evaluate.py", f"runs/sweep/{name}", "--publish"]]
+    commands = [["evaluate.py", f"runs/sweep/{name}", "--publish", *more]]
     if not folder.exists():
         out = ["--out", f"runs/sweep/{name}", "--eval-every", "100000"]
         commands.insert(0, ["train.py", *flags, *out])
@@ -254,14 +279,15 @@ def main() -> None:
             cost = complete_cost(cost, threads)
             glip.write_bytes(path, (json.dumps(cost, indent=1) + "\n").encode())
         wanted = options.masks or (*glip.MASKS, SMALL)
-        runs = {run.name: run.flags for run in planned(cost) if run.mask in wanted}
+        runs = [*planned(cost), *questions()]
+        runs = {run.name: (run.flags, run.more) for run in runs if run.mask in wanted}
         if options.list:
-            for name, flags in runs.items():
+            for name, (flags, _) in runs.items():
                 there = (RESULTS / f"{name}.json").exists()
                 print("done   " if there else "missing", "python train.py", *flags)
             return
         with ThreadPoolExecutor(options.jobs) as pool:
-            done = pool.map(lambda item: run(*item, threads), runs.items())
+            done = pool.map(lambda name: run(name, runs[name][0], threads, runs[name][1]), runs)
             failed = [problem for problem in done if problem]
         if failed:
             raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
