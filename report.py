@@ -1,33 +1,66 @@
-"""Tables for the README from results/*.json; nothing in them is typed by hand.
+"""Tables from results/*.json; nothing in them is typed by hand.
 
-    python report.py           rewrites the parts of README.md between the marks
+    python report.py                    rewrites the parts of README.md between the marks
+    python report.py --paper            prints the paper's tables, its numbers beside ours
+    python report.py --paper --latex    the same for a LaTeX document
+
+Published numbers, with their sources, are in results/paper.json.
 """
 
 import json
 import re
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
 
 import glip
 import sweep
 import train
 
 ROOT = Path(__file__).parent
+NOT_RUN, NOT_PUBLISHED = "not run", "not published"
+STAGES = ("masked inference", "full picture", "after tuning")  # the paper's columns
 
 
-def load_results(folder: Path = ROOT / "results") -> list[dict]:
-    """Every published run."""
+def load_results(folder: Path = ROOT / "results", having: str = "held_out") -> list[dict]:
+    """Every published run that has a part, what was held out or, say, its benchmarks."""
     files = sorted(folder.glob("*.json"))
-    return [r for r in (json.loads(file.read_text()) for file in files) if "held_out" in r]
+    return [r for r in (json.loads(file.read_text()) for file in files) if having in r]
+
+
+def runs_of(results: list[dict], flags: str) -> list[dict]:
+    """Every published seed of `train.py --recipe compare FLAGS`, for the notebooks."""
+    published = {r["name"]: r for r in results}
+    return [published[name] for name in names_of(flags) if name in published]
+
+
+@cache
+def names_of(flags: str) -> list[str]:
+    """The names of these runs, whether published or not."""
+    config = train.parse(["--recipe", "compare", *flags.split()])
+    return [train.run_name(replace(config, seed=seed)) for seed in sweep.SEEDS]
+
+
+def seeds_of(
+    results: list[dict], flags: str, column: str = "after tuning", metric: str = "zero-shot top-1"
+) -> list[float]:
+    """A metric of `runs_of` these flags, in percent."""
+    tables = [r["held_out"] for r in runs_of(results, flags)]
+    return [100 * table[column][metric] for table in tables if column in table]
 
 
 def spread(values: Iterable[float], full: int = 1) -> str:
     """Mean and range of shares, in percent; how many there are, where fewer than `full`."""
     values = [100 * value for value in values]
     if not values:
-        return "not run"
+        return NOT_RUN
     notes = [f"{min(values):.1f}-{max(values):.1f}"] if len(values) > 1 else []
     if len(values) < full:
         notes.append("1 seed" if len(values) == 1 else f"{len(values)} seeds")
@@ -59,10 +92,9 @@ def demo_table(results: list[dict]) -> str:
     runs = [r for r in results if re.fullmatch(r"demo(_seed=\d+)?", r["name"])]
     if not runs:
         return "Not run."
-    columns = ("masked inference", "full picture", "after tuning")
     metrics = [m for m in runs[0]["held_out"]["after tuning"] if not m.startswith("image to text")]
     rows = [
-        [metric, *(spread(r["held_out"][column][metric] for r in runs) for column in columns)]
+        [metric, *(spread(r["held_out"][column][metric] for r in runs) for column in STAGES)]
         for metric in metrics
     ]
     for name in runs[0].get("linear_probe", {}):
@@ -73,7 +105,7 @@ def demo_table(results: list[dict]) -> str:
     minutes = [sum(r["train_seconds"].values()) / 60 for r in runs]
     seeds = sorted(r["config"]["seed"] for r in runs)
     return (
-        table(["%, mean (range)", *columns], rows)
+        table(["%, mean (range)", *STAGES], rows)
         + f"\n\nSeeds {', '.join(map(str, seeds))}; {min(minutes):.1f} to {max(minutes):.1f} "
         f"minutes of training; {machine_line(runs)}."
     )
@@ -127,8 +159,7 @@ def set_table(results: list[dict], cost: dict) -> str:
 
 def stage_table(results: list[dict], cost: dict) -> str:
     """The paper's three columns, for every mask and ratio on the centred scenes."""
-    columns = ("masked inference", "full picture", "after tuning")
-    found = [cells(results, cost, column) for column in columns]
+    found = [cells(results, cost, column) for column in STAGES]
     none = (sweep.HOME, "none", sweep.RATIOS[0], "steps")
     rows = [["none", "0.0%", "-", *(f[none] for f in found[1:])]]
     for ratio in sorted(sweep.RATIOS):
@@ -137,7 +168,7 @@ def stage_table(results: list[dict], cost: dict) -> str:
                 first, *others = (f[sweep.HOME, mask, ratio, "steps"] for f in found)
                 first = "-" if mask == sweep.SMALL else first
                 rows.append([mask, f"{ratio:.1%}", first, *others])
-    return table(["mask", "masked", *(f"{c}, top-1" for c in columns)], rows)
+    return table(["mask", "masked", *(f"{c}, top-1" for c in STAGES)], rows)
 
 
 def share_lines(results: list[dict], cost: dict) -> str:
@@ -226,13 +257,260 @@ def data_table() -> str:
     )
 
 
+def training_table() -> str:
+    """Memory against the batch, several processes, and what the estimate is worth."""
+    memory, shared, told = (json.loads((ROOT / f"results/bench-{name}.json").read_text())
+                            for name in ("memory", "processes", "estimate"))  # fmt: skip
+    kept = table(
+        ["model, `--micro-batch`", "batch", "highest memory of a step", "without features"],
+        [[f"{r['model']}, {r['micro_batch']}", f"{r['batch']:,}", f"{r['peak'] / 1e6:,.0f} MB",
+          f"{(r['peak'] - r['features']) / 1e6:,.0f} MB"] for r in memory["rows"]],
+    )  # fmt: skip
+    rates = table(
+        ["the demo's loop (AdamW)", "pairs a second", "to one process"],
+        [[name, f"{rate:,.0f}", f"{shared['to_one'][name]:.2f}"]
+         for name, rate in shared["pairs_per_second"].items()],
+    )  # fmt: skip
+    steps = table(
+        ["`--estimate here`", "measured step", "estimated", "ratio"],
+        [[f"`{r['flags']}`, batch {r['batch']}", f"{r['measured']:.3f} s",
+          f"{r['estimated']:.3f} s", f"{r['ratio']:.2f} ({r['range'][0]:.2f}-{r['range'][1]:.2f})"]
+         for r in told["rows"]],
+    )  # fmt: skip
+    machine = memory["machine"]
+    return (
+        f"{kept}\n\n{rates}\n\n{steps}\n\nRandom pairs, pictures and tokens not counted; medians "
+        f"of {shared['rounds']} and {told['rounds']} rounds (`bench.py memory`, `processes`, "
+        f"`estimate`); {machine['cores']} cores of {machine['cpu']}, commit {machine['commit']}. "
+        "Two processes share the cores that one has alone."
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The paper's tables
+# ------------------------------------------------------------------------------------------------
+
+IMAGENET, TIME = "imagenet1k", "training time"
+SMALL_SETS = {  # the 26 of SLIP and A-CLIP
+    "food101": "Food-101", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cub": "CUB-200",
+    "sun397": "SUN397", "cars": "Stanford Cars", "fgvc_aircraft": "FGVC Aircraft", "dtd": "DTD",
+    "pets": "Oxford Pets", "caltech101": "Caltech-101", "kinetics700": "Kinetics-700",
+    "flowers": "Flowers-102", "mnist": "MNIST", "fer2013": "FER2013", "stl10": "STL-10",
+    "eurosat": "EuroSAT", "resisc45": "RESISC45", "gtsrb": "GTSRB",
+    "kitti_closest_vehicle_distance": "KITTI distance", "country211": "Country211",
+    "pcam": "PCam", "ucf101": "UCF101", "clevr_count_all": "CLEVR counts",
+    "hateful_memes": "Hateful Memes", "renderedsst2": "Rendered SST2", IMAGENET: "ImageNet",
+}  # fmt: skip
+SHIFTED_SETS = {
+    IMAGENET: "ImageNet", "imagenetv2": "ImageNet-V2", "imagenet-a": "ImageNet-A",
+    "imagenet-r": "ImageNet-R", "imagenet_sketch": "ImageNet-Sketch", "imagenet-o": "ImageNet-O",
+    "objectnet": "ObjectNet",
+}  # fmt: skip
+CAPTIONED_SETS = {"mscoco_captions": "COCO", "flickr30k": "Flickr30k"}
+GUESS = "Which numbers the paper has in this table is our guess from its abstract."
+LESSON = f"{sweep.HOME}: another thing, our comparison of masks on 64-pixel pictures."
+MISSING = f'"{NOT_PUBLISHED}": in no source named here; the body of the paper was not at hand.'
+
+
+class Table(NamedTuple):
+    """A table as text: title, heads of its columns, rows, and what must be known about it."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str
+
+
+def last_stage(columns: dict[str, float]) -> float | None:
+    """Of a model's numbers by stage the last unmasked one."""
+    return columns.get("after tuning", columns.get("full picture"))
+
+
+def published(model: dict, name: str, metric: str, stage: str = "") -> str:
+    """A number of paper.json's: of a set, at a stage or the last."""
+    columns = model["numbers"].get(name, {}).get(metric, {})
+    value = columns.get(stage) if stage else last_stage(columns)
+    if value is None:
+        return NOT_PUBLISHED
+    return f"{value:g}" if name == TIME else f"{value:.1f}"
+
+
+def ours(runs: list[dict], model: dict, name: str, metric: str = "", stage: str = "") -> str:
+    """The same number of our runs with a published model's settings: mean and range over seeds.
+
+    metric "": the set's own, or `linear_probe`, `fine_tune` for these.
+    """
+    found = []
+    settings = {"text_mask": "none", "aclip": False, **model.get("ours", {})}
+    for run in runs if "ours" in model else ():
+        if any(run["config"].get(key) != value for key, value in settings.items()):
+            continue
+        if metric in ("linear_probe", "fine_tune"):
+            found.append(run.get(metric, {}).get(name, {}).get("accuracy"))
+        elif name in run.get("benchmarks", {}):
+            entry = run["benchmarks"][name]
+            columns = {c: cell.get(metric or entry["metric"])
+                       for c, cell in entry["columns"].items()}  # fmt: skip
+            found.append(columns.get(stage) if stage else last_stage(columns))
+    return spread(value for value in found if value is not None)
+
+
+def in_scenes(model: dict, scenes: dict, equal: str) -> str:
+    """Our comparison's cell for a published model's mask and ratio, if it has one."""
+    return scenes.get((sweep.HOME, *model.get("scenes", ("", 0)), equal), "-")
+
+
+def by_ratio(models: list[dict], runs: list[dict], scenes: dict) -> tuple[list, list]:
+    """Head and rows of ImageNet's zero-shot top-1 at each stage, the published beside ours."""
+    head = ["method", "masked", "tokens", "data", *(f"{stage}, published" for stage in STAGES),
+            *(f"{stage}, ours" for stage in STAGES),
+            f"{sweep.HOME} after tuning, ours"]  # fmt: skip
+    rows = []
+    for model in models:
+        # Without a mask there is no masked inference, and with all patches nothing to tune.
+        masked = model["masked"]
+        stages = STAGES[1:2] if masked == "0 %" else STAGES[masked.endswith("px") :]
+        given = [published(model, IMAGENET, "acc1", stage) if stage in stages else "-"
+                 for stage in STAGES]  # fmt: skip
+        own = [ours(runs, model, IMAGENET, "acc1", stage) if stage in stages else "-"
+               for stage in STAGES]  # fmt: skip
+        data = model["data"] + " (first README)" * (model["source"] == "GLIP, first")
+        rows.append([model["method"], masked, str(model["tokens"]), data, *given, *own,
+                     in_scenes(model, scenes, "steps")])  # fmt: skip
+    return head, rows
+
+
+def by_set(
+    models: list[dict], runs: list[dict], sets: list[tuple[str, str, str]]
+) -> tuple[list, list]:
+    """Head and rows of (label, set, metric): others' numbers, the paper's and ours.
+
+    Of the paper and of ours no mask, and half of the patches masked; unmasked tuning included.
+    """
+    others = [m for m in models if m["source"] == "CLIP-PGS"]
+    own = [m for m in models if m["source"] == "GLIP" and m["data"] == "CC12M"
+           and m["masked"] in ("0 %", "50 %")]  # fmt: skip
+    names = [f"{m['method']} {m['masked']}" * (m["masked"] != "0 %") or m["method"] for m in own]
+    head = ["", *(f"{m['method']}, third party" for m in others),
+            *(f"{name}, GLIP's authors" for name in names),
+            *(f"{name}, ours" for name in names)]  # fmt: skip
+    rows = [
+        [label, *(published(m, name, metric or "acc1") for m in (*others, *own)),
+         *(ours(runs, m, name, metric) for m in own)]
+        for label, name, metric in sets
+    ]  # fmt: skip
+    return head, rows
+
+
+def against_aclip(models: list[dict], runs: list[dict], scenes: dict) -> tuple[list, list]:
+    """Head and rows of A-CLIP's and GLIP's models; `scenes`: our comparison in steps and time."""
+    chosen = [m for m in models if m["source"] == "A-CLIP"]
+    chosen += [m for m in models if m["data"] == "CC12M" and m["source"] in ("GLIP", "CLIP-PGS")
+               and m["masked"] in ("0 %", "50 %") and m["method"] != "Cluster Masking"]  # fmt: skip
+    metrics = [
+        (f"{TIME}, times CLIP's", TIME, "times CLIP's"), ("ImageNet", IMAGENET, "acc1"),
+        ("mean of 26 sets", "average of 26", "acc1"),
+        *((f"{label}, {way} R@1", name, f"{way}_retrieval_recall@1")
+          for name, label in CAPTIONED_SETS.items() for way in ("text", "image")),
+    ]  # fmt: skip
+    head = ["method", "masked", "source", *(label for label, _, _ in metrics), "ImageNet, ours",
+            f"{sweep.HOME}, ours, equal steps", "equal time"]  # fmt: skip
+    rows = [
+        [m["method"], m["masked"], f"{m['source']} ({m['data']})",
+         *(published(m, name, metric) for _, name, metric in metrics),
+         ours(runs, m, IMAGENET, "acc1"),
+         *(in_scenes(m, scenes, equal) for equal in ("steps", "time"))]
+        for m in chosen
+    ]  # fmt: skip
+    return head, rows
+
+
+def paper_tables(folder: Path = ROOT / "results") -> dict[str, Table]:
+    """The paper's seven tables: what is published, what is not, and what was run here."""
+    paper = json.loads((folder / "paper.json").read_text())
+    cost = json.loads((folder / "cost.json").read_text())
+    models, runs = paper["models"], load_results(folder, "config")
+    scenes = cells(load_results(folder), cost)
+    source = {key: f"{key}: {text}." for key, text in paper["sources"].items()}
+    small_models = [m for m in models if m["data"] == "CC3M"]
+    ratio_models = [m for m in models if m["source"] in ("GLIP", "GLIP, first")]
+    captioned = [
+        (f"{label}, {way} R@{k}", name, f"{way}_retrieval_recall@{k}")
+        for name, label in CAPTIONED_SETS.items() for way in ("text", "image") for k in (1, 5, 10)
+    ]  # fmt: skip
+    probed = [(f"{SMALL_SETS[name]}, linear probe", name, "linear_probe")
+              for name in ("cifar10", "cifar100", IMAGENET)]  # fmt: skip
+    both = f"{source['CLIP-PGS']} {source['GLIP']} {GUESS} {MISSING}"
+
+    def of_sets(title: str, sets: list[tuple[str, str, str]]) -> Table:
+        return Table(title, *by_set(models, runs, sets), both)
+
+    return {
+        "T1": Table(
+            "ImageNet, zero-shot top-1 by mask ratio", *by_ratio(ratio_models, runs, scenes),
+            f"{source['GLIP']} {source['GLIP, first']} {LESSON} {MISSING}"),
+        "T2": of_sets("Zero-shot on 26 sets, ours in each set's own metric",
+                      [(label, name, "") for name, label in SMALL_SETS.items()]),
+        "T3": of_sets("Robustness, zero-shot top-1",
+                      [(label, name, "acc1") for name, label in SHIFTED_SETS.items()]),
+        "T4": of_sets("Retrieval", captioned),
+        "T5": of_sets("Linear probe and fine-tuning, top-1",
+                      [*probed, ("ImageNet, fine-tuned", IMAGENET, "fine_tune")]),
+        "T6": Table("Against A-CLIP", *against_aclip(models, runs, scenes),
+                    f"{source['A-CLIP']} {both} {LESSON}"),
+        "T7": Table(
+            "CC3M, ImageNet's zero-shot top-1", *by_ratio(small_models, runs, scenes),
+            f"{source['the paper']} {GUESS} {MISSING}"),
+    }  # fmt: skip
+
+
+def ratio_part() -> str:
+    """Of T1 what the authors' README says of CC12M today, and ours."""
+    found = paper_tables()["T1"]
+    place = found.head.index("data")
+    rows = [row for row in found.rows if row[place] == "CC12M"]
+    head, *rows = (line[:place] + line[place + 1 :] for line in (found.head, *rows))
+    return table(head, rows)
+
+
+def markdown(name: str, content: Table) -> str:
+    """A table of the paper in Markdown."""
+    parts = (f"### {name}. {content.title} (%)", table(content.head, content.rows), content.note)
+    return "\n\n".join(parts)
+
+
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {c: "\\" + c for c in "&%$#_{}"}
+
+
+def latex(name: str, content: Table) -> str:
+    """A table of the paper in LaTeX, by booktabs and as wide as a line by graphicx."""
+
+    def row(line: list[str]) -> str:
+        return " & ".join(cell.translate(str.maketrans(SPECIAL)) for cell in line) + r" \\"
+
+    caption = f"{name}. {content.title} (%). {content.note}".translate(str.maketrans(SPECIAL))
+    return "\n".join([
+        r"\begin{table}", rf"\caption{{{caption}}}", rf"\label{{tab:{name}}}",
+        r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{'l' * len(content.head)}}}",
+        r"\toprule", row(content.head), r"\midrule", *map(row, content.rows), r"\bottomrule",
+        r"\end{tabular}}", r"\end{table}",
+    ])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# The README, and the command
+# ------------------------------------------------------------------------------------------------
+
+
 def filled(text: str) -> str:
     """README text with every marked part made anew."""
     results = load_results()
     cost = json.loads((ROOT / "results/cost.json").read_text())
     parts = {
         "demo": demo_table(results), "compare": compare_table(results, cost),
-        "cost": cost_table(cost), "data": data_table(),
+        "cost": cost_table(cost), "data": data_table(), "training": training_table(),
+        "paper": ratio_part(),
     }  # fmt: skip
     for name, content in parts.items():
         start, end = f"<!-- {name}: made by report.py -->", f"<!-- end of {name} -->"
@@ -241,10 +519,28 @@ def filled(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """Rewrite README.md's tables, or print the paper's."""
+
+    paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the paper's tables
+    latex: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # ... for a LaTeX document
+
+
 def main() -> None:
-    """Rewrite README.md's tables."""
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    """The command line."""
+    options = tyro.cli(ReportConfig, description=__doc__)
+    if options.latex and not options.paper:
+        print("report.py: --latex goes with --paper: give both", file=sys.stderr)
+        sys.exit(2)
+    if options.paper:
+        draw = latex if options.latex else markdown
+        if options.latex:
+            print(r"% in the preamble: \usepackage{booktabs, graphicx}" + "\n")
+        print("\n\n".join(draw(*item) for item in paper_tables().items()))
+    else:
+        readme = ROOT / "README.md"
+        readme.write_text(filled(readme.read_text()))
 
 
 if __name__ == "__main__":

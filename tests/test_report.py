@@ -1,12 +1,22 @@
 """Tables and budgets on made-up results whose means, ranges and steps are known."""
 
 import itertools
+import json
+import re
+import shutil
+import statistics
 import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from pylatexenc.latexwalker import LatexEnvironmentNode, LatexWalker
 
 import glip
 import report
 import sweep
 import train
+from data import Emoji
 
 FULL = train.parse(["--recipe", "compare"]).steps
 TIMES = {"cluster": 1.5, "attentive": 2.0, "gumbel": 1.1}  # 1.1 is nearly the same
@@ -68,6 +78,23 @@ def test_the_sweep_is_what_it_says():
         assert abs(steps[data, mask, ratio, "time"] - FULL / slow) <= 2
         shared = names[data, mask, ratio, "steps"] == names[data, mask, ratio, "time"]
         assert shared == (slow == 1.0)
+
+
+def test_the_questions_are_runs_of_their_own_with_the_comparisons_steps():
+    """None is a cell of the comparison; fewer vendors are tuned for as many steps as all."""
+    known = {run.name for run in sweep.planned(made_up_cost())}
+    runs = sweep.questions()
+    assert len({run.name for run in runs}) == len(runs) and not known & {run.name for run in runs}
+    for run in runs:
+        config = train.parse(list(run.flags))
+        train.check(config, 1)
+        assert (config.steps, config.seed, config.mask) == (FULL, run.seed, run.mask)
+        assert config.mask_ratio == run.ratio
+        if config.vendors:
+            pictures = Emoji("emoji", 64, config.vendors, "train")
+            assert round(config.tune_epochs * (len(pictures) // config.tune_batch_size)) == 20
+    counts = Counter(str(config.sigma) for config in (train.parse(list(r.flags)) for r in runs))
+    assert all(counts[s] == len(sweep.SEEDS) for s in ("0.05", "0.1", "0.4", "0.8"))
 
 
 def test_tables_show_means_ranges_and_what_is_missing():
@@ -160,3 +187,126 @@ def test_costs_are_ratios():
 def test_missing_results_are_not_run():
     assert report.compare_table([], made_up_cost()) == report.demo_table([]) == "Not run."
     assert report.spread([]) == "not run" and report.spread([0.25]) == "25.0"
+
+
+PAPER = json.loads((report.ROOT / "results/paper.json").read_text())
+
+
+def a_run(top1, **config):
+    """A published run on CC12M with a result on every kind of set."""
+    stages = ("masked inference", "full picture", "after tuning")
+    columns = {stage: {"acc1": top1 * k / 3, "mean_per_class_recall": 0.125}
+               for k, stage in enumerate(stages, 1)}  # fmt: skip
+    recall = {stage: {"text_retrieval_recall@1": 0.25} for stage in stages}
+    config = {"recipe": "cc12m", "mask": "gaussian", "mask_ratio": 0.5, "sigma": 0.2,
+              "image_size": 0, "text_mask": "none", "aclip": False, **config}  # fmt: skip
+    return {
+        "name": "r", "config": config, "linear_probe": {"cifar10": {"accuracy": 0.875}},
+        "benchmarks": {"imagenet1k": {"metric": "acc1", "columns": columns},
+                       "pets": {"metric": "mean_per_class_recall", "columns": columns},
+                       "flickr30k": {"metric": "acc1", "columns": recall}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of results without a run of ours."""
+    shutil.copy(report.ROOT / "results/paper.json", tmp_path)
+    (tmp_path / "cost.json").write_text(json.dumps(made_up_cost()))
+    return tmp_path
+
+
+def row_of(table, *start):
+    (row,) = [row for row in table.rows if row[: len(start)] == list(start)]
+    return dict(zip(table.head, row, strict=True))
+
+
+def test_published_numbers_agree_with_themselves():
+    """Means over sets that the third party prints are the means of its sets, as copied here."""
+    checked = 0
+    for model in PAPER["models"]:
+        numbers = model["numbers"]
+        if model["source"] == "CLIP-PGS":
+            kept = [name for name, found in numbers.items() if "acc1" in found
+                    and not name.startswith(("imagenet", "average"))]  # fmt: skip
+            mean = statistics.mean(numbers[name]["acc1"]["full picture"] for name in kept)
+            assert len(kept) == 17
+            assert mean == pytest.approx(numbers["average of 17"]["acc1"]["full picture"], abs=0.06)
+            checked += 1
+        assert model["source"] in PAPER["sources"]
+        for name in ("mscoco_captions", "flickr30k"):
+            for way in ("text", "image"):
+                found = [numbers[name][f"{way}_retrieval_recall@{k}"]["full picture"]
+                         for k in (1, 5, 10)] if model["source"] == "CLIP-PGS" else []  # fmt: skip
+                assert found == sorted(found)
+    assert checked == 4
+
+
+def test_tables_of_the_paper_without_a_run_of_ours(results):
+    tables = report.paper_tables(results)
+    assert list(tables) == [f"T{i}" for i in range(1, 8)]
+    first = row_of(tables["T1"], "GLIP", "91.8 %", "17", "CC12M")
+    assert first["after tuning, published"] == "28.0" and first["after tuning, ours"] == "not run"
+    assert row_of(tables["T1"], "RECLIP", "64 px", "17", "CC12M")[
+        "masked inference, published"] == "-"  # fmt: skip
+    assert len(tables["T2"].rows) == 26
+    assert row_of(tables["T2"], "Oxford Pets")["Cluster Masking, third party"] == "55.4"
+    assert row_of(tables["T5"], "ImageNet, fine-tuned")["GLIP 50 %, ours"] == "not run"
+    assert set(row_of(tables["T7"], "FLIP").values()) >= {"not published", "not run"}
+    for table in tables.values():
+        cells = [cell for row in table.rows for cell in row]
+        assert report.NOT_RUN in cells and report.NOT_PUBLISHED in cells
+        assert report.NOT_PUBLISHED in table.note
+
+
+def test_our_runs_stand_beside_the_papers_numbers(results):
+    """Those of the same settings alone, in percent, with the range of seeds."""
+    runs = {
+        "a": a_run(0.30), "b": a_run(0.36), "sigma": a_run(0.9, sigma=0.8),
+        "words": a_run(0.9, text_mask="block"), "other": a_run(0.9, recipe="flip"),
+        "flip": a_run(0.24, mask="random"),
+    }  # fmt: skip
+    for name, run in runs.items():
+        (results / f"{name}.json").write_text(json.dumps(run))
+    tables = report.paper_tables(results)
+    row = row_of(tables["T1"], "GLIP", "50 %", "99", "CC12M")
+    assert row["after tuning, ours"] == "33.0 (30.0-36.0)"
+    assert row["masked inference, ours"] == "11.0 (10.0-12.0)"
+    assert row_of(tables["T1"], "FLIP", "50 %", "99", "CC12M")["after tuning, ours"] == "24.0"
+    assert row_of(tables["T1"], "GLIP", "75 %", "50", "CC12M")["after tuning, ours"] == "not run"
+    assert row_of(tables["T2"], "Oxford Pets")["FLIP 50 %, ours"] == "12.5"
+    assert row_of(tables["T3"], "ImageNet")["FLIP 50 %, ours"] == "24.0"
+    assert row_of(tables["T4"], "Flickr30k, text R@1")["FLIP 50 %, ours"] == "25.0"
+    assert row_of(tables["T4"], "Flickr30k, text R@5")["FLIP 50 %, ours"] == "not run"
+    assert row_of(tables["T5"], "CIFAR-10, linear probe")["FLIP 50 %, ours"] == "87.5"
+
+
+def test_latex_is_whole_and_escaped(results):
+    """Read by a LaTeX parser: balanced, a tabular with as many cells in each row as columns."""
+    nasty = report.Table("50 % & more_or {less}", ["a_b", "c"], [["#1", r"\x^~$"]], "100 % _")
+    tables = {**report.paper_tables(results), "X": nasty}
+    for name, table in tables.items():
+        text = report.latex(name, table)
+        (node,) = LatexWalker(text, tolerant_parsing=False).get_latex_nodes()[0]
+        assert isinstance(node, LatexEnvironmentNode) and node.environmentname == "table"
+        columns, body = re.search(r"tabular}{(l+)}(.*)\\end{tabular}", text, re.DOTALL).groups()
+        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == 1 + len(table.rows)
+        for line in lines:
+            assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+            assert not re.search(r"(?<!\\)[%$#_^~]", line)
+    assert r"\#1 & \textbackslash{}x\textasciicircum{}\textasciitilde{}\$" in text
+
+
+def test_the_command_prints_the_paper_and_leaves_the_readme_alone(monkeypatch, capsys):
+    before = (report.ROOT / "README.md").read_bytes()
+    for words, start in (["--paper"], "### T1. "), (["--paper", "--latex"], "% in the preamble: "):
+        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        report.main()
+        assert capsys.readouterr().out.startswith(start)
+    for words, code in (["--help"], 0), (["--latex"], 2):
+        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        with pytest.raises(SystemExit) as stopped:
+            report.main()
+        assert stopped.value.code == code and "paper" in "".join(capsys.readouterr())
+    assert (report.ROOT / "README.md").read_bytes() == before
