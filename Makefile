@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test proof sweep readme setup
+.PHONY: demo test notebooks proof sweep readme setup
 
 demo: setup
 	test -f runs/demo/model.pt || $(RUN) train.py
@@ -13,13 +13,18 @@ test: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 
+# Opens Jupyter; set NANOGLIP_QUICK=1 for the tests' small sizes.
+notebooks: setup
+	$(RUN) -m jupyterlab notebooks
+
 # What takes too long for `make test`; its numbers go to results/.
 proof: setup
 	$(RUN) -m pytest -m proof
 	$(RUN) bench.py
+	$(RUN) bench.py zero-shot --rounds 3
 
-# The comparison of masks in the README: about five hours on two cores, in as many sittings as you
-# like; finished runs are skipped.
+# The comparison of masks in the README and the runs of the notebooks: about six hours on two cores,
+# in as many sittings as you like; finished runs are skipped.
 sweep: setup
 	$(RUN) sweep.py
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
+import convert
 import data
 import evaluate
 import fetch
+import finetune
 import glip
 import report
 import train
@@ -21,11 +23,13 @@ from tests.test_train import command
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
-    "masks", "glip", "aclip", "embedded", "shards", "pictures", "fetch", "captions", "data",
-    "evaluate", "recipes", "train",
+    "losses", "masks", "glip", "parallel", "significance", "aclip", "embedded", "shards",
+    "pictures", "fetch", "captions", "data", "probe", "benchmarks", "figures", "search", "evaluate",
+    "card", "recipes", "page", "runs", "estimate", "convert", "train", "finetune",
 ]  # fmt: skip
 CHAIN = [  # each does import the one before it
-    "masks", "glip", "shards", "pictures", "captions", "data", "evaluate", "train"
+    "masks", "glip", "shards", "pictures", "captions", "data", "probe", "evaluate", "train",
+    "finetune",
 ]  # fmt: skip
 
 
@@ -49,7 +53,8 @@ def test_importing_a_script_has_no_effect(tmp_path):
     code = (
         "import torch, random, numpy, sys; a = torch.get_rng_state(); b = random.getstate(); "
         "c = numpy.random.get_state()[1].tolist(); t = torch.get_num_threads()\n"
-        "import masks, glip, aclip, data, evaluate, train, sweep, report, bench\n"
+        "import masks, glip, aclip, data, benchmarks, figures, evaluate, convert, train, finetune\n"
+        "import search, significance, estimate, runs, sweep, report, bench\n"
         "assert torch.equal(a, torch.get_rng_state()) and b == random.getstate()\n"
         "assert c == numpy.random.get_state()[1].tolist() and t == torch.get_num_threads()\n"
         "glip.tokenize('a dog')\n"
@@ -80,13 +85,26 @@ def test_every_command_of_the_readme_parses():
             flags = words[words.index("evaluate.py") + 1 :]
             assert isinstance(evaluate.tyro.cli(evaluate.EvaluateConfig, args=flags), object)
             seen += 1
+        elif "report.py" in words:
+            flags = words[words.index("report.py") + 1 :]
+            assert isinstance(report.tyro.cli(report.ReportConfig, args=flags), object)
+            seen += 1
+        elif "finetune.py" in words:
+            flags = words[words.index("finetune.py") + 1 :]
+            finetune.check(finetune.tyro.cli(finetune.FineTuneConfig, args=flags))
+            seen += 1
         elif "data.py" in words:
             command, *flags = words[words.index("data.py") + 1 :]
             kinds = {"fetch": fetch.FetchConfig, "snapshot": data.SnapshotConfig,
                      "index": data.IndexConfig}  # fmt: skip
             assert isinstance(data.tyro.cli(kinds[command], args=flags), kinds[command])
             seen += 1
-        elif words[0] != "source":
+        elif "convert.py" in words:
+            command, *flags = words[words.index("convert.py") + 1 :]
+            kind = convert.COMMANDS[command][1]
+            assert isinstance(convert.tyro.cli(kind, args=flags), kind)
+            seen += 1
+        elif words[0] not in ("source", "hf"):
             assert words[0] == "make"
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert seen >= 10
@@ -109,13 +127,16 @@ def test_every_link_of_the_readme_leads_somewhere():
     text = (ROOT / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert len(links) > 12
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    heads = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+    assert {link for link in links if link[0] == "#"} - anchors == set()
+    assert [link for link in links if link[0] != "#" and not (ROOT / link).exists()] == []
 
 
 def test_tables_of_the_readme_are_current():
     text = (ROOT / "README.md").read_text()
     assert report.filled(text) == text
-    assert len(re.findall("made by report.py", text)) == 4
+    assert len(re.findall("made by report.py", text)) == 6
     assert "Not run." not in text
 
 
