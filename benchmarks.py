@@ -36,6 +36,7 @@ import shards
 from glip import InputError, Masker
 from pictures import SUFFIXES, check_pixels, decode
 from probe import hold_out
+from significance import interval
 
 # ------------------------------------------------------------------------------------------------
 # What is published, and under which names
@@ -505,13 +506,24 @@ def class_features(encoder: object, classes: Sequence[str], prompts: Sequence[st
 # ------------------------------------------------------------------------------------------------
 
 
+def named(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """acc1, acc5: whether each picture's class is found. (M, C), (M,) -> (M,) each."""
+    hits = {"acc1": scores.argmax(dim=1) == labels}
+    if scores.shape[1] >= 5:
+        hits["acc5"] = (scores.topk(5).indices == labels[:, None]).any(dim=1)
+    return hits
+
+
+def shares(hits: dict[str, Tensor]) -> dict[str, float]:
+    """How many of each metric's answers are right."""
+    return {metric: right.double().mean().item() for metric, right in hits.items()}
+
+
 def classification(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """acc1, acc5, mean_per_class_recall; of two classes roc_auc. (M, C), (M,)."""
-    right = scores.argmax(dim=1) == labels
-    result = {"acc1": right.double().mean().item()}
-    if scores.shape[1] >= 5:
-        among = (scores.topk(5).indices == labels[:, None]).any(dim=1)
-        result["acc5"] = among.double().mean().item()
+    hits = named(scores, labels)
+    result, right = shares(hits), hits["acc1"]
+    if "acc5" in hits:
         result["mean_of_acc1_acc5"] = (result["acc1"] + result["acc5"]) / 2
     counts, hits = labels.bincount(), labels.bincount(weights=right.double())
     result["mean_per_class_recall"] = (hits / counts)[counts > 0].mean().item()
@@ -531,8 +543,8 @@ def multilabel(scores: Tensor, labels: Tensor) -> dict[str, float]:
     return {"mean_average_precision": float(np.mean(each))}
 
 
-def retrieval(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
-    """R@1/5/10 both ways: one right answer among k is enough. (M, E), (T, E), owner (T,) < M."""
+def retrieved(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, Tensor]:
+    """R@1/5/10 both ways: whether one right answer is among k. (M, E), (T, E), owner (T,) < M."""
     own = torch.arange(len(images))
 
     def ranked(queries: Tensor, answers: Tensor, wanted: Tensor, given: Tensor) -> Tensor:
@@ -545,26 +557,38 @@ def retrieval(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
 
     ways = {"text_retrieval_recall": ranked(images, texts, own, owner),
             "image_retrieval_recall": ranked(texts, images, owner, own)}  # fmt: skip
-    return {f"{way}@{k}": right[:, :k].any(dim=1).double().mean().item()
-            for way, right in ways.items() for k in (1, 5, 10)}  # fmt: skip
+    return {f"{way}@{k}": right[:, :k].any(dim=1) for way, right in ways.items()
+            for k in (1, 5, 10)}  # fmt: skip
 
 
-def measure(benchmark: Benchmark, encoder: object, images: Tensor) -> tuple[dict, Tensor | None]:
-    """A set's metrics from image_features (M, E); scores (M, C) of a classification, else None."""
+def retrieval(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
+    """The shares of `retrieved`."""
+    return shares(retrieved(images, texts, owner))
+
+
+def measure(
+    benchmark: Benchmark, encoder: object, images: Tensor
+) -> tuple[dict, dict[str, Tensor], Tensor | None]:
+    """A set's metrics from image_features (M, E), single answers, a classification's scores (M, C).
+
+    The answers (n,) are whether each was right, by metric, where a metric is a share of answers.
+    """
     if benchmark.kind in ("retrieval", "choice"):
         texts = encoder.texts([text for captions in benchmark.captions for text in captions])
         if benchmark.kind == "choice":
             scores = (texts.unflatten(0, (len(images), -1)) @ images[:, :, None])[:, :, 0]
-            return {"text_acc": (scores.argmax(dim=1) == 0).double().mean().item()}, None
-        counts = torch.tensor([len(captions) for captions in benchmark.captions])
-        owner = torch.arange(len(images)).repeat_interleave(counts)
-        return retrieval(images, texts, owner), None
+            hits = {"text_acc": scores.argmax(dim=1) == 0}
+        else:
+            counts = torch.tensor([len(captions) for captions in benchmark.captions])
+            hits = retrieved(images, texts, torch.arange(len(images)).repeat_interleave(counts))
+        return shares(hits), hits, None
     labels = torch.from_numpy(benchmark.labels)
     metrics = multilabel if benchmark.kind == "multilabel" else classification
     scores, single = (images @ class_features(encoder, benchmark.classes, prompts).T
                       for prompts in (benchmark.prompts, [ONE_PROMPT]))  # fmt: skip
     other = {f"{metric}_one_prompt": value for metric, value in metrics(single, labels).items()}
-    return metrics(scores, labels) | other, scores
+    hits = named(scores, labels) if benchmark.kind == "classification" else {}
+    return metrics(scores, labels) | other, hits, scores
 
 
 # ------------------------------------------------------------------------------------------------
@@ -611,11 +635,15 @@ def evaluate_sets(
                     "pictures": len(benchmark.labels), "classes": len(benchmark.classes),
                     "prompts": len(benchmark.prompts),
                     "captions": sum(map(len, benchmark.captions)),
-                    "columns": {column: metrics for column, (metrics, _) in found.items()},
+                    "columns": {column: metrics for column, (metrics, *_) in found.items()},
+                    "intervals": {
+                        column: {m: interval(right.numpy()) for m, right in hits.items()}
+                        for column, (_, hits, _) in found.items()
+                    },
                 }  # fmt: skip
                 comparable = benchmark.name in (*SETS["T1"], *SETS["T3"])
                 if comparable and benchmark.kind == "classification":
-                    scores = {column: scores for column, (_, scores) in found.items()}
+                    scores = {column: scores for column, (*_, scores) in found.items()}
                     kept[benchmark.name] = benchmark, scores
     compare_with_imagenet(results, kept, columns)
     return results, problems
@@ -669,7 +697,7 @@ def aupr(known: Tensor, foreign: Tensor) -> float:
 def describe(results: dict[str, dict]) -> str:
     """One run's results: each set's own metric, with one prompt, and what it is compared by."""
     columns = list(next(iter(results.values()))["columns"])
-    lines = [f"{'%':58}" + "".join(f"{column:>18}" for column in columns)]
+    lines = [f"{'set, metric (%, 95 % interval)':58}" + "".join(f"{c:>22}" for c in columns)]
     for name, entry in sorted(results.items()):
         each, metric = entry["columns"], entry["metric"]
         shown = [metric, f"{metric}_one_prompt", "drop", "aupr"]
@@ -677,6 +705,10 @@ def describe(results: dict[str, dict]) -> str:
             shown = list(each[columns[0]])
         title = " ".join([name, *(table for table, names in SETS.items() if name in names)])
         for label in (label for label in shown if label in each[columns[0]]):
-            cells = "".join(f"{100 * each[column][label]:>18.1f}" for column in columns)
+            cells = ""
+            for column in columns:
+                low, high = entry["intervals"][column].get(label, (0, 0))
+                between = f" ({100 * low:.1f}-{100 * high:.1f})" if high else ""
+                cells += f"{f'{100 * each[column][label]:.1f}{between}':>22}"
             lines.append(f"{f'{title}, {label}':58}" + cells)
     return "\n".join(lines)

@@ -98,7 +98,9 @@ def measure_cost(threads: int, masks: list[str], rounds: int = 8) -> dict:
             start = time.perf_counter()
             batch = stage.batches[step]
             train.renew_mask(stage, model, changed, step, device)
-            loss, *_ = train.compute_gradients(model, batch, stage, changed, device, bf16)
+            loss, *_ = train.compute_gradients(
+                model, model, batch, stage, changed, device, bf16
+            )
             train.apply_gradients(model, optimizers, 1e-3, 0.0)
             loss.item()
             middle = time.perf_counter()

@@ -483,12 +483,14 @@ def test_clip_benchmarks_command_prints_our_numbers(tmp_path, monkeypatch):
         main()
     encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
     features, texts = encoder.images(lambda i: images[i], len(images)), encoder.texts(names)
-    ours = evaluate.zero_shot(features, texts[:10], concept, np.zeros(10, bool))
+    ours = evaluate.metrics(
+        evaluate.zero_shot(features, texts[:10], concept, np.zeros(10, bool))
+    )
     found = json.loads((tmp_path / "classification.json").read_text())["metrics"]
     assert found["acc1"] == pytest.approx(ours["zero-shot top-1"], abs=1e-9)
     assert found["acc5"] == pytest.approx(ours["zero-shot top-5"], abs=1e-9)
     assert 0.05 < found["acc1"] < found["acc5"] < 0.95  # neither all right nor all wrong
-    ours = evaluate.retrieval(features, texts, torch.arange(len(ids)))
+    ours = evaluate.metrics(evaluate.retrieval(features, texts, torch.arange(len(ids))))
     found = json.loads((tmp_path / "retrieval.json").read_text())["metrics"]
     for k in (1, 5):
         assert found[f"image_retrieval_recall@{k}"] == pytest.approx(
@@ -567,10 +569,10 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
     config = replace(NANO, quick_gelu=True)
     exported(folder / "hub", "hf", config)
     do(monkeypatch, "import", "hub", "--from", "hf", "--out", "runs/published")
-    monkeypatch.setattr(evaluate, "draw_all", lambda *_: [])
+    monkeypatch.setattr(evaluate.figures, "draw_all", lambda *_: [])
     results = evaluate.run_evaluation(evaluate.EvaluateConfig("runs/published", precision="fp32"))
     encoder = evaluate.Encoder(model_of(config), torch.device("cpu"), "fp32")
-    wanted = evaluate.evaluate(encoder, data.load("emoji", 32)[1])
+    wanted = evaluate.metrics(evaluate.evaluate(encoder, data.load("emoji", 32)[1]))
     assert results["held_out"] == {"full picture": wanted}
     words = [*WORDS, "--mask", "gaussian", "--image-size", "64", "--init", "runs/published"]
     run = train.train(train.parse(words))

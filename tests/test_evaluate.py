@@ -147,9 +147,10 @@ def test_probe_keeps_groups_together():
 
 def test_train_then_evaluate_by_the_readmes_commands(tmp_path):
     """In an empty folder: two runs, the one written last is evaluated; numbers and pictures."""
-    words = ["--batch-size", "32", "--tune-batch-size", "32", "--image-size", "32", "--steps", "4",
-             "--eval-every", "100", "--precision", "fp32"]  # fmt: skip
-    for extra in (["--tune-epochs", "0"], ["--tune-epochs", "0.01", "--data", "scenes-center"]):
+    words = ["--batch-size", "32", "--image-size", "32", "--steps", "4", "--eval-every", "100",
+             "--precision", "fp32"]  # fmt: skip
+    tuned = ["--tune-epochs", "0.01", "--tune-batch-size", "32", "--data", "scenes-center"]
+    for extra in (["--tune-epochs", "0"], tuned):
         done = command(str(ROOT / "train.py"), *words, *extra, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
     done = command(

@@ -21,8 +21,9 @@ import train
 from train import RECIPES, TrainConfig, lr_at, parse, run_name
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--image-size", "32", "--batch-size", "32", "--tune-batch-size", "32", "--precision",
-         "fp32", "--eval-every", "1000", "--log-every", "5"]  # fmt: skip
+ONE_STAGE = ["--image-size", "32", "--batch-size", "32", "--precision", "fp32", "--eval-every",
+             "1000", "--log-every", "5", "--tune-epochs", "0"]  # fmt: skip
+SMALL = [*ONE_STAGE[:-2], "--tune-batch-size", "32"]
 
 
 def command(*words: str, cwd: Path = ROOT, path: Path = ROOT) -> subprocess.CompletedProcess:
@@ -207,7 +208,7 @@ def test_same_seed_gives_the_same_bits(run, tmp_path):
         a, b = (glip.load_checkpoint(folder / name)["model"] for folder in (out, again))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     other = tmp_path / "c"
-    words = [*SMALL, "--steps", "5", "--tune-epochs", "0", "--seed", "1"]
+    words = [*ONE_STAGE, "--steps", "5", "--seed", "1"]
     assert command("train.py", *words, "--out", str(other)).returncode == 0
     assert records(other)[0]["loss"] != records(out)[0]["loss"]
 
@@ -312,7 +313,7 @@ def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
     ["attentive", "--aclip", "--teacher-scale", "0.5"],
 ], ids=["cluster", "aclip"])  # fmt: skip
 def test_two_processes_agree_on_state_and_words(mask, tmp_path):
-    words = [*SMALL, "--steps", "6", "--tune-epochs", "0", "--log-every", "1", "--mask", *mask]
+    words = [*ONE_STAGE, "--steps", "6", "--log-every", "1", "--mask", *mask]
     assert command("train.py", *words, "--out", str(tmp_path / "one")).returncode == 0
     done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                    "train.py", *words, "--out", str(tmp_path / "two"))  # fmt: skip
