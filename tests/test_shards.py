@@ -337,9 +337,9 @@ def test_an_endless_word_takes_no_time(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         add(tar, "a.jpg", picture(1))
         add(tar, "a.txt", word.encode())
-    begun = time.monotonic()
+    begun = time.process_time()
     shards.build(str(tmp_path), 1)
-    assert time.monotonic() - begun < 5 and len(shards.Index(str(tmp_path))) == 1
+    assert time.process_time() - begun < 5 and len(shards.Index(str(tmp_path))) == 1
 
 
 def test_the_same_name_in_two_folders_is_refused(tmp_path):
