@@ -17,6 +17,7 @@ from PIL import Image
 import data
 import evaluate
 import glip
+import runs
 import train
 from train import RECIPES, TrainConfig, lr_at, parse, run_name
 
@@ -107,11 +108,11 @@ def test_schedules_of_masks_are_pure_functions_of_the_step():
 def test_the_recorded_command_names_no_folder_of_the_machine(monkeypatch):
     words = ["/x/train.py", "--data", "/y/z/pics", "--out=/y/z/run", "--data=own/pics"]
     monkeypatch.setattr(sys, "argv", words)
-    assert train.command() == "python train.py --data pics --out=run --data=own/pics"
+    assert runs.command() == "python train.py --data pics --out=run --data=own/pics"
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert train.command().startswith("torchrun --nproc_per_node 8 train.py")
+    assert runs.command().startswith("torchrun --nproc_per_node 8 train.py")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert train.command().startswith("torchrun --nnodes 2 --nproc_per_node 4 train.py")
+    assert runs.command().startswith("torchrun --nnodes 2 --nproc_per_node 4 train.py")
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
@@ -182,7 +183,7 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_the_readme_says(run):
     out, done = run
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "log.jsonl", "pretrained.pt", "model.pt"
+        "config.json", "log.jsonl", "pretrained.pt", "model.pt", "report.html"
     }  # fmt: skip
     assert "keeps 4 of 16 patches (75.0% removed)" in done.stdout
     logged = [r for r in records(out) if "loss" in r]
