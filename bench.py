@@ -285,7 +285,7 @@ def measure_estimate(rounds: int, seconds: float) -> dict:
         step()
         found = []
         for _ in range(rounds):
-            on = estimate.named("here", "auto")
+            on = estimate.named("here", "auto", model.width)
             told = estimate.of_stage(config, model, kept, TEXT, batch, on, True)["step"]
             took, begun = [], time.perf_counter()
             while time.perf_counter() - begun < seconds or len(took) < 3:

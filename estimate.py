@@ -39,7 +39,7 @@ ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no G
 MACHINE = 8  # GPUs in one; what leaves it has
 NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
 LOGITS = 2**22  # that exist at once under --micro-batch
-TOUCHED = 5.0  # times that an activation is read or written in a step; fitted to runs on CPUs
+TOUCHED = 5.0  # times that an activation is read or written in a step; `bench.py estimate` checks it
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
     "flip": 400_000_000, "clipa": 400_000_000,
@@ -68,13 +68,13 @@ def count_of(text: str) -> int:
     return int(found[2] or 1)
 
 
-def named(text: str, precision: str) -> Machine:
-    """`h100x8` or `here`; raises InputError for one that is not known."""
+def named(text: str, precision: str, width: int) -> Machine:
+    """`h100x8` or `here`, measured for towers of a width; InputError for one that is not known."""
     count = count_of(text)
     if text.lower() == "here":
         device = evaluate.pick_device("auto")
         bf16 = evaluate.use_bf16(precision, device)
-        return Machine(f"{device.type} (measured)", *rates(device, bf16), 0, 0, 1,
+        return Machine(f"{device.type} (measured)", *rates(device, bf16, width), 0, 0, 1,
                        device.type == "cuda", bf16)  # fmt: skip
     bf16, fp32, memory_rate, memory, link = GPUS[text.lower().removesuffix(f"x{count}")]
     products = fp32 if precision == "fp32" else bf16
@@ -85,12 +85,13 @@ def named(text: str, precision: str) -> Machine:
     )  # fmt: skip
 
 
-def rates(device: torch.device, bf16: bool, width: int = 512, rows: int = 4096) -> tuple:
-    """FLOP/s of a product like a block's, bytes/s of an element-wise sum; best of a second each."""
+def rates(device: torch.device, bf16: bool, width: int, rows: int = 4096) -> tuple[float, float]:
+    """FLOP/s of a product like a block's, bytes/s of a sum into new memory; best of a second each.
+    """
     kind = torch.bfloat16 if bf16 else torch.float32
     x = torch.randn(rows, width, device=device, dtype=kind)
     w = torch.randn(4 * width, width, device=device, dtype=kind)
-    a, b = (torch.randn(2**22, device=device) for _ in range(2))
+    a, b = (torch.randn(2**24, device=device) for _ in range(2))  # larger than any cache
 
     def best(work: object) -> float:
         found, begun = [], time.perf_counter()
@@ -199,7 +200,7 @@ def of_stage(
 
 def tell(config: TrainConfig, stages: list) -> str:
     """The estimate in words. `stages` are of train.plan(), or [] where there are no data yet."""
-    on = named(config.estimate, config.precision)
+    on = named(config.estimate, config.precision, GLIPConfig.named(config.model).width)
     lines, hours = [], 0.0
     for name in ("pretrain", "tune") if config.tune_epochs else ("pretrain",):
         first = name == "pretrain"

@@ -170,8 +170,8 @@ def test_the_estimate_follows_the_settings():
     assert told("h100", "--recompute")[0] < memory / 2
     assert told("h100x8")[2] == pytest.approx(hours / 8, rel=0.2)
     for name in estimate.GPUS:
-        assert estimate.named(name, "auto").count == 1
-        rates = {estimate.named(text, "bf16").products for text in (name, f"{name}x16")}
+        assert estimate.named(name, "auto", 768).count == 1
+        rates = {estimate.named(text, "bf16", 768).products for text in (name, f"{name}x16")}
         assert len(rates) == 1
     assert told("h100x8", "--mask", "cluster")[1] > told("h100x8")[1]  # computes more than it shows
     for wrong in ("h100x0", "abacus", "x8", "h100x"):
