@@ -39,7 +39,7 @@ ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no G
 MACHINE = 8  # GPUs in one; what leaves it has
 NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
 LOGITS = 2**22  # that exist at once under --micro-batch
-TOUCHED = 5.0  # times that an activation is read or written in a step; `bench.py estimate` checks it
+TOUCHED = 5.0  # times that an activation is read or written in a step; see `bench.py estimate`
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
     "flip": 400_000_000, "clipa": 400_000_000,
