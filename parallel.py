@@ -99,11 +99,11 @@ def local(tensors: list[Tensor]) -> list[Tensor]:
 
 def total_norm(grads: list[Tensor]) -> Tensor:
     """Length of all gradients together, divided ones or not."""
-    divided = [g for g in grads if isinstance(g, DTensor)]
-    if not divided:
+    shares = [g for g in grads if isinstance(g, DTensor)]
+    if not shares:
         return torch.nn.utils.get_total_norm(grads)
     alone = [g for g in grads if not isinstance(g, DTensor)]
-    norms = [torch.nn.utils.get_total_norm(divided).full_tensor()]
+    norms = [torch.nn.utils.get_total_norm(shares).full_tensor()]
     return torch.stack([*norms, *(g.norm() for g in alone)]).norm()
 
 

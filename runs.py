@@ -220,8 +220,7 @@ class Report:
 
     def data_arrived(self, batch: tuple) -> None:
         """Count the time since the last step ended as waiting for data, and list bad pictures."""
-        bad = batch[4]
-        self.batch = [x[:SHOWN].clone() for x in batch[:3]]
+        self.batch, bad = batch[:3], batch[4]
         self.waited += time.perf_counter() - self.ready
         self.read += self.stage.batches.share
         self.bad += len(bad)
@@ -422,7 +421,7 @@ class Report:
     @torch.no_grad()
     def write_page(self, model: GLIP, step: int) -> None:
         """Write report.html, with some pairs of the last batch under their masks."""
-        images, tokens, noise = self.batch
+        images, tokens, noise = (x[:SHOWN] for x in self.batch)
         keep = self.stage.masker(images.to(self.device), noise.to(self.device), model.visual)
         self.pairs[self.stage.name] = page.samples(images, tokens, *keep, self.stage.model.grid)
         where = f"{self.stage.name}, step {step:,} of {self.stage.steps:,}"
