@@ -43,7 +43,7 @@ from PIL import Image
 
 from glip import InputError, write_bytes, write_safely
 from pictures import FORMATS, LICENCE, TOO_LARGE, BadPicture, check_pixels, check_scans
-from shards import whole_stats
+from shards import end_with_parent, whole_stats
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's dependencies call home: not from here,
 os.environ["WANDB_MODE"] = "disabled"  # nor from the workers, which inherit this
@@ -340,6 +340,7 @@ class GuardedDownloader(img2dataset.downloader.Downloader):
         self.guard = guard
 
     def __call__(self, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
+        end_with_parent()
         img2dataset.downloader.download_image_with_retry = self.guard.download
         return super().__call__(row)
 

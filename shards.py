@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import tarfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -364,7 +365,7 @@ def build(location: str, workers: int) -> dict:
             build_part(*job)
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would copy locked threads
-        with ProcessPoolExecutor(min(workers, len(jobs)), spawn) as pool:
+        with ProcessPoolExecutor(min(workers, len(jobs)), spawn, end_with_parent) as pool:
             waiting = [pool.submit(build_part, *job) for job in jobs]
             for job in tqdm(as_completed(waiting), total=len(names), **show):
                 job.result()
@@ -373,6 +374,19 @@ def build(location: str, workers: int) -> dict:
         part.unlink()
     parts.rmdir()
     return record
+
+
+@lru_cache  # one watch for a process
+def end_with_parent() -> None:
+    """End this process when its parent is gone, or two would write what the next start writes."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def build_part(location: str, part: Path) -> None:

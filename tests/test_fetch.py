@@ -27,6 +27,7 @@ import data
 import fetch
 import shards
 from glip import InputError
+from tests.test_shards import left_by_kill, make_shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -390,6 +391,19 @@ def test_a_killed_fetch_goes_on(web, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
 
 
+def test_workers_end_with_their_parent(web, tmp_path):
+    """kill -9 of the parent alone: no worker is left to write what the next start writes too."""
+    rows = [(f"http://{web}/slow/{n}", "never whole") for n in range(3)]
+    path, out = write_tsv(tmp_path / "list.tsv", rows), tmp_path / "out"
+    words = ("fetch", "cc12m", "--list", path, "--out", out, "--processes", 1, "--timeout", 90,
+             "--allow-host", web)  # fmt: skip
+    process = subprocess.Popen(command(*words), cwd=ROOT, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not (out / "00000.tar").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert not left_by_kill(process)
+
+
 def test_bad_lists_are_told(tmp_path):
     config = fetch.FetchConfig
     swapped = [("http://example.org/a.jpg", "http://example.org/b.jpg")] * 5
@@ -481,8 +495,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_snapshot_is_brought_and_counted(tmp_path):
-    from tests.test_shards import make_shards
-
     published = make_shards(tmp_path / "published", 3, 20)
     Hub.files = {f"cc3m-train-{p.stem}.tar": p.read_bytes() for p in published.glob("*.tar")}
     Hub.files |= {"cc3m-validation-0000.tar": b"not asked for", "README.md": b"words"}
