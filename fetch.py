@@ -22,6 +22,7 @@ import re
 import shutil
 import socket
 import ssl
+import sys
 import threading
 import time
 import urllib.error
@@ -43,11 +44,12 @@ from PIL import Image
 
 from glip import InputError, write_bytes, write_safely
 from pictures import FORMATS, LICENCE, TOO_LARGE, BadPicture, check_pixels, check_scans
-from shards import end_with_parent, whole_stats
+from shards import end_with_parent, printable_error, whole_stats
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's dependencies call home: not from here,
 os.environ["WANDB_MODE"] = "disabled"  # nor from the workers, which inherit this
 os.environ["WANDB_ERROR_REPORTING"] = "false"
+os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would take any python3
 if importlib.util.find_spec("imghdr") is None:
     raise InputError("img2dataset needs Python 3.12 or older: fetch with one, train with any")
 import img2dataset.downloader
@@ -561,7 +563,13 @@ def run_round(config: FetchConfig, plan: dict, number: int) -> None:
         user_agent_token="nanoglip", disallowed_header_directives=sorted(OPT_OUTS),
     )  # fmt: skip
     run = getattr(distributor, f"{config.distributor}_distributor")
-    run(config.processes or os.cpu_count() or 1, downloader, reader, 1000, 1)
+    try:
+        run(config.processes or os.cpu_count() or 1, downloader, reader, 1000, 1)
+    except Exception as error:  # of Spark, of Ray, of the disk
+        raise InputError(
+            f"--distributor {config.distributor}: {printable_error(error)}; finished shards are "
+            "kept: give the same command again to go on"
+        ) from None
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -404,7 +404,22 @@ def test_workers_end_with_their_parent(web, tmp_path):
     assert not left_by_kill(process)
 
 
-def test_bad_lists_are_told(tmp_path):
+@pytest.mark.parametrize("name", ["pyspark", "ray"])
+def test_the_guard_travels_with_other_distributors(web, private, tmp_path, name):
+    """One machine, where they are installed: `pip install pyspark ray`, and Java."""
+    pytest.importorskip(name)
+    urls = [f"http://{web}/{x}" for x in ("good/1", "good/2", "optout/0", "closed", "bomb")]
+    urls.append(f"http://{web}/to/httpCOLON//127.0.0.1:{private.getsockname()[1]}/")
+    path = write_tsv(tmp_path / "list.tsv", [(url, "words") for url in urls])
+    env = os.environ | {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    done = run("fetch", "cc12m", "--list", path, "--out", tmp_path / "out", "--shard-size", 3,
+               *FAST, "--allow-host", web, "--distributor", name, env=env)  # fmt: skip
+    assert done.returncode == 0 and "expected 6 pairs, got 2 (33.3%)" in done.stdout, done.stderr
+    for why, count in (("opted out", 2), ("private address", 1), ("over 67,108,864 pixels", 1)):
+        assert f"{count:>10,}  {why}" in done.stdout
+
+
+def test_bad_lists_are_told(tmp_path, monkeypatch):
     config = fetch.FetchConfig
     swapped = [("http://example.org/a.jpg", "http://example.org/b.jpg")] * 5
     for name, content, words in (
@@ -422,6 +437,7 @@ def test_bad_lists_are_told(tmp_path):
     (tmp_path / "full/0.tar").write_bytes(b"")
     with pytest.raises(InputError, match="not of a fetch"):
         fetch.fetch(config("cc12m", good, tmp_path / "full"))
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
         fetch.fetch(config("cc12m", good, tmp_path / "x", distributor="pyspark"))
     with pytest.raises(InputError, match="--timeout must be above 0"):
