@@ -178,7 +178,8 @@ def sampling_probabilities(
     inputs = {"share": share, "power": power}
     asked = sampling_inputs(sampling)
     if "clusters" in asked:
-        inputs["clusters"] = read_clusters(clusters, len(pairs))[ids]
+        found = read_clusters(clusters, len(pairs) + len(pairs.left_out))
+        inputs["clusters"] = np.delete(found, pairs.left_out)[ids]
     if "caption_scores" in asked:
         inputs["caption_scores"] = caption_scores(pairs, threshold)[ids]
     chances = np.zeros(len(pairs))
@@ -187,7 +188,10 @@ def sampling_probabilities(
 
 
 def read_clusters(path: str, count: int) -> np.ndarray:
-    """Cluster ids (count,), one for each pair in the data's order, from a .npy or a text file."""
+    """Cluster ids (count,), from a .npy or a text file: held-out pairs have one, too.
+
+    The data's order is that of a table's rows, a folder's names, and in shards of keys.
+    """
     try:
         found = np.load(path) if path.endswith(".npy") else np.loadtxt(path, dtype=np.int64)
     except (OSError, ValueError) as error:

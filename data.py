@@ -113,12 +113,14 @@ def open_source(data: str, image_size: int) -> tuple[Source, Source]:
             f"--data {data}: neither a folder, nor .tar shards, nor a .csv or .tsv file, nor one "
             f"of {', '.join(EMBEDDED)}; check the path"
         )
-    train, test = pictures.split_rows(pictures.own_pictures(path))
+    rows = pictures.own_pictures(path)
+    train, test = pictures.split_rows(rows)
     if not train:
         raise InputError(f"--data {data}: too few pictures to hold some out; add more")
-    held = Pictures(test, image_size, data)
-    held.held = np.arange(len(held))
-    return Pictures(train, image_size, data), held
+    source, held = Pictures(train, image_size, data), Pictures(test, image_size, data)
+    chosen, held.held = set(held.paths), np.arange(len(held))
+    source.left_out = np.array([i for i, (file, _) in enumerate(rows) if file in chosen], int)
+    return source, held
 
 
 # ------------------------------------------------------------------------------------------------

@@ -161,11 +161,15 @@ PROBED = 200  # pictures that are decoded before anything starts
 
 
 class Source:
-    """Numbered captioned pictures; `held` (H,): ids that are held out, in ascending order."""
+    """Numbered captioned pictures; `held` (H,): ids that are held out, in ascending order.
+
+    `left_out`: rows of the data, as given, that have no number here.
+    """
 
     name: str
     image_size: int
     held: np.ndarray
+    left_out = np.empty(0, int)
     counts: dict[str, int]
 
     def __len__(self) -> int:

@@ -594,6 +594,25 @@ def test_cluster_files_are_checked(folder, tmp_path):
             ask(str(tmp_path / name), 0)
 
 
+def test_clusters_of_a_table_count_its_rows(tmp_path):
+    """Of every row, those that are held out for retrieval among them."""
+    rows = ["path,caption"]
+    for n in range(60):
+        (tmp_path / f"{n:03}.jpg").write_bytes(picture(n))
+        rows.append(f"{n:03}.jpg,number {n} of mine")
+    (tmp_path / "my.csv").write_text("\n".join(rows))
+    np.save(tmp_path / "rows.npy", np.arange(60) >= 12)  # a boolean is no number
+    np.save(tmp_path / "clusters.npy", (np.arange(60) >= 12).astype(int))
+    train, test = data.load(str(tmp_path / "my.csv"), 16)
+    ask = partial(captions.sampling_probabilities, "clusters", train, 0.4, 0.0)
+    chances = ask(str(tmp_path / "clusters.npy"), 0)
+    small = np.array([number_of(text) < 12 for text in train.texts(np.arange(len(train)))])
+    assert len(test) and abs(chances.sum() - 0.4 * len(train)) < 1e-6
+    assert chances[small].min() == chances[small].max() > 1.5 * chances[~small].max() > 0
+    with pytest.raises(InputError, match="the data have 60"):
+        ask(str(tmp_path / "rows.npy"), 0)
+
+
 # --- behind a URL -------------------------------------------------------------------------------
 
 
