@@ -103,7 +103,7 @@ def is_public(address: str) -> bool:
 
 
 def opted_out(headers: Message) -> bool:
-    """Whether response headers ask not to be used: X-Robots-Tag in all its forms, or TDM's.
+    """Whether response headers ask not to be used: X-Robots-Tag in all its forms, TDM's, AIPREF's.
 
     A name, a colon and a directive aim at one crawler from there on; other colons stand in values.
     """
@@ -116,6 +116,9 @@ def opted_out(headers: Message) -> bool:
                 agent, piece = name.strip().partition("/")[0], rest
             if agent in OURS and OPT_OUTS & set(piece.split()):
                 return True
+    usage = re.split("[,;]", ",".join(headers.get_all("Content-Usage", [])).lower())
+    if {"train-ai=n", "bots=n"} & {piece.strip() for piece in usage}:
+        return True
     return any(value.strip() == "1" for value in headers.get_all("TDM-Reservation", []))
 
 

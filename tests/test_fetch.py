@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -162,6 +164,9 @@ class Web(http.server.BaseHTTPRequestHandler):
     def send_tdm(self, number):
         self.answer(picture(), TDM_Reservation="1")
 
+    def send_usage(self, number):
+        self.answer(picture(), Content_Usage="search=y, train-ai=n")
+
     def send_flaky(self, number):
         if number in self.flaky:
             return self.send_good("0")
@@ -235,6 +240,17 @@ def test_opt_outs_in_every_form(tags):
     assert fetch.opted_out(headers) == (tags in OPTED_OUT)
 
 
+@pytest.mark.parametrize(("name", "value", "out"), [
+    ("TDM-Reservation", "1", True), ("tdm-reservation", "0", False),
+    ("Content-Usage", "train-ai=n", True), ("Content-Usage", "search=n", False),
+    ("Content-Usage", "Search=y,Train-AI=n;p=1", True), ("Content-Usage", "train-ai=y", False),
+])  # fmt: skip
+def test_opt_outs_in_other_headers(name, value, out):
+    headers = Message()
+    headers[name] = value
+    assert fetch.opted_out(headers) == out
+
+
 @pytest.mark.parametrize(("address", "public"), [
     ("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.1.2.3", False),
     ("169.254.169.254", False), ("192.168.0.1", False), ("100.64.0.1", False), ("0.0.0.0", False),
@@ -260,7 +276,8 @@ def test_what_is_refused_and_why(web, private):
         (f"http://{web}/slow", "timed out"), (f"http://{web}/trickle", "timed out"),
         (f"http://{web}/closed", "opted out"), (f"http://{web}/huge", "over 33,554,432 bytes"),
         (f"http://{web}/bomb", "over 67,108,864 pixels"),
-        (f"http://{web}/tdm", "opted out"), (f"http://127.0.0.1:{port}/", "private address"),
+        (f"http://{web}/tdm", "opted out"), (f"http://{web}/usage", "opted out"),
+        (f"http://127.0.0.1:{port}/", "private address"),
         (f"http://localhost:{port}/", "private address"), (f"http://[::1]:{port}/", "private"),
         (f"http://{web}/to/httpCOLON//127.0.0.1:{port}/", "private address"),
         (f"http://{web}/to/fileCOLON///etc/passwd", "HTTP 302"),
@@ -281,6 +298,34 @@ def test_what_is_refused_and_why(web, private):
     assert guard.download((0, f"http://{web}/slow"))[2] == "timed out"
     assert time.monotonic() - begun < 3.5  # the deadline is of all tries together
     assert guard.download((0, f"http://{web}/flaky/a"))[2] is None
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate")
+def test_https_is_guarded_alike(private, tmp_path, monkeypatch):
+    """Certificates are checked, and the deadline, opt-outs and redirects count behind TLS too."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out",
+         "cert.pem", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server = Server(("127.0.0.1", 0), Web)
+    server.daemon_threads = True
+    server.socket = context.wrap_socket(server.socket, True, do_handshake_on_connect=False)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    web, closed = f"localhost:{server.server_port}", f"127.0.0.1:{private.getsockname()[1]}"
+    assert reason(web, f"https://{web}/good/1") == "SSLCertVerificationError"
+    trusting = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    monkeypatch.setattr(fetch, "tls", lambda: trusting)
+    assert reason(web, f"https://{web}/good/1") is None
+    for name, why in (("optout/0", "opted out"), ("slow", "timed out"),
+                      (f"to/httpsCOLON//{closed}/", "private address")):  # fmt: skip
+        assert reason(web, f"https://{web}/{name}") == why
+    server.shutdown()
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # never shakes hands
+        host = f"127.0.0.1:{mute.getsockname()[1]}"
+        assert reason(host, f"https://{host}/") == "timed out"
 
 
 # --- the command --------------------------------------------------------------------------------
