@@ -295,6 +295,9 @@ class Report:
             raise Stopped(f"{self.stage.name} step {done}")
         if last:
             self.bar.close()
+            if self.quarantined and self.rank == 0:
+                print(f"{len(self.quarantined)} pictures could not be read: {self.reasons()}; "
+                      f"{self.out}/quarantine.jsonl lists them")  # fmt: skip
         self.ready = time.perf_counter()
 
     def save_step(self, done: int) -> bool:
@@ -365,14 +368,17 @@ class Report:
     def check_bad(self, bad: int, read: int) -> None:
         """Stop if too many pictures cannot be read; all processes know the same numbers."""
         if bad > self.config.max_bad * max(read, 1000):  # too few tell nothing
-            reasons = Counter(why for _, _, why in self.quarantined)
-            most = ", ".join(f"{why} ({n})" for why, n in reasons.most_common(3))
             self.bar.close()
             raise InputError(
                 f"{bad} of {read} pictures cannot be read, more than --max-bad "
-                f"{self.config.max_bad:g}: {most}; {self.out}/quarantine.jsonl lists them: repair "
-                "the data"
+                f"{self.config.max_bad:g}: {self.reasons()}; {self.out}/quarantine.jsonl lists "
+                "them: repair the data"
             )
+
+    def reasons(self) -> str:
+        """Why pictures could not be read, and how many: the most common reasons."""
+        found = Counter(why for _, _, why in self.quarantined)
+        return ", ".join(f"{why} ({n})" for why, n in found.most_common(3))
 
     def evaluate(self, model: GLIP, step: int) -> None:
         """Evaluate the full picture on the held-out pairs."""

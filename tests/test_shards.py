@@ -757,6 +757,8 @@ def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch
 
     done = train("all", "--epochs", "3", "--max-bad", "0.2")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(rf"^{len(bad)} pictures could not be read: .*JPEG.* \({len(bad)}\); ",
+                     done.stdout, re.MULTILINE), done.stdout  # fmt: skip
     lines = [json.loads(x) for x in (tmp_path / "all/quarantine.jsonl").read_text().splitlines()]
     index = shards.Index(str(folder))
     assert sorted(line["where"] for line in lines) == sorted(index.where(i) for i in bad)
