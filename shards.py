@@ -121,7 +121,7 @@ def scan(location: str) -> Scan:
     Samples stand in the order of their keys, for fetched shards hold them in order of arrival.
     """
     skipped, found = Counter(), {}
-    with fsspec.open(location, "rb", **reading_ahead(location)) as file:
+    with reading_ahead(location) as file:
         length = file.seek(0, os.SEEK_END)
         for name, offset, size, check in members(file, length, skipped):
             folder, _, base = name.rpartition("/")
@@ -191,9 +191,12 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
-def reading_ahead(location: str) -> dict:
-    """How to open a shard that is read from front to back."""
-    return {"block_size": 2**22, "cache_type": "readahead"} if is_remote(location) else {}
+def reading_ahead(location: str) -> BinaryIO:
+    """Open a shard that is read from front to back."""
+    if not is_remote(location):
+        return open(location, "rb")
+    fs = filesystem(location, os.getpid())
+    return fs.open(location, "rb", block_size=2**22, cache_type="readahead")
 
 
 @lru_cache(maxsize=8)

@@ -15,11 +15,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import psutil
 import pytest
 import torch
 import webdataset
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 import captions
@@ -685,6 +687,28 @@ def test_shards_behind_a_url_are_the_same(folder, server, monkeypatch):
     wanted = Batches(data.load(str(folder), 16)[0], batches.order, NANO, 0, 1)
     for ours, theirs in zip(data.loader(batches, 2, 5, 2, False), (wanted[i] for i in (2, 3, 4))):
         assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4]))
+
+
+class Bucket(LocalFileSystem):
+    """Stands in for s3fs: knows no options but its own, and has addresses of its own."""
+
+    protocol = "bucket"
+
+    def __init__(self):
+        super().__init__()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return path.removeprefix("bucket://")
+
+
+def test_other_file_systems_take_no_options_of_https(folder):
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    location = f"bucket://{folder}/{{00000..00005}}.tar"
+    shards.build(location, 1)
+    local, remote = shards.Index(str(folder)), shards.Index(location)
+    assert np.array_equal(local.tokens, remote.tokens)
+    assert remote.encoded(np.arange(120)) == local.encoded(np.arange(120))
 
 
 def test_a_listing_behind_a_url(folder, server):
