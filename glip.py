@@ -225,8 +225,38 @@ def lengths(tokens: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which of a batch's tokens are there, and which of each row is read, so that a tower computes
+    no others. Tokens come as (B, T, D), or packed as (P, D): without what is behind texts' ends.
+    """
+
+    read: Tensor | None = None  # (B,) the class or end tokens' places among B * T, or P; None: all
+    real: Tensor | None = None  # (B, T) bool: tokens of texts, no fillers
+    packed: Tensor | None = None  # (P,) the tokens' places among B * T
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The tokens that are read. -> (B, 1, D)."""
+        return x.flatten(0, -2)[self.read][:, None]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Tokens -> the table (B, T, D), fillers 0."""
+        if self.packed is None:
+            return x
+        table = x.new_zeros(self.real.numel(), x.shape[-1]).index_copy(0, self.packed, x)
+        return table.unflatten(0, self.real.shape)
+
+    def gather(self, table: Tensor) -> Tensor:
+        """The table (B, T, D) -> tokens, as they came."""
+        return table if self.packed is None else table.flatten(0, 1).index_select(0, self.packed)
+
+
+ALL = Layout()
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, T, D), allowed (..., T) bool or None -> (B, T, D)."""
+    """Multi-head self-attention. x (B, T, D), allowed (..., T) bool or None -> (B, T, D); in the
+    `last` block only what is read asks -> (B, 1, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -235,17 +265,29 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, T, 3D)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, D/h)
-        if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, layout: Layout = ALL, last: bool = False
+    ) -> Tensor:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if last:
+            (wq, weight), (bq, bias) = (p.tensor_split([x.shape[-1]]) for p in (weight, bias))
+            q = F.linear(layout.pick(x), wq, bq)                               # (B, 1, D)
+            k, v = layout.spread(F.linear(x, weight, bias)).chunk(2, dim=-1)   # (B, T, D)
+            allowed = allowed if layout.real is None else layout.real[:, None, None]
+        else:
+            q, k, v = layout.spread(F.linear(x, weight, bias)).chunk(3, dim=-1)  # (B, T, D)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if x.is_cuda:  # its faster kernel wants to be told that texts are causal
+            causal = layout.real is not None and not last
+            allowed = None if causal else allowed
+            y = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal)
         else:  # at CLIP's lengths the CPU's fused kernel takes longer than plain products
             logits = (q * q.shape[-1] ** -0.5) @ k.mT                          # (B, h, T, T)
             if allowed is not None:
-                logits = logits.masked_fill(~allowed, -math.inf)
+                logits = logits.masked_fill_(~allowed, -math.inf)
             y = logits.softmax(-1) @ v
-        return self.out_proj(y.transpose(1, 2).flatten(2))                     # (B, T, D)
+        y = y.transpose(1, 2).flatten(2)
+        return self.out_proj(y if last else layout.gather(y))                  # (B, T, D)
 
     def of_class_token(self, x: Tensor) -> Tensor:
         """How much the first token attends to the others, mean of heads. (B, T, D) -> (B, T-1)."""
@@ -273,7 +315,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. (B, T, D) -> (B, T, D)."""
+    """Pre-norm transformer block. (B, T, D) -> (B, T, D); `last`: -> what is read, (B, 1, D)."""
 
     def __init__(self, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -287,25 +329,28 @@ class Block(nn.Module):
         nn.init.normal_(self.mlp.c_fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(self.mlp.c_proj.weight, std=residual)
 
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), allowed)
+    def forward(
+        self, x: Tensor, allowed: Tensor | None, layout: Layout = ALL, last: bool = False
+    ) -> Tensor:
+        x = (layout.pick(x) if last else x) + self.attn(self.ln_1(x), allowed, layout, last)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, shared by both towers. (B, T, D) -> (B, T, D)."""
+    """A stack of blocks, shared by both towers. (B, T, D) -> (B, T, D), or what is read."""
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, layers) for _ in range(layers))
         self.recompute = False  # forget activations inside blocks, and compute them twice
 
-    def forward(self, x: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, allowed: Tensor | None = None, layout: Layout = ALL) -> Tensor:
         for block in self.resblocks:
+            last = layout.read is not None and block is self.resblocks[-1]
             if self.recompute and self.training:
-                x = checkpoint(block, x, allowed, use_reentrant=False)
+                x = checkpoint(block, x, allowed, layout, last, use_reentrant=False)
             else:
-                x = block(x, allowed)
+                x = block(x, allowed, layout, last)
         return x
 
 
@@ -334,8 +379,8 @@ class ImageTower(nn.Module):
         """The class token before its projection. (B, 3, H, W), (B, K), (B, K) -> (B, D)."""
         check_size(images, self.config)
         x = self.embed(images, self.config.grid, ids_keep)                     # (B, 1 + K, D)
-        x = self.transformer(x, None if visible is None else attend_to(visible))
-        return self.ln_post(x[:, 0])
+        allowed = None if visible is None else attend_to(visible)
+        return self.ln_post(self.transformer(x, allowed, class_tokens(x))[:, 0])
 
     def embed(self, images: Tensor, grid: tuple[int, int], ids_keep: Tensor | None) -> Tensor:
         """What enters the transformer: class token, kept patches. (B, 1 + K, D).
@@ -385,6 +430,11 @@ def attend_to(visible: Tensor) -> Tensor:
     return F.pad(visible, (1, 0), value=True)[:, None, None, :]
 
 
+def class_tokens(x: Tensor) -> Layout:
+    """The layout of (B, 1 + K, D), where the first tokens are read."""
+    return Layout(torch.arange(len(x), device=x.device) * x.shape[1])
+
+
 class GLIP(nn.Module):
     """The two towers and the temperature. `GLIP(config)`; see forward."""
 
@@ -419,15 +469,24 @@ class GLIP(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T), T up to context_length -> text_features (B, E).
 
-        Attention is causal and the end token is read, so zeros behind it may be cut off beforehand.
+        Attention is causal and the end token is read: what is behind it is not computed. Tokens
+        may be on the CPU wherever the model is; then a GPU is not waited for.
         """
         length = tokens.shape[1]
         if length > self.config.context_length:
             raise InputError(f"{length} tokens, the model takes {self.config.context_length}")
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]  # (B, T, D)
+        ends = lengths(tokens)
+        real = torch.arange(length, device=tokens.device) < ends[:, None]      # (B, T)
+        packed, read = torch.arange(real.numel(), device=tokens.device), ends - 1
+        if torch.compiler.is_exporting():  # sizes must not depend on what the texts say
+            read = read + packed[::length]
+        else:
+            packed, read = packed[real.flatten()], ends.cumsum(0) - 1          # (P,), (B,)
+        found, device = (read, real, packed, tokens.flatten()[packed]), self.logit_scale.device
+        read, real, packed, tokens = (t.to(device, non_blocking=True) for t in found)
+        x = self.token_embedding(tokens) + self.positional_embedding[packed % length]
         before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        x = self.ln_final(self.transformer(x, before))
-        x = x[torch.arange(x.shape[0], device=x.device), lengths(tokens) - 1]      # (B, D)
+        x = self.ln_final(self.transformer(x, before, Layout(read, real, packed))[:, 0])
         return F.normalize(at_least_fp32(x @ self.text_projection), dim=-1)    # (B, E)
 
     def forward(

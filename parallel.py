@@ -6,7 +6,9 @@ together only while it computes: for towers that one device cannot hold.
 """
 
 import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -30,11 +32,26 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def keep_memory() -> None:
+    """Let the process keep what it frees: a step's memory is as large as the last one's.
+
+    glibc gives large blocks back to the system at once, and to clear new pages takes a CPU an
+    eighth of a step. Elsewhere than on Linux nothing is done.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                mallopt(parameter, 2**31 - 1)
+
+
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     """Join torchrun's processes if there are any: (rank, world, device)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
+    if device.type == "cpu":
+        keep_memory()
     if device.type == "cuda":
         local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= there:

@@ -261,7 +261,8 @@ def compute_gradients(
     `shared` is `network` as processes share it. Returns the loss, logit_scale, and visible (B, K)
     or None.
     """
-    images, tokens, noise, extra = (x.to(device, non_blocking=True) for x in batch[:4])
+    images, noise, extra = (batch[i].to(device, non_blocking=True) for i in (0, 2, 3))
+    tokens = batch[1]  # moved once their fillers are out
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if config.micro_batch:
             found = backward_cached(shared, network, images, tokens, noise, stage.masker, config)

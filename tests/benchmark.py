@@ -1,0 +1,330 @@
+"""Training steps beside open_clip's: make bench, or python tests/benchmark.py [--rounds 7]
+
+One process holds both, with the same weights, pictures and captions, and takes a step of each in
+turn: forward, backward, AdamW. The captions are as long as CC12M's (20.2 tokens in the mean, 16.3
+around it, cut at 77). open_clip has its own flags: --force-patch-dropout, its padded texts, bf16
+by autocast, fused AdamW (--opt timm/adamw --opt-kwargs fused=True), and the memory settings of our
+process. Both see the same patches once, and must find the same loss.
+
+Beside the steps: the machine's own rate of products, before and after each case; each side's
+highest memory, in a process of its own; what our step costs against batch, mask ratio, size of
+pictures and length of captions; and from this, on paper, the cost of training at the paper's scale.
+
+Writes results/benchmark.json and results/benchmark.png.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import estimate
+import evaluate
+import glip
+import parallel
+import train
+from glip import GLIPConfig
+
+CASES = [(0.0, "bf16"), (0.5, "bf16"), (0.75, "bf16"), (0.918, "bf16"), (0.75, "fp32")]
+BASE = {"batch": 32, "mask_ratio": 0.75, "image_size": 224, "text_tokens": 20}
+CURVES = {  # of a ViT-B/16 in bf16; what is not named is as in BASE
+    "batch": [4, 8, 16, 32, 64], "mask_ratio": [0.0, 0.5, 0.75, 0.9, 0.918],
+    "image_size": [64, 112, 160, 224, 320, 448], "text_tokens": [5, 10, 20, 40, 77],
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------
+# The two sides
+# ------------------------------------------------------------------------------------------------
+
+
+def captions(count: int, mean: float = 20.2, deviation: float = 16.3) -> Tensor:
+    """Random words, log-normal lengths, by default CC12M's (its paper's Table 1). (n, 77)."""
+    draw = torch.Generator().manual_seed(0)
+    spread = math.log(1 + (deviation / mean) ** 2)
+    lengths = torch.exp(torch.randn(count, generator=draw) * spread**0.5 - spread / 2) * mean
+    lengths = lengths.round().clamp(3, 77).long()
+    tokens = torch.randint(1, 40_000, (count, 77), generator=draw)
+    tokens[torch.arange(77) >= lengths[:, None]] = 0
+    tokens[torch.arange(count), lengths - 1] = glip.END
+    return tokens
+
+
+def our_step(
+    batch: int, mask_ratio: float, image_size: int, tokens: Tensor, bf16: bool, weights: dict
+) -> Callable[[Tensor], float]:
+    """A step as train.py's loop takes it, as a function of the mask's noise (B, N); its loss."""
+    mask = ["none"] if not mask_ratio else ["random", "--mask-ratio", str(mask_ratio)]
+    config = train.parse(["--model", "ViT-B-16", "--optimizer", "adamw", "--mask", *mask])
+    model = glip.GLIP(GLIPConfig.named("ViT-B-16", image_size)).train()
+    if weights:
+        model.load_state_dict(weights)
+    optimizers = train.make_optimizers(model, config)
+    stage = argparse.Namespace(aclip=False, masker=train.masker_of(config))
+    tokens = tokens[:, : int(glip.lengths(tokens).max())]
+
+    def step(noise: Tensor) -> float:
+        images = pictures(batch, image_size)
+        pairs = (images, tokens, noise, torch.zeros(batch, 0), [])
+        loss, *_ = train.compute_gradients(model, model, pairs, stage, config, CPU, bf16)
+        train.apply_gradients(model, optimizers, 1e-4, 0.0)
+        model.clamp_logit_scale()
+        return loss.item()
+
+    return step
+
+
+def their_step(
+    batch: int, mask_ratio: float, tokens: Tensor, bf16: bool
+) -> tuple[Callable[[], float], dict]:
+    """A step as open_clip's train_one_epoch takes it, without its logging; and the weights."""
+    import open_clip
+    from open_clip.loss import ClipLoss
+
+    model = open_clip.create_model("ViT-B-16", force_patch_dropout=mask_ratio or None).train()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    decayed = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.2}
+    adamw = torch.optim.AdamW(
+        [decayed, {"params": plain, "weight_decay": 0.0}],
+        lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True,
+    )  # fmt: skip
+    mean, std = (torch.tensor(c)[:, None, None] for c in (glip.MEAN, glip.STD))
+    images, loss_of = (pictures(batch, 224) / 255 - mean) / std, ClipLoss()
+
+    def step() -> float:
+        adamw.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(*model(images, tokens)[:3])
+        loss.backward()
+        adamw.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        return loss.item()
+
+    return step, weights
+
+
+def pictures(batch: int, image_size: int) -> Tensor:
+    """Random bytes, always the same. (B, 3, S, S)."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, image_size, image_size), generator=draw).byte()
+
+
+def noise_of(batch: int, image_size: int) -> Tensor:
+    """What open_clip's patch dropout draws. (B, N)."""
+    return torch.randn(batch, (image_size // 16) ** 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Steps in turn
+# ------------------------------------------------------------------------------------------------
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """What a call takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def flops(mask_ratio: float, text: float, image_size: int = 224) -> float:
+    """Products of a step for a pair: forward, and twice as many backward."""
+    model = GLIPConfig.named("ViT-B-16", image_size)
+    patches = model.grid[0] * model.grid[1]
+    kept = glip.num_keep(patches, mask_ratio) if mask_ratio else patches
+    return 3 * sum(estimate.forward_flops(model, kept, text))
+
+
+def compare(mask_ratio: float, precision: str, rounds: int) -> dict:
+    """Steps of both in turn, and products; medians, and of ratios within a round."""
+    batch, bf16 = BASE["batch"], precision == "bf16"
+    tokens = captions(batch)
+    torch.manual_seed(0)
+    theirs, weights = their_step(batch, mask_ratio, tokens, bf16)
+    ours = our_step(batch, mask_ratio, 224, tokens, bf16, weights)
+    losses = []
+    for step in (theirs, lambda: ours(noise_of(batch, 224))):  # the same patches, by the same draw
+        torch.manual_seed(1)
+        losses.append(step())
+    if not math.isclose(*losses, rel_tol=2e-3 if bf16 else 1e-5):
+        sys.exit(f"{mask_ratio}: the losses are {losses}: their times cannot be compared")
+    rows = []
+    for _ in range(rounds):
+        rate, _ = estimate.rates(CPU, bf16, 768)
+        rows.append({"ours": seconds(lambda: ours(noise_of(batch, 224))),
+                     "open_clip": seconds(theirs), "products": rate})  # fmt: skip
+    ratios = sorted(row["open_clip"] / row["ours"] for row in rows)
+    computed = batch * flops(mask_ratio, glip.lengths(tokens).float().mean().item())
+    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return {
+        "mask_ratio": mask_ratio, "precision": precision, "rounds": rounds,
+        "pairs_per_second": {side: batch / middle[side] for side in ("ours", "open_clip")},
+        "times_faster": statistics.median(ratios), "range": [ratios[0], ratios[-1]],
+        "losses": losses, "product_rate": middle["products"],
+        "share_of_product_rate": statistics.median(
+            computed / row["ours"] / row["products"] for row in rows),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Each in a process of its own: memory, curves, where the time goes
+# ------------------------------------------------------------------------------------------------
+
+
+def in_process(side: str, precision: str = "bf16", **changes: float) -> dict:
+    """measure() in a new process."""
+    words = {**BASE, "text_tokens": 0, **changes}
+    flags = [str(x) for x in (side, precision, *words.values())]
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", *flags], capture_output=True, text=True, check=True
+    )
+    return {**words, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def measure(
+    side: str, precision: str, batch: int, mask_ratio: float, image_size: int, text: int
+) -> dict:
+    """Median seconds of a side's steps, and bytes that one takes above what is there before.
+
+    `text`: tokens of every caption; 0: lengths like CC12M's.
+    """
+    bf16, tokens = precision == "bf16", captions(batch)
+    if text:
+        tokens = captions(batch, text, 0.0)
+    if side == "open_clip":
+        step, _ = their_step(batch, mask_ratio, tokens, bf16)
+    else:
+        ours = our_step(batch, mask_ratio, image_size, tokens, bf16, {})
+
+        def step() -> float:
+            return ours(noise_of(batch, image_size))
+
+    before = status("VmRSS")
+    took = [seconds(step) for _ in range(5)]
+    return {"seconds": statistics.median(took[1:]), "peak": status("VmHWM") - before}
+
+
+def status(name: str) -> int:
+    """A line of this process's memory, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition(name + ":")[2].split()[0]) * 1024
+
+
+KINDS = {  # what a profile's rows are
+    "products": ("mm", "addmm", "bmm", "baddbmm"), "casts and copies": ("copy_", "cat", "fill_"),
+    "GELU": ("gelu", "gelu_backward"), "softmax": ("_softmax", "_softmax_backward_data"),
+    "norms": ("native_layer_norm", "native_layer_norm_backward"),
+    "optimizer": ("_fused_adamw_", "linalg_vector_norm"),
+}  # fmt: skip
+
+
+def profiled() -> dict[str, float]:
+    """Shares of our step at BASE, by kind of work."""
+    batch, tokens = BASE["batch"], captions(BASE["batch"])
+    step = our_step(batch, BASE["mask_ratio"], 224, tokens, True, {})
+    step(noise_of(batch, 224))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step(noise_of(batch, 224))
+    own = {row.key.removeprefix("aten::"): row.self_cpu_time_total for row in found.key_averages()}
+    total = sum(own.values())
+    shares = {kind: sum(own.get(n, 0) for n in names) / total for kind, names in KINDS.items()}
+    return shares | {"the rest": 1 - sum(shares.values())}
+
+
+# ------------------------------------------------------------------------------------------------
+# On paper
+# ------------------------------------------------------------------------------------------------
+
+SCALES = [("30 epochs of CC12M", 30 * 10_968_539), ("400 million pairs", 400_000_000)]
+
+
+def on_paper(attained: float) -> list[dict]:
+    """Hours of 8 H100 at the share of their product rate that our steps attain here, per ratio.
+
+    Assumed: the share carries over from this machine (`attained`, the median over its cases), 20.2
+    tokens a caption, data never waited for, gradients sent while others are computed.
+    """
+    rate = 8 * estimate.GPUS["h100"][0] * attained
+    return [
+        {"what": name, "mask_ratio": ratio, "hours": pairs * flops(ratio, 20.2) / rate / 3600}
+        for name, pairs in SCALES for ratio in (0.0, 0.5, 0.75, 0.918)
+    ]  # fmt: skip
+
+
+def draw(curves: dict[str, list[dict]], path: Path) -> None:
+    """Seconds and memory of a step against each size, on logarithmic axes."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = {"batch": "pairs in the batch", "mask_ratio": "patches kept, of 196",
+             "image_size": "pixels a side", "text_tokens": "tokens of every caption"}  # fmt: skip
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), sharey="row", layout="constrained")
+    for column, (name, rows) in zip(axes.T, curves.items(), strict=True):
+        x = [row[name] for row in rows]
+        if name == "mask_ratio":
+            x = [glip.num_keep(196, ratio) if ratio else 196 for ratio in x]
+        for axis, key, unit in zip(column, ("seconds", "peak"), (1, 2**30), strict=True):
+            axis.plot(x, [row[key] / unit for row in rows], "o-", color="#0072b2")
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(x, [str(value) for value in x])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        column[1].set_xlabel(names[name])
+    axes[0, 0].set_ylabel("seconds a step")
+    axes[1, 0].set_ylabel("memory of a step (GiB)")
+    for axis in axes[:, 0]:
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each side, in turn")
+    parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    parallel.keep_memory()
+    if options.one:
+        side, precision, batch, ratio, size, text = options.one
+        print(json.dumps(
+            measure(side, precision, int(batch), float(ratio), int(size), int(text))
+        ))  # fmt: skip
+        return
+    cases = []
+    for ratio, precision in CASES:
+        cases.append(compare(ratio, precision, options.rounds))
+        cases[-1]["peak"] = {
+            side: in_process(side, precision, mask_ratio=ratio)["peak"]
+            for side in ("ours", "open_clip")
+        }
+        print(cases[-1], flush=True)
+    curves = {
+        name: [in_process("ours", **BASE | {name: x}) for x in values]
+        for name, values in CURVES.items()
+    }
+    found = {
+        "cases": cases, "curves": curves, "profile": profiled(),
+        "on_paper": on_paper(statistics.median(row["share_of_product_rate"] for row in cases[:-1])),
+        "command": " ".join(["python tests/benchmark.py", *sys.argv[1:]]),
+        "machine": evaluate.machine(CPU),
+    }  # fmt: skip
+    glip.write_bytes(ROOT / "results/benchmark.json", (json.dumps(found, indent=1) + "\n").encode())
+    draw(curves, ROOT / "results/benchmark.png")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
