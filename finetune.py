@@ -142,11 +142,14 @@ class Classifier(nn.Module):
 def zero_shot_head(encoder: Encoder, folder: Path, classes: list[str]) -> Tensor:
     """logit_scale x text features of the classes, (classes, E), mean over prompts.
 
-    Names are those of the folders, or the lines of DIR/classnames.txt; prompts the lines of
-    DIR/zeroshot_classification_templates.txt, where {c} is the name, or else ImageNet's 80, as in
-    evaluate.py --zero-shot.
+    Names are the lines of DIR/classnames.txt, or those of the folders, ImageNet's where these are
+    WordNet's numbers; prompts the lines of DIR/zeroshot_classification_templates.txt, where {c} is
+    the name, or else ImageNet's 80, as in evaluate.py --zero-shot.
     """
-    names = lines_of(folder / "classnames.txt") or [name.replace("_", " ") for name in classes]
+    known = benchmarks.imagenet_names()
+    names = [known.get(name, name.replace("_", " ")) for name in classes]
+    if (folder / "classnames.txt").exists():
+        names = benchmarks.class_names(folder)
     if len(names) != len(classes):
         raise InputError(
             f"{folder}/classnames.txt has {len(names)} lines for {len(classes)} folders: give each "
@@ -154,12 +157,6 @@ def zero_shot_head(encoder: Encoder, folder: Path, classes: list[str]) -> Tensor
         )
     features = benchmarks.class_features(encoder, names, benchmarks.prompts_of(folder))
     return encoder.model.logit_scale.exp().cpu() * features
-
-
-def lines_of(path: Path) -> list[str]:
-    """Lines of a file that are not empty; none where there is no such file."""
-    text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def drop_paths(visual: nn.Module, rate: float) -> None:

@@ -80,6 +80,9 @@ def test_the_first_logits_are_zero_shot(tmp_path):
         both = model.encode_text(glip.tokenize(["a photo of a sun.", "sun in the rain"]))
         wanted = model.logit_scale.exp() * F.normalize(both.mean(0), dim=0)
         torch.testing.assert_close(head[1], wanted)
+    numbers = finetune.zero_shot_head(encoder, tmp_path / "x", ["n01498041", "n07697537"])
+    words = finetune.zero_shot_head(encoder, tmp_path / "x", ["stingray", "hot dog"])
+    assert torch.equal(numbers, words)
     (tmp_path / "classnames.txt").write_text("ball\nsun\n")
     with pytest.raises(glip.InputError, match="2 lines for 3 folders"):
         finetune.zero_shot_head(encoder, tmp_path, names)
