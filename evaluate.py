@@ -474,7 +474,7 @@ def run_benchmarks(options: EvaluateConfig) -> dict:
         if options.suite != "none":
             found = benchmarks.suite(Path(options.root))
             places, captioned, missing = (*places, *found[0]), (*captioned, *found[1]), found[2]
-        new, problems = benchmarks.evaluate_sets(
+        new, _, problems = benchmarks.evaluate_sets(
             columns, places, captioned, options.root, rank, world
         )
     results = {**known_results(run), **record_of(run, content)}
@@ -530,12 +530,7 @@ def labelled_folders(options: EvaluateConfig, image_size: int) -> list[tuple]:
     """What --probe-data names, opened; raises InputError before anything is computed."""
     if options.few_shot and not (options.linear_probe or options.probe_data):
         raise InputError("--few-shot is a part of a probe: add --linear-probe or --probe-data DIR")
-    folders = [
-        (benchmarks if (Path(place) / "train/nshards.txt").exists() else probe).to_probe(
-            place, image_size
-        )
-        for place in options.probe_data
-    ]
+    folders = [probe.to_probe(place, image_size) for place in options.probe_data]
     names = [name for name, *_ in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

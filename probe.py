@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import benchmarks
 import data
 import glip
 from data import Emoji
@@ -307,14 +308,40 @@ def reader(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]:
 
 
 def to_probe(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, Callable]:
-    """What `labelled` opens, for probe_all.
+    """What `published` or `labelled` opens, for probe_all.
 
     (name, labels (M,), ids for training, validation and test, what its content is known by, ids ->
     pictures (B, 3, S, S)).
     """
+    if (Path(folder) / "train/nshards.txt").exists():
+        return published(folder, image_size)
     source, split = labelled(folder, image_size, "--probe-data")
     ids = np.arange(len(source))
     return source.name, source.concept, split, source.stamp(ids), reader(source, ids)
+
+
+def published(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, Callable]:
+    """For `to_probe`, a set with shards in DIR/train and DIR/test.
+
+    A fifth of every class of the training pictures is for validation.
+    """
+    train, test = (benchmarks.open_shards(Path(folder), split) for split in ("train", "test"))
+    if (train.kind, test.kind) != ("classification", "classification"):
+        raise InputError(f"--probe-data {folder}: a set for {test.kind}, not for classification")
+    labels, count = np.concatenate([train.labels, test.labels]), len(train.labels)
+    split = [*hold_out(labels, np.arange(count)), np.arange(count, len(labels))]
+    files = [(path.stat(), path) for path in sorted(Path(folder).glob("*/*.tar"))]
+    stamp = " ".join(f"{path.name} {stat.st_size} {stat.st_mtime_ns}" for stat, path in files)
+
+    def picture(i: int) -> Tensor:
+        source, own = (train, i) if i < count else (test, i - count)
+        return benchmarks.prepared(source, int(own), [image_size])[0]
+
+    def render(ids: np.ndarray) -> Tensor:
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(picture, ids)))
+
+    return test.name, labels, split, stamp, render
 
 
 # ------------------------------------------------------------------------------------------------
