@@ -11,10 +11,10 @@ defaults of main_finetune.py; arXiv 2111.06377, table 9). From elsewhere: the st
 (2109.01903), the EMA FT-CLIP's (2212.06138); its warm-up is ours. MAE has neither, and pools
 patches where we have the class token; the random erasing of its script is left out.
 
-Writes into --out: model.pt (the tower in the run's model, and the head), log.jsonl, results.json.
+Writes into --out: model.pt (the tower in the run's model, and the head), log.jsonl, results.json;
+and the accuracy of these weights into the run's results.json, for evaluate.py --publish.
 """
 
-import json
 import os
 import random
 import sys
@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import benchmarks
+import evaluate
 import glip
 from evaluate import Encoder, machine, pick_device
 from glip import GLIP, InputError
@@ -303,10 +304,10 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     begun = time.perf_counter()
     ema = fine_tune(classifier, source, ids, config, device, encoder.bf16, out)
     seconds = time.perf_counter() - begun
-    tables["fine-tuned"] = accuracy(classifier, encoder, source, test)
+    tables[final := "fine-tuned"] = accuracy(classifier, encoder, source, test)
     if config.ema:
         classifier.load_state_dict(ema.state_dict())
-        tables["fine-tuned, EMA"] = accuracy(classifier, encoder, source, test)
+        tables[final := "fine-tuned, EMA"] = accuracy(classifier, encoder, source, test)
     end = {name: value.clone() for name, value in classifier.state_dict().items()}
     for share in config.wise:
         classifier.load_state_dict(interpolate(start, end, share))
@@ -319,12 +320,15 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
                    "test pictures": len(test)},
         "train_seconds": seconds, "machine": machine(device), "fine_tuned": tables,
     }  # fmt: skip
-    glip.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    evaluate.write_results(out, results)
+    known = evaluate.known_results(run)  # the run's own, which report.py reads once published
+    found = {source.name: {**tables[final], "from": out.name}}
+    evaluate.write_results(run, {**known, "fine_tune": {**known.get("fine_tune", {}), **found}})
     print(f"{run.name} on {source.name}: {len(source.captions)} classes, {len(ids)} training and "
           f"{len(test)} test pictures; top-1, mean per class")  # fmt: skip
     for name, row in tables.items():
         print(f"{name:24}" + "".join(f"{100 * share:>10.1f} %" for share in row.values()))
-    print(f"wrote {out}/model.pt, results.json, log.jsonl")
+    print(f"wrote {out}/model.pt, results.json, log.jsonl; {run}/results.json has the accuracy")
     return results
 
 

@@ -621,6 +621,11 @@ def test_info_and_card_tell_what_a_checkpoint_is(folder, monkeypatch):
     train.train(train.parse([*WORDS, "--seed", "7", "--out", "run"]))
     table = {"full picture": {"zero-shot top-1": 0.123, "zero-shot top-5": 0.456}}
     Path("run/results.json").write_text(json.dumps({"held_out": table}))
+    Path("new").mkdir()
+    shutil.copy("run/model.pt", "new")
+    Path("new/results.json").write_text('{"benchmarks": {}}')  # of published sets alone
+    do(monkeypatch, "export", "new", "--to", "timm", "--out", "none")
+    assert "Not evaluated on held-out pairs" in Path("none/README.md").read_text()
     told = do(monkeypatch, "info", "run")
     size = Path("run/model.pt").stat().st_size
     for words in ("checkpoint of nanoGLIP", f"{size:,} bytes", "ViT-nano-8", "seed: 7", "2 pre"):
