@@ -55,6 +55,7 @@ SETS = {  # the paper's tables; it publishes numbers of the first alone: the gro
     "T6": ("imagenet1k", "mscoco_captions", "flickr30k"),
     "T7": ("imagenet1k",),
 }  # fmt: skip
+PROBED = ("cifar10", "cifar100", "imagenet1k")  # T5's linear probes
 UNPUBLISHED = ("cub", "kinetics700", "ucf101", "hateful_memes")  # in this layout, that is
 METRICS = {  # what a set, or a kind of sets, is reported by where it is not acc1
     **dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers", "pets"), "mean_per_class_recall"),

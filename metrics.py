@@ -1,4 +1,4 @@
-"""CLIP_benchmark's metrics, by its names: of scores and labels, or of image and text features.
+"""Metrics: of held-out pairs by the ranks of right answers, of published sets CLIP_benchmark's.
 
 What is a share of right answers comes as the answers, so that two models can be compared on each.
 """
@@ -6,6 +6,64 @@ What is a share of right answers comes as the answers, so that two models can be
 import numpy as np
 import torch
 from torch import Tensor
+
+# ------------------------------------------------------------------------------------------------
+# Held-out pairs
+# ------------------------------------------------------------------------------------------------
+
+
+def ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """How many wrong answers do not score below the best right one. (Q, M) twice -> (Q,).
+
+    Equal scores, and scores that are not numbers, count as wrong: no model profits from them.
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return (~(scores < best) & ~right).sum(dim=1)
+
+
+# Ranks of a question by the pattern of its metrics' names, and which ranks count as right.
+WITHIN = {
+    "zero-shot top-{}": (1, 5), "zero-shot top-{} without flags": (1, 5),
+    "image to text R@{}": (1, 5, 10), "text to image R@{}": (1, 5, 10),
+}  # fmt: skip
+
+
+def hits(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Ranks (Q,) by question -> for every metric, which answers are right, (Q,) bool.
+
+    Without k that is no less than the fewest examples of a question: k of so few are all of them.
+    """
+    fewest = min(map(len, found.values()), default=0)
+    return {
+        question.format(k): (rank < k).numpy()
+        for question, rank in found.items() for k in WITHIN[question] if k < fewest
+    }  # fmt: skip
+
+
+def zero_shot(images: Tensor, names: Tensor, concept: np.ndarray, flags: np.ndarray) -> dict:
+    """Ranks over all names, and without flags. (M, E), (names, E), (M,), (names,)."""
+    wanted = torch.from_numpy(concept)
+    right = wanted[:, None] == torch.arange(len(names))
+    result = {"zero-shot top-{}": ranks(images @ names.T, right)}
+    plain = torch.from_numpy(~flags)
+    if 0 < plain.sum() < len(names):
+        pictures, answers = plain[wanted], torch.nonzero(plain)[:, 0]
+        right = wanted[pictures][:, None] == answers
+        found = ranks(images[pictures] @ names[plain].T, right)
+        result["zero-shot top-{} without flags"] = found
+    return result
+
+
+def retrieval(images: Tensor, texts: Tensor, concept: Tensor) -> dict:
+    """Ranks both ways: an answer is right if its caption is. (M, E), (C, E), (M,)."""
+    scores, right = images @ texts.T, concept[:, None] == torch.arange(len(texts))
+    return {"image to text R@{}": ranks(scores, right),
+            "text to image R@{}": ranks(scores.T, right.T)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Published sets: CLIP_benchmark's metrics, by its names
+# ------------------------------------------------------------------------------------------------
 
 
 def named(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -48,7 +106,7 @@ def multilabel(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def retrieved(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, Tensor]:
     """R@1/5/10 both ways: whether one right answer is among k. (M, E), (T, E), owner (T,) < M.
 
-    Without k that is no less than the number of candidates, for all would be right.
+    Without k that is no less than the number of candidates: k of so few are all of them.
     """
     own, found = torch.arange(len(images)), {}
     for way, queries, wanted, answers, given in (

@@ -383,3 +383,18 @@ def probe_all(
         features = cached_features(encoder, run, name, stamp, render, len(labels))
         results[name] = probe(features, labels, *split, **options)
     return results
+
+
+def describe(results: dict[str, dict]) -> list[str]:
+    """What `probe_all` found, as lines of text."""
+    lines = []
+    for name, probed in results.items():
+        lines.append(
+            f"linear probe, {name:19}{100 * probed['accuracy']:>16.1f} %   (C {probed['C']:g}, "
+            f"largest class {100 * probed['majority']:.1f} %, {probed['test']} test pictures)"
+        )
+        for shots, found in probed.get("few_shot", {}).items():
+            low, high = 100 * min(found["draws"]), 100 * max(found["draws"])
+            lines.append(f"{f'  {shots} a class':32}{100 * found['mean']:>16.1f} %   "
+                         f"({len(found['draws'])} draws, {low:.1f} to {high:.1f})")  # fmt: skip
+    return lines

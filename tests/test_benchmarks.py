@@ -31,7 +31,9 @@ import evaluate
 import glip
 import metrics
 import probe
+import significance
 import train
+from tests.test_significance import run_main
 from tests.test_train import command
 
 ROOT = Path(__file__).parent.parent
@@ -565,12 +567,11 @@ def test_a_npy_is_never_unpickled(tmp_path):
 # --- the command ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def write_run(folder, first=0):
     """A finished run, as train.py leaves it, of models that were never trained."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
     folder.mkdir()
-    for seed, (file, stage) in enumerate((("pretrained.pt", "pretrain"), ("model.pt", "tune"))):
+    files = ("pretrained.pt", "pretrain"), ("model.pt", "tune")
+    for seed, (file, stage) in enumerate(files, start=first):
         torch.manual_seed(seed)
         model = glip.GLIP(glip.GLIPConfig(SIDE, 8, 64, 2, 2, 32, 64, 2, 2))
         glip.save_checkpoint(
@@ -579,6 +580,67 @@ def run(tmp_path_factory):
             world=1, bf16=False,
         )  # fmt: skip
     return folder
+
+
+def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
+    """Example by example, as by hand; a broken set is told, and the others are compared."""
+    runs = write_run(tmp_path / "a"), write_run(tmp_path / "b", 2)
+    classes, captions = write_classes(tmp_path / "classes"), write_captions(tmp_path / "captions")
+    several = write_several(tmp_path / "voc")
+    code, out, err = run_main(
+        monkeypatch, capsys, *runs, "--zero-shot", classes, several, "nowhere",
+        "--retrieval", captions, "--precision", "fp32",
+    )  # fmt: skip
+    assert code == 2 and err.startswith("evaluate.py: nowhere: no such folder")
+    sides = []
+    for folder in runs:
+        assert set(json.loads((folder / "results.json").read_text())["benchmarks"]) == {
+            "classes", "voc", "captions"
+        }  # fmt: skip
+        model, _ = glip.load_model(folder / "model.pt")
+        encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+        (found,) = benchmarks.open_benchmarks(str(classes), ".")
+        blocks = benchmarks.image_features({"x": (encoder, None)}, found, 0, 1)
+        names = benchmarks.class_features(encoder, COLOURS, PROMPTS)
+        right = (benchmarks.joined([blocks])["x"] @ names.T).argmax(1).numpy() == LABELS[:53]
+        sides.append(right)
+    wanted = significance.difference(*sides)
+    assert wanted["low"] < wanted["high"]
+    lines = out[out.index("A: ") :].splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("classes, after tuning"))
+    assert lines[place + 1].startswith("acc1 ") and (
+        f"{100 * wanted['difference']:+.1f} ({100 * wanted['low']:+.1f} to "
+        f"{100 * wanted['high']:+.1f})" in lines[place + 1]
+    )
+    assert " of 24 differences are real" in lines[-2]  # in 3 columns 2 metrics, and 6; voc has none
+    for words, told in (
+        ((*runs, "--zero-shot", several), "share no column of single answers"),
+        ((*runs, "--zero-shot", classes, "--publish"), "published sets and --publish: one at a"),
+        ((runs[0], "--zero-shot", classes, "--figures"), "published sets and --figures: one at a"),
+    ):
+        code, _, err = run_main(monkeypatch, capsys, *words)
+        assert code == 2 and told in err
+
+
+def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "a")
+    samples = [(encoded(i), ("cls", str(label))) for i, label in enumerate(LABELS[:90])]
+    for split, part in (("train", samples[:60]), ("test", samples[60:])):
+        write_set(tmp_path / "sets/wds_vtab-cifar10", part, split=split, classes=COLOURS,
+                  prompts=PROMPTS)  # fmt: skip
+    write_classes(tmp_path / "sets/mnist", 9)
+    code, out, _ = run_main(monkeypatch, capsys, run, "--suite", "paper", "--root",
+                            tmp_path / "sets")  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert code == 0 and set(results["benchmarks"]) == {"cifar10", "mnist"}
+    assert results["linear_probe"].keys() == {"cifar10"}
+    assert results["linear_probe"]["cifar10"]["test"] == 30
+    assert "linear probe, cifar10" in out and "not there: food101" in out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "small")
 
 
 def test_the_command_on_one_and_two_processes(run, tmp_path):
