@@ -285,7 +285,7 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
         raise InputError(
             f"{runs[0]} and {runs[1]} share no column of single answers: "
             f"{', '.join(a) or 'nothing held out'} against {', '.join(b) or 'nothing held out'}; "
-            "compare runs of the same stages"
+            "compare runs of the same stages, on sets whose metric is a share of answers"
         )
     tables = significance.compare(*({column: side[column] for column in both} for side in (a, b)))
     print(f"A: {runs[0]}\nB: {runs[1]}\n{significance.describe(tables)}")
