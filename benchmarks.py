@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import shards
 from glip import InputError, Masker
-from metrics import aupr, classification, multilabel, named, retrieved, shares
+from metrics import aupr, classification, multilabel, named, per_class, retrieved, shares
 from pictures import SUFFIXES, check_pixels, decode
 from significance import interval
 
@@ -545,13 +545,18 @@ def evaluate_sets(
                 metrics[column], right, scores[column] = found
                 hits[column] = {metric: each.numpy() for metric, each in right.items()}
             answers[benchmark.name] = hits
+            intervals = {column: {metric: interval(each) for metric, each in right.items()}
+                         for column, right in hits.items()}  # fmt: skip
+            if benchmark.metric == "mean_per_class_recall":
+                for column, right in hits.items():
+                    intervals[column][benchmark.metric] = interval(
+                        right["acc1"], benchmark.labels, statistic=per_class
+                    )
             results[benchmark.name] = {
                 "kind": benchmark.kind, "metric": benchmark.metric,
                 "pictures": len(benchmark.labels), "classes": len(benchmark.classes),
                 "prompts": len(benchmark.prompts), "captions": sum(map(len, benchmark.captions)),
-                "columns": metrics,
-                "intervals": {column: {metric: interval(each) for metric, each in right.items()}
-                              for column, right in hits.items()},
+                "columns": metrics, "intervals": intervals,
             }  # fmt: skip
             if benchmark.kind == "classification" and benchmark.name in SETS["T1"] + SETS["T3"]:
                 kept[benchmark.name] = benchmark, scores

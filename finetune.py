@@ -43,6 +43,7 @@ import evaluate
 import glip
 from evaluate import Encoder, machine, pick_device
 from glip import GLIP, InputError
+from metrics import per_class
 from pictures import Pictures, decode
 from probe import labelled, reader
 from runs import command
@@ -269,10 +270,8 @@ def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.
     features = encoder.images(reader(source, ids), len(ids))
     with torch.no_grad():
         found = deepcopy(classifier.head).cpu()(features).argmax(1).numpy()
-    labels = source.concept[ids]
-    counts, right = np.bincount(labels), np.bincount(labels, found == labels)
-    recalls = right[counts > 0] / counts[counts > 0]
-    return {"accuracy": right.sum() / len(ids), "mean per class": recalls.mean()}
+    right = found == source.concept[ids]
+    return {"accuracy": right.mean(), "mean per class": per_class(right, source.concept[ids])}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -79,14 +79,19 @@ def shares(hits: dict[str, Tensor]) -> dict[str, float]:
     return {metric: right.double().mean().item() for metric, right in hits.items()}
 
 
+def per_class(right: np.ndarray, labels: np.ndarray) -> float:
+    """The share that is right, mean over the classes that there are. (n,) twice."""
+    counts = np.bincount(labels)
+    return float((np.bincount(labels, right)[counts > 0] / counts[counts > 0]).mean())
+
+
 def classification(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """acc1, acc5, mean_per_class_recall; of two classes roc_auc. (M, C), (M,)."""
     hits = named(scores, labels)
-    result, right = shares(hits), hits["acc1"]
+    result = shares(hits)
     if "acc5" in hits:
         result["mean_of_acc1_acc5"] = (result["acc1"] + result["acc5"]) / 2
-    counts, hits = labels.bincount(), labels.bincount(weights=right.double())
-    result["mean_per_class_recall"] = (hits / counts)[counts > 0].mean().item()
+    result["mean_per_class_recall"] = per_class(hits["acc1"].numpy(), labels.numpy())
     if scores.shape[1] == 2 and len(labels.unique()) == 2:
         from sklearn.metrics import roc_auc_score
 

@@ -28,6 +28,7 @@ import data
 import glip
 from data import Emoji
 from glip import InputError
+from metrics import per_class
 from pictures import SUFFIXES, BadPicture, Pictures
 
 # ------------------------------------------------------------------------------------------------
@@ -160,11 +161,9 @@ def probe(
 
     best = best_fit(features, labels, train, valid, device)
     right = fitted(np.sort(np.concatenate([train, valid])), best)
-    counts = np.bincount(labels[test])
-    recalls = np.bincount(labels[test], right)[counts > 0] / counts[counts > 0]
     result = {
-        "accuracy": right.mean(), "mean per class": recalls.mean(), "C": best,
-        "majority": counts.max() / len(test), "test": len(test),
+        "accuracy": right.mean(), "mean per class": per_class(right, labels[test]), "C": best,
+        "majority": np.bincount(labels[test]).max() / len(test), "test": len(test),
     }  # fmt: skip
     if few_shot:
         result["few_shot"] = {}

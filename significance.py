@@ -44,7 +44,7 @@ def interval(
         return float(low), float(high)
     found = scipy.stats.bootstrap(
         outcomes, statistic, paired=True, vectorized=False, n_resamples=DRAWS,
-        confidence_level=level, method="percentile", rng=0,
+        confidence_level=level, method="percentile", rng=0, batch=1 + 10**7 // len(first),
     ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
 

@@ -622,6 +622,21 @@ def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
         assert code == 2 and told in err
 
 
+def test_a_mean_over_classes_has_its_own_interval(models, tmp_path):
+    """Of a rare class alone right and a common one wrong, it is around a half, and not acc1's."""
+    samples = [(encoded(i), ("cls", str(int(i < 5)))) for i in range(40)]
+    folder = write_set(tmp_path / "pets", samples, classes=["red", "blue"], prompts=["{c}"])
+    oracle = Oracle(models[1].model, torch.eye(2)[[1] * 20 + [0] * 4 + [1] * 16],
+                    lambda text: torch.eye(2)[int("blue" in text)])  # fmt: skip
+    found = ours(oracle, folder)["pets"]
+    share = found["columns"]["full picture"]["mean_per_class_recall"]
+    assert share == pytest.approx((1 + 4 / 35) / 2)
+    low, high = found["intervals"]["full picture"]["mean_per_class_recall"]
+    assert 0.5 <= low < share < high < 0.65
+    told = f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    assert told in benchmarks.describe({"pets": found})
+
+
 def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "a")
     samples = [(encoded(i), ("cls", str(label))) for i, label in enumerate(LABELS[:90])]
