@@ -503,6 +503,14 @@ def measure(
     return metrics(scores, labels) | other, hits, scores
 
 
+def intervals(benchmark: Benchmark, hits: dict[str, np.ndarray]) -> dict[str, tuple]:
+    """The 95 % interval, by bootstrap over answers (n,), of each metric that comes from them."""
+    found = {metric: interval(right) for metric, right in hits.items()}
+    if benchmark.metric == "mean_per_class_recall" and "acc1" in hits:
+        found[benchmark.metric] = interval(hits["acc1"], benchmark.labels, statistic=per_class)
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # Many sets
 # ------------------------------------------------------------------------------------------------
@@ -545,18 +553,12 @@ def evaluate_sets(
                 metrics[column], right, scores[column] = found
                 hits[column] = {metric: each.numpy() for metric, each in right.items()}
             answers[benchmark.name] = hits
-            intervals = {column: {metric: interval(each) for metric, each in right.items()}
-                         for column, right in hits.items()}  # fmt: skip
-            if benchmark.metric == "mean_per_class_recall":
-                for column, right in hits.items():
-                    intervals[column][benchmark.metric] = interval(
-                        right["acc1"], benchmark.labels, statistic=per_class
-                    )
             results[benchmark.name] = {
                 "kind": benchmark.kind, "metric": benchmark.metric,
                 "pictures": len(benchmark.labels), "classes": len(benchmark.classes),
                 "prompts": len(benchmark.prompts), "captions": sum(map(len, benchmark.captions)),
-                "columns": metrics, "intervals": intervals,
+                "columns": metrics,
+                "intervals": {column: intervals(benchmark, hits[column]) for column in columns},
             }  # fmt: skip
             if benchmark.kind == "classification" and benchmark.name in SETS["T1"] + SETS["T3"]:
                 kept[benchmark.name] = benchmark, scores
