@@ -6,7 +6,8 @@
     python evaluate.py runs/demo --publish  copies its results.json to results/; --figures its PNGs
     python evaluate.py runs/demo --zero-shot DIR CIFAR10 --retrieval DIR    published sets:
     python evaluate.py runs/demo --suite paper --root DIR                   see benchmarks.py
-    python evaluate.py runs/a runs/b        which differences between two runs are real
+    python evaluate.py runs/a runs/b        which differences between two runs are real; with
+                                            --zero-shot, --retrieval or --suite on published sets
     python evaluate.py runs/demo --search "a red apple" --images DIR        see search.py
 
 Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
