@@ -267,8 +267,7 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
     """
     runs, problems = (run_folder(options.run), run_folder(options.other)), []
     if sets_asked(options):
-        found = [run_benchmarks(replace(options, run=str(run), other=""), False) for run in runs]
-        (a, problems), (b, _) = found
+        (a, problems), (b, _) = (run_benchmarks(replace(options, run=str(run))) for run in runs)
         if not a:  # all are broken, or the first process has them
             return problems
         a, b = ({f"{name}, {column}": answers for name, columns in side.items()
@@ -280,7 +279,7 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
                 f"{runs[0]} and {runs[1]} held out different pairs, and cannot be compared one by "
                 "one: name two runs with the same --data and --held-out"
             )
-        a, b = ({column: hits(ranks) for column, ranks in side.items()} for side in (a, b))
+        a, b = ({column: hits(found) for column, found in side.items()} for side in (a, b))
     both = [column for column in a if a[column] and a[column].keys() == b.get(column, {}).keys()]
     if not both:
         raise InputError(
@@ -452,21 +451,19 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     return results
 
 
-def run_benchmarks(
-    options: EvaluateConfig, probing: bool = True
-) -> tuple[dict[str, dict], list[str]]:
+def run_benchmarks(options: EvaluateConfig) -> tuple[dict[str, dict], list[str]]:
     """Evaluate on published sets, on all processes; the results stand beside what was there.
 
-    Returns the answers, on the first process, and what is wrong with some sets. Probes, of the
-    suite's sets too where they have training shards, are the first process's alone.
+    Returns the answers, on the first process, and what is wrong with some sets. Probes are its
+    alone: of the suite's sets, too, where they have training shards and no second run is asked.
     """
     places, captioned, missing, probed = options.zero_shot, options.retrieval, [], []
     if options.suite != "none":
         own, own_captioned, missing = benchmarks.suite(Path(options.root))
         places, captioned = (*places, *own), (*captioned, *own_captioned)
         probed = [place for place in own if benchmarks.set_name(Path(place)) in benchmarks.PROBED
-                  and (Path(place) / "train/nshards.txt").exists()]  # fmt: skip
-    options = replace(options, probe_data=(*options.probe_data, *probed) if probing else ())
+                  and (Path(place) / "train/nshards.txt").exists() and not options.other
+                  and place not in options.probe_data]  # fmt: skip
     with processes(options.device) as (rank, world, device):
         run, content, encoder, before, masker = open_run(options, device)
         columns = columns_of(encoder, before, masker, content["stage"] == "tune")
@@ -483,12 +480,17 @@ def run_benchmarks(
     if new:
         write_results(run, results)
         print(benchmarks.describe(new))
-    if options.linear_probe or folders:
-        probed = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
-        results["linear_probe"] = {**results.get("linear_probe", {}), **probed}
+    found = {}
+    try:
+        folders += [probe.to_probe(place, encoder.model.config.pixels[0]) for place in probed]
+        found = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
+    except InputError as error:
+        problems.append(str(error))
+    if found:
+        results["linear_probe"] = {**results.get("linear_probe", {}), **found}
+        print("\n".join(probe.describe(found)))
+    if new or found:
         write_results(run, results)
-        print("\n".join(probe.describe(probed)))
-    if new or folders:
         print(f"wrote {run}/results.json")
         publish(run, options, [])
     for line in missing:
@@ -568,7 +570,7 @@ def describe(results: dict) -> str:
                 cells += f"{100 * table[metric]:>8.1f} % {between:>11}"
             lines.append(f"{metric:30}" + cells)
     else:
-        lines.append("nothing can be asked: of so few pairs one in twenty is held out")
+        lines.append("too few pairs, one in twenty, were held out to ask anything")
     shares = results["mask_shares"]
     if shares and shares["visible"] != shares["computed"]:
         lines.append(

@@ -651,6 +651,13 @@ def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, caps
     assert results["linear_probe"].keys() == {"cifar10"}
     assert results["linear_probe"]["cifar10"]["test"] == 30
     assert "linear probe, cifar10" in out and "not there: food101" in out
+    (tmp_path / "sets/wds_vtab-cifar10/train/1.tar").unlink()
+    (run / "results.json").unlink()
+    code, out, err = run_main(monkeypatch, capsys, run, "--suite", "paper", "--root",
+                              tmp_path / "sets")  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert code == 2 and "cifar10/train: nshards.txt says 3" in err and "not there: food101" in out
+    assert set(results["benchmarks"]) == {"cifar10", "mnist"} and "linear_probe" not in results
 
 
 @pytest.fixture(scope="module")
