@@ -453,9 +453,8 @@ def image_features(columns: Columns, benchmark: Benchmark, rank: int, world: int
             return [pool.submit(prepared, benchmark, int(i), sides) for i in ids]
 
         waiting = start(blocks[0] if blocks else ())
-        each = zip(blocks, (*blocks[1:], ()), strict=True)
-        bar = {"desc": benchmark.name, "leave": False, "disable": rank > 0, "total": len(blocks)}
-        for ids, following in tqdm(each, **bar):
+        bar = tqdm(blocks, benchmark.name, leave=False, disable=rank > 0)
+        for ids, following in zip(bar, (*blocks[1:], ())):
             pictures, waiting = [job.result() for job in waiting], start(following)
             stacks = dict(zip(sides, map(torch.stack, zip(*pictures)), strict=True))
             found.append({

@@ -261,13 +261,12 @@ def kept_ranks(run: Path, options: "EvaluateConfig") -> tuple[dict[str, dict[str
 
 
 def compare_runs(options: "EvaluateConfig") -> list[str]:
-    """`evaluate.py A B`: significance.compare of both runs' answers about the same examples.
-
-    Held-out pairs, or published sets if given; returns what is wrong with some of these.
-    """
+    """`evaluate.py A B`, on held-out pairs or published sets; returns what is wrong with sets."""
     runs, problems = (run_folder(options.run), run_folder(options.other)), []
     if sets_asked(options):
-        (a, problems), (b, _) = (run_benchmarks(replace(options, run=str(run))) for run in runs)
+        with processes(options.device) as among:
+            (a, problems), (b, _) = (run_benchmarks(replace(options, run=str(run)), *among)
+                                     for run in runs)  # fmt: skip
         if not a:  # all are broken, or the first process has them
             return problems
         a, b = ({f"{name}, {column}": answers for name, columns in side.items()
@@ -367,7 +366,8 @@ def run_command(options: EvaluateConfig) -> None:
         model = glip.load_model(run / "model.pt")[0].to(device)
         search.use(Encoder(model, device, options.precision), run, options)
     elif sets:
-        _, problems = run_benchmarks(options)
+        with processes(options.device) as among:
+            _, problems = run_benchmarks(options, *among)
     else:
         run_evaluation(options)
     if problems:
@@ -451,7 +451,9 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     return results
 
 
-def run_benchmarks(options: EvaluateConfig) -> tuple[dict[str, dict], list[str]]:
+def run_benchmarks(
+    options: EvaluateConfig, rank: int, world: int, device: torch.device
+) -> tuple[dict[str, dict], list[str]]:
     """Evaluate on published sets, on all processes; the results stand beside what was there.
 
     Returns the answers, on the first process, and what is wrong with some sets. Probes are its
@@ -464,13 +466,12 @@ def run_benchmarks(options: EvaluateConfig) -> tuple[dict[str, dict], list[str]]
         probed = [place for place in own if benchmarks.set_name(Path(place)) in benchmarks.PROBED
                   and (Path(place) / "train/nshards.txt").exists() and not options.other
                   and place not in options.probe_data]  # fmt: skip
-    with processes(options.device) as (rank, world, device):
-        run, content, encoder, before, masker = open_run(options, device)
-        columns = columns_of(encoder, before, masker, content["stage"] == "tune")
-        folders = labelled_folders(options, encoder.model.config.pixels[0])
-        new, answers, problems = benchmarks.evaluate_sets(
-            columns, places, captioned, options.root, rank, world
-        )
+    run, content, encoder, before, masker = open_run(options, device)
+    columns = columns_of(encoder, before, masker, content["stage"] == "tune")
+    folders = labelled_folders(options, encoder.model.config.pixels[0])
+    new, answers, problems = benchmarks.evaluate_sets(
+        columns, places, captioned, options.root, rank, world
+    )
     if rank:
         return answers, problems
     results = {**known_results(run), **record_of(run, content)}

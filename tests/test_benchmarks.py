@@ -669,21 +669,24 @@ def test_the_command_on_one_and_two_processes(run, tmp_path):
     """Equal numbers, which stand beside what was there; a broken set is told by the exit code."""
     classes = write_classes(tmp_path / "classes", 530)  # three blocks: 256, 256, 18
     captions = write_captions(tmp_path / "captions", 270)
-    words = [str(run), "--zero-shot", str(classes), "nowhere", "--retrieval", str(captions),
-             "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+    few = write_classes(tmp_path / "few", 200)  # the second process has none of them
+    words = [str(run), "--zero-shot", str(classes), str(few), "nowhere", "--retrieval",
+             str(captions), "--precision", "fp32", "--device", "cpu"]  # fmt: skip
     (run / "results.json").write_text('{"held_out": {"a": 1}, "benchmarks": {"old": {}}}')
     found = []
     for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        done = command(*launch, str(ROOT / "evaluate.py"), *words)
+        again = words[:1] if launch else []  # compared with itself, by two processes
+        done = command(*launch, str(ROOT / "evaluate.py"), *again, *words)
         told = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
         assert done.returncode != 0 and len(told) == 1 and "nowhere: no such folder" in told[0]
         assert done.returncode == 2 or launch
         results = json.loads((run / "results.json").read_text())
         assert results["held_out"] == {"a": 1}
-        assert set(results["benchmarks"]) == {"old", "classes", "captions"}
-        found.append({n: results["benchmarks"][n] for n in ("classes", "captions")})
-        assert done.stdout.count("classes, acc1 ") == 1
-    for name, count in (("classes", 530), ("captions", 270)):
+        assert set(results["benchmarks"]) == {"old", "classes", "few", "captions"}
+        found.append({n: results["benchmarks"][n] for n in ("classes", "few", "captions")})
+        assert done.stdout.count("classes, acc1 ") == 1 + len(again)
+        assert done.stdout.count("0 of 30 differences are real") == len(again)
+    for name, count in (("classes", 530), ("few", 200), ("captions", 270)):
         alone, two = (each[name] for each in found)
         assert alone["pictures"] == two["pictures"] == count
         assert list(alone["columns"]) == ["masked inference", "full picture", "after tuning"]
