@@ -1,4 +1,4 @@
-"""The published evaluation sets, read where they lie, and their metrics, CLIP_benchmark's.
+"""The published evaluation sets, read where they lie, and asked about; for metrics see metrics.py.
 
     DIR/classnames.txt                          one class a line
     DIR/zeroshot_classification_templates.txt   one prompt a line, {c} stands for the class
@@ -14,6 +14,7 @@ centre cut. Nothing in a set is trusted. A set that is not whole is told in a se
 number: a share of other pictures than everybody's could be compared with nothing.
 """
 
+import inspect
 import io
 import json
 import os
@@ -34,8 +35,8 @@ from tqdm import tqdm
 
 import shards
 from glip import InputError, Masker
+from metrics import aupr, classification, multilabel, named, per_class, retrieved, shares
 from pictures import SUFFIXES, check_pixels, decode
-from probe import hold_out
 from significance import interval
 
 # ------------------------------------------------------------------------------------------------
@@ -54,6 +55,7 @@ SETS = {  # the paper's tables; it publishes numbers of the first alone: the gro
     "T6": ("imagenet1k", "mscoco_captions", "flickr30k"),
     "T7": ("imagenet1k",),
 }  # fmt: skip
+PROBED = ("cifar10", "cifar100", "imagenet1k")  # T5's linear probes
 UNPUBLISHED = ("cub", "kinetics700", "ucf101", "hateful_memes")  # in this layout, that is
 METRICS = {  # what a set, or a kind of sets, is reported by where it is not acc1
     **dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers", "pets"), "mean_per_class_recall"),
@@ -61,18 +63,13 @@ METRICS = {  # what a set, or a kind of sets, is reported by where it is not acc
     "multilabel": "mean_average_precision", "retrieval": "text_retrieval_recall@1",
     "choice": "text_acc",
 }  # fmt: skip
-TORCHVISION = {  # name: torchvision's class, and its test split
-    "caltech101": ("Caltech101", {}), "cars": ("StanfordCars", {"split": "test"}),
-    "cifar10": ("CIFAR10", {"train": False}), "cifar100": ("CIFAR100", {"train": False}),
-    "clevr_count_all": ("CLEVRClassification", {"split": "val"}),
-    "country211": ("Country211", {"split": "test"}), "dtd": ("DTD", {"split": "test"}),
-    "eurosat": ("EuroSAT", {}), "fer2013": ("FER2013", {"split": "test"}),
-    "fgvc_aircraft": ("FGVCAircraft", {"split": "test"}),
-    "flowers": ("Flowers102", {"split": "test"}), "food101": ("Food101", {"split": "test"}),
-    "gtsrb": ("GTSRB", {"split": "test"}), "imagenet1k": ("ImageNet", {"split": "val"}),
-    "mnist": ("MNIST", {"train": False}), "pcam": ("PCAM", {"split": "test"}),
-    "pets": ("OxfordIIITPet", {"split": "test"}), "stl10": ("STL10", {"split": "test"}),
-    "renderedsst2": ("RenderedSST2", {"split": "test"}), "sun397": ("SUN397", {}),
+TORCHVISION = {  # name: torchvision's class
+    "caltech101": "Caltech101", "cars": "StanfordCars", "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100", "clevr_count_all": "CLEVRClassification", "country211": "Country211",
+    "dtd": "DTD", "eurosat": "EuroSAT", "fer2013": "FER2013", "fgvc_aircraft": "FGVCAircraft",
+    "flowers": "Flowers102", "food101": "Food101", "gtsrb": "GTSRB", "imagenet1k": "ImageNet",
+    "mnist": "MNIST", "pcam": "PCAM", "pets": "OxfordIIITPet", "renderedsst2": "RenderedSST2",
+    "stl10": "STL10", "sun397": "SUN397",
 }  # fmt: skip
 SUGAR_CREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att",
                "swap_obj")  # fmt: skip
@@ -98,12 +95,13 @@ def suite(root: Path) -> tuple[list[str], list[str], list[str]]:
         if there:
             found[name] = str(there[0])
         elif name in TORCHVISION and from_torchvision(name, root):
-            found[name] = TORCHVISION[name][0]
+            found[name] = TORCHVISION[name]
+        elif name in UNPUBLISHED:
+            how = f"lay it out as {root / name}/CLASS/*.jpg beside {root / name}/classnames.txt"
+            missing.append(f"not there: {name}: {how}")
         else:
             place = f"clip-benchmark/wds_{'vtab-' * (name in VTAB)}{name}"
             how = f"hf download --repo-type dataset {place} --local-dir {root / name}"
-            if name in UNPUBLISHED:
-                how = f"lay it out as {root / name}/CLASS/*.jpg beside {root / name}/classnames.txt"
             missing.append(f"not there: {name}: {how}")
     if not found:
         raise InputError(f"--root {root}: none of the paper's sets is in it; see the README")
@@ -140,7 +138,7 @@ def open_benchmarks(place: str, root: str, split: str = "test") -> list[Benchmar
 
     Raises InputError for what is not there, not whole, or contradicts itself.
     """
-    folder, own = Path(place), {kind: name for name, (kind, _) in TORCHVISION.items()}
+    folder, own = Path(place), {kind: name for name, kind in TORCHVISION.items()}
     if not folder.is_dir():
         if place not in own:
             raise InputError(
@@ -156,14 +154,17 @@ def open_benchmarks(place: str, root: str, split: str = "test") -> list[Benchmar
 
 
 def lines_of(path: Path, what: str) -> list[str]:
-    """A text file's lines; raises InputError for one that is missing, empty or not text."""
+    """A text file's lines, without empty ones at its end.
+
+    Raises InputError for a file that is missing or not text, and for an empty line between others.
+    """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError):
         why = "not readable text" if path.exists() else "not there"
         raise InputError(f"{path}: {why}: write {what}") from None
     if not all(lines) or not lines:
-        raise InputError(f"{path}: line {([*lines, ''].index('')) + 1} is empty: write {what}")
+        raise InputError(f"{path}: line {[*lines, ''].index('') + 1} is empty: write {what}")
     return lines
 
 
@@ -222,6 +223,7 @@ def open_shards(folder: Path, split: str) -> Benchmark:
             "there: copy the set anew"
         )
     samples = [s for i in range(len(there)) for s in samples_of(home / f"{i}.tar", TARGETS[kind])]
+    targets = [sample[-1] for sample in samples]
 
     def where(i: int) -> str:
         path, key, *_ = samples[i]
@@ -232,13 +234,12 @@ def open_shards(folder: Path, split: str) -> Benchmark:
         file = shards.opened(str(path))  # held, for a thread may have opened it for itself alone
         return os.pread(file.fileno(), size, offset)
 
-    targets = [sample[-1] for sample in samples]
+    own = set_name(folder), kind
     if kind == "retrieval":
         captions = [text.decode("utf-8", "replace").splitlines() for text in targets]
         if not all(captions):
             raise InputError(f"{where(captions.index([]))}: a picture without a caption")
-        return Benchmark(set_name(folder), kind, np.arange(len(samples)), read, where,
-                         captions=captions)  # fmt: skip
+        return Benchmark(*own, np.arange(len(samples)), read, where, captions=captions)
     classes, prompts = class_names(folder), prompts_of(folder)
     for i, text in enumerate(targets):
         try:
@@ -251,7 +252,7 @@ def open_shards(folder: Path, split: str) -> Benchmark:
     labels = np.array(targets)
     if kind == "classification":
         check_labels(labels, classes, where)
-    return Benchmark(set_name(folder), kind, labels, read, where, classes, prompts)
+    return Benchmark(*own, labels, read, where, classes, prompts)
 
 
 def samples_of(path: Path, wanted: str) -> list[tuple[Path, str, int, int, bytes]]:
@@ -304,15 +305,16 @@ def open_tree(folder: Path, split: str) -> Benchmark:
     """
     home = next(h for h in (folder / split, folder / "val", folder) if h.is_dir())
     folders = sorted(path for path in home.iterdir() if path.is_dir())
-    rows = [
+    found = [
         (path, number) for number, place in enumerate(folders)
         for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES
     ]  # fmt: skip
-    if not rows:
+    if not found:
         raise InputError(
             f"{folder}: neither {split}/nshards.txt with shards nor {split}/CLASS/*.jpg is in it"
         )
-    names, labels = [path.name for path in folders], np.array([number for _, number in rows])
+    files, labels = zip(*found, strict=True)
+    names = [path.name for path in folders]
     numbered = all(re.fullmatch(r"\d{1,9}", name) for name in names)
     if (folder / "classnames.txt").exists():
         classes = class_names(folder)
@@ -320,34 +322,40 @@ def open_tree(folder: Path, split: str) -> Benchmark:
         known = imagenet_names()
         every = numbered and len(names) == len(known)  # ImageNet-V2
         classes = [known[name] for name in (known if every else names) if name in known]
-    if numbered:
-        labels = np.array([int(name) for name in names])[labels]
     if not classes or (not numbered and len(classes) != len(names)):
         raise InputError(
             f"{folder}/classnames.txt: {len(classes) or 'no'} names for the {len(names)} folders "
             f"of {home}: write one a line, in the folders' order"
         )
-    check_labels(labels, classes, lambda i: str(rows[i][0]))
-    return Benchmark(
-        set_name(folder), "classification", labels, lambda i: rows[i][0].read_bytes(),
-        lambda i: str(rows[i][0]), classes, prompts_of(folder),
-    )  # fmt: skip
+    labels = np.array([int(names[i]) if numbered else i for i in labels])
+    read, where = of_files(files)
+    check_labels(labels, classes, where)
+    return Benchmark(set_name(folder), "classification", labels, read, where, classes,
+                     prompts_of(folder))  # fmt: skip
+
+
+def of_files(files: Sequence[Path]) -> tuple[Callable[[int], bytes], Callable[[int], str]]:
+    """How a Benchmark of these files reads one, and names it."""
+    return lambda i: files[i].read_bytes(), lambda i: str(files[i])
 
 
 def from_torchvision(name: str, root: Path) -> object | None:
-    """torchvision's data set, or None where `root` has no whole copy."""
+    """torchvision's data set, its test split if it has one; None where `root` has no whole copy."""
     import torchvision
 
-    kind, options = TORCHVISION[name]
+    kind = getattr(torchvision.datasets, TORCHVISION[name])
+    split = "val" if name in ("clevr_count_all", "imagenet1k") else "test"
+    known = inspect.signature(kind).parameters
+    options = {key: value for key, value in (("split", split), ("train", False)) if key in known}
     try:
-        return getattr(torchvision.datasets, kind)(str(root), **options)
+        return kind(str(root), **options)
     except Exception:  # it raises many kinds for files that are not there or not whole
         return None
 
 
 def open_torchvision(name: str, root: Path) -> Benchmark:
     """torchvision's own set; ROOT/NAME/classnames.txt, if there, names its classes anew."""
-    found, (kind, _) = from_torchvision(name, root), TORCHVISION[name]
+    found, kind = from_torchvision(name, root), TORCHVISION[name]
     if found is None:
         raise InputError(
             f"{kind}: torchvision finds no whole copy under --root {root}: download it there with "
@@ -368,13 +376,13 @@ def open_torchvision(name: str, root: Path) -> Benchmark:
     elif kind == "ImageNet":
         classes = list(imagenet_names().values())
     else:
-        classes = getattr(found, "classes", None) or getattr(found, "categories", None)
-        if not classes:
+        names = getattr(found, "classes", None) or getattr(found, "categories", None)
+        if not names:
             raise InputError(
                 f"{kind}: torchvision knows no names of its classes: write "
                 f"{folder}/classnames.txt, one a line"
             )
-        classes = [re.sub(r"[_/]", " ", c) for c in classes]
+        classes = [re.sub(r"[_/]", " ", name) for name in names]
     labels = np.array([int(label) for label in labels])
     check_labels(labels, classes, lambda i: f"{kind} {i}")
     return Benchmark(name, "classification", labels, lambda i: found[i][0],
@@ -393,9 +401,8 @@ def open_sugar_crepe(folder: Path, task: str) -> Benchmark:
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not SugarCrepe's list of captions: copy it anew") from None
-    files = [folder / "val2017" / Path(name).name for name in names]
-    return Benchmark(f"sugar_crepe/{task}", "choice", np.arange(len(files)),
-                     lambda i: files[i].read_bytes(), lambda i: str(files[i]),
+    read, where = of_files([folder / "val2017" / Path(name).name for name in names])
+    return Benchmark(f"sugar_crepe/{task}", "choice", np.arange(len(names)), read, where,
                      captions=captions)  # fmt: skip
 
 
@@ -432,31 +439,6 @@ def prepared(benchmark: Benchmark, i: int, sides: Sequence[int]) -> list[Tensor]
         ) from None
 
 
-def to_probe(place: str, side: int) -> tuple[str, np.ndarray, list, str, Callable]:
-    """A set with shards in DIR/train and DIR/test, as probe.probe_all takes it.
-
-    (name, labels (M,), ids for training, validation and test, what its content is known by, ids ->
-    pictures (B, 3, S, S)). A fifth of every class of the training pictures is for validation.
-    """
-    train, test = (open_shards(Path(place), split) for split in ("train", "test"))
-    if (train.kind, test.kind) != ("classification", "classification"):
-        raise InputError(f"--probe-data {place}: a set for {test.kind}, not for classification")
-    labels, count = np.concatenate([train.labels, test.labels]), len(train.labels)
-    split = [*hold_out(labels, np.arange(count)), np.arange(count, len(labels))]
-    files = [(path.stat(), path) for path in sorted(Path(place).glob("*/*.tar"))]
-    stamp = " ".join(f"{path.name} {stat.st_size} {stat.st_mtime_ns}" for stat, path in files)
-
-    def picture(i: int) -> Tensor:
-        benchmark, own = (train, i) if i < count else (test, i - count)
-        return prepared(benchmark, int(own), [side])[0]
-
-    def render(ids: np.ndarray) -> Tensor:
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(picture, ids)))
-
-    return test.name, labels, split, stamp, render
-
-
 # A column of the tables: an Encoder (evaluate.py) and the mask that it is asked under, if any.
 Columns = dict[str, tuple[object, Masker | None]]
 
@@ -464,27 +446,21 @@ Columns = dict[str, tuple[object, Masker | None]]
 def image_features(columns: Columns, benchmark: Benchmark, rank: int, world: int) -> list:
     """This process's blocks of image_features (B, E) by column; every picture is decoded once."""
     sides = sorted({encoder.model.config.pixels[0] for encoder, _ in columns.values()})
-    blocks = torch.arange(len(benchmark.labels)).split(BLOCK)[rank::world]
-    found = []
+    blocks, found = torch.arange(len(benchmark.labels)).split(BLOCK)[rank::world], []
     with ThreadPoolExecutor() as pool:
 
-        def start(number: int) -> list:
-            ids = blocks[number].tolist() if number < len(blocks) else []
-            return [pool.submit(prepared, benchmark, i, sides) for i in ids]
+        def start(ids: Sequence[int]) -> list:
+            return [pool.submit(prepared, benchmark, int(i), sides) for i in ids]
 
-        waiting = start(0)
-        try:
-            bar = {"desc": benchmark.name, "leave": False, "disable": rank > 0}
-            for number, ids in enumerate(tqdm(blocks, **bar)):
-                pictures, waiting = [job.result() for job in waiting], start(number + 1)
-                stacks = dict(zip(sides, map(torch.stack, zip(*pictures)), strict=True))
-                found.append({
-                    column: encoder.block(stacks[encoder.model.config.pixels[0]], int(ids[0]), mask)
-                    for column, (encoder, mask) in columns.items()
-                })  # fmt: skip
-        finally:
-            for job in waiting:
-                job.cancel()
+        waiting = start(blocks[0] if blocks else ())
+        bar = tqdm(blocks, benchmark.name, leave=False, disable=rank > 0)
+        for ids, following in zip(bar, (*blocks[1:], ())):
+            pictures, waiting = [job.result() for job in waiting], start(following)
+            stacks = dict(zip(sides, map(torch.stack, zip(*pictures)), strict=True))
+            found.append({
+                column: encoder.block(stacks[encoder.model.config.pixels[0]], int(ids[0]), mask)
+                for column, (encoder, mask) in columns.items()
+            })  # fmt: skip
     return found
 
 
@@ -501,79 +477,14 @@ def class_features(encoder: object, classes: Sequence[str], prompts: Sequence[st
     return F.normalize(features.mean(dim=0), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Metrics, by CLIP_benchmark's names
-# ------------------------------------------------------------------------------------------------
-
-
-def named(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """acc1, acc5: whether each picture's class is found. (M, C), (M,) -> (M,) each."""
-    hits = {"acc1": scores.argmax(dim=1) == labels}
-    if scores.shape[1] >= 5:
-        hits["acc5"] = (scores.topk(5).indices == labels[:, None]).any(dim=1)
-    return hits
-
-
-def shares(hits: dict[str, Tensor]) -> dict[str, float]:
-    """How many of each metric's answers are right."""
-    return {metric: right.double().mean().item() for metric, right in hits.items()}
-
-
-def classification(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """acc1, acc5, mean_per_class_recall; of two classes roc_auc. (M, C), (M,)."""
-    hits = named(scores, labels)
-    result, right = shares(hits), hits["acc1"]
-    if "acc5" in hits:
-        result["mean_of_acc1_acc5"] = (result["acc1"] + result["acc5"]) / 2
-    counts, hits = labels.bincount(), labels.bincount(weights=right.double())
-    result["mean_per_class_recall"] = (hits / counts)[counts > 0].mean().item()
-    if scores.shape[1] == 2 and len(labels.unique()) == 2:
-        from sklearn.metrics import roc_auc_score
-
-        result["roc_auc"] = float(roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
-    return result
-
-
-def multilabel(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """mean_average_precision over the classes; 0 for one without a picture. (M, C) twice."""
-    from sklearn.metrics import average_precision_score
-
-    each = [average_precision_score(y, s) if y.any() else 0.0
-            for y, s in zip(labels.T.numpy(), scores.T.numpy(), strict=True)]  # fmt: skip
-    return {"mean_average_precision": float(np.mean(each))}
-
-
-def retrieved(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, Tensor]:
-    """R@1/5/10 both ways: whether one right answer is among k. (M, E), (T, E), owner (T,) < M."""
-    own = torch.arange(len(images))
-
-    def ranked(queries: Tensor, answers: Tensor, wanted: Tensor, given: Tensor) -> Tensor:
-        """Whether each of a query's first ten answers is right. (Q, 10)."""
-        k = min(10, len(answers))
-        return torch.cat([
-            given[(block @ answers.T).topk(k).indices] == mine[:, None]
-            for block, mine in zip(queries.split(BLOCK), wanted.split(BLOCK), strict=True)
-        ])  # fmt: skip
-
-    ways = {"text_retrieval_recall": ranked(images, texts, own, owner),
-            "image_retrieval_recall": ranked(texts, images, owner, own)}  # fmt: skip
-    return {f"{way}@{k}": right[:, :k].any(dim=1) for way, right in ways.items()
-            for k in (1, 5, 10)}  # fmt: skip
-
-
-def retrieval(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
-    """The shares of `retrieved`."""
-    return shares(retrieved(images, texts, owner))
-
-
 def measure(
     benchmark: Benchmark, encoder: object, images: Tensor
-) -> tuple[dict, dict[str, Tensor], Tensor | None]:
+) -> tuple[dict[str, float], dict[str, Tensor], Tensor | None]:
     """A set's metrics from image_features (M, E), single answers, a classification's scores (M, C).
 
     The answers (n,) are whether each was right, by metric, where a metric is a share of answers.
     """
-    if benchmark.kind in ("retrieval", "choice"):
+    if benchmark.captions:
         texts = encoder.texts([text for captions in benchmark.captions for text in captions])
         if benchmark.kind == "choice":
             scores = (texts.unflatten(0, (len(images), -1)) @ images[:, :, None])[:, :, 0]
@@ -591,6 +502,14 @@ def measure(
     return metrics(scores, labels) | other, hits, scores
 
 
+def intervals(benchmark: Benchmark, hits: dict[str, np.ndarray]) -> dict[str, tuple]:
+    """The 95 % interval, by bootstrap over answers (n,), of each metric that comes from them."""
+    found = {metric: interval(right) for metric, right in hits.items()}
+    if benchmark.metric == "mean_per_class_recall" and "acc1" in hits:
+        found[benchmark.metric] = interval(hits["acc1"], benchmark.labels, statistic=per_class)
+    return found
+
+
 # ------------------------------------------------------------------------------------------------
 # Many sets
 # ------------------------------------------------------------------------------------------------
@@ -599,17 +518,18 @@ def measure(
 def evaluate_sets(
     columns: Columns, places: Sequence[str], captioned: Sequence[str], root: str,
     rank: int = 0, world: int = 1,
-) -> tuple[dict[str, dict], list[str]]:  # fmt: skip
-    """Results by set, of `places` (with classes) and `captioned`; a sentence for each broken one.
+) -> tuple[dict[str, dict], dict[str, dict], list[str]]:  # fmt: skip
+    """Of `places` (with classes) and `captioned`: results by set, answers, what is wrong with some.
 
-    Of several processes each encodes its blocks of 256 pictures, and the first has the results.
+    Answers are whether each was right, (n,), by set, column and metric; a set that is broken gets
+    a sentence. Of several processes each encodes its blocks, and the first has what is found.
     """
-    results, problems, kept, seen = {}, [], {}, set()
+    results, answers, problems, kept, seen = {}, {}, [], {}, set()
     for place in (*places, *captioned):
         problem, own = "", []
         try:
             for benchmark in open_benchmarks(place, root):
-                if (benchmark.kind in ("retrieval", "choice")) != (place in captioned):
+                if bool(benchmark.captions) != (place in captioned):
                     flag = "--zero-shot" if place in captioned else "--retrieval"
                     raise InputError(f"{place}: a set for {benchmark.kind}: give it to {flag}")
                 if benchmark.name in seen:
@@ -618,35 +538,31 @@ def evaluate_sets(
                 own.append((benchmark, image_features(columns, benchmark, rank, world)))
         except InputError as error:
             problem = str(error)
-        parts = [(problem, [blocks for _, blocks in own])]
+        parts = [(problem, [blocks for _, blocks in own])] * world
         if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, (problem, [blocks for _, blocks in own]))
+            dist.all_gather_object(parts, parts[rank])
         problem = next((problem for problem, _ in parts if problem), "")
         if problem:
             problems.append(problem)
-        elif rank == 0:
-            for number, (benchmark, _) in enumerate(own):
-                features = joined([blocks[number] for _, blocks in parts])
-                found = {column: measure(benchmark, encoder, features[column])
-                         for column, (encoder, _) in columns.items()}  # fmt: skip
-                results[benchmark.name] = {
-                    "kind": benchmark.kind, "metric": benchmark.metric,
-                    "pictures": len(benchmark.labels), "classes": len(benchmark.classes),
-                    "prompts": len(benchmark.prompts),
-                    "captions": sum(map(len, benchmark.captions)),
-                    "columns": {column: metrics for column, (metrics, *_) in found.items()},
-                    "intervals": {
-                        column: {m: interval(right.numpy()) for m, right in hits.items()}
-                        for column, (_, hits, _) in found.items()
-                    },
-                }  # fmt: skip
-                comparable = benchmark.name in (*SETS["T1"], *SETS["T3"])
-                if comparable and benchmark.kind == "classification":
-                    scores = {column: scores for column, (*_, scores) in found.items()}
-                    kept[benchmark.name] = benchmark, scores
+        for number, (benchmark, _) in enumerate(() if problem or rank else own):
+            features = joined([blocks[number] for _, blocks in parts])
+            metrics, hits, scores = {}, {}, {}
+            for column, (encoder, _) in columns.items():
+                found = measure(benchmark, encoder, features[column])
+                metrics[column], right, scores[column] = found
+                hits[column] = {metric: each.numpy() for metric, each in right.items()}
+            answers[benchmark.name] = hits
+            results[benchmark.name] = {
+                "kind": benchmark.kind, "metric": benchmark.metric,
+                "pictures": len(benchmark.labels), "classes": len(benchmark.classes),
+                "prompts": len(benchmark.prompts), "captions": sum(map(len, benchmark.captions)),
+                "columns": metrics,
+                "intervals": {column: intervals(benchmark, hits[column]) for column in columns},
+            }  # fmt: skip
+            if benchmark.kind == "classification" and benchmark.name in SETS["T1"] + SETS["T3"]:
+                kept[benchmark.name] = benchmark, scores
     compare_with_imagenet(results, kept, columns)
-    return results, problems
+    return results, answers, problems
 
 
 def compare_with_imagenet(results: dict[str, dict], kept: dict, columns: Columns) -> None:
@@ -657,41 +573,27 @@ def compare_with_imagenet(results: dict[str, dict], kept: dict, columns: Columns
     names (ObjectNet) is compared with all of ImageNet. The pictures of ImageNet-O are of no class
     of ImageNet: `aupr` (1907.07174) tells how well they are found by the model's low confidence.
     """
-    if "imagenet1k" not in kept:
-        return
-    imagenet, everything = kept.pop("imagenet1k")
-    total = len(imagenet.classes)
-    for name, (benchmark, scores) in kept.items():
+    imagenet, everything = kept.pop("imagenet1k", (None, {}))
+    for name, (benchmark, scores) in kept.items() if imagenet else ():
         entry, places = results[name], defaultdict(list)
         for i, known in enumerate(imagenet.classes):
             places[known].append(i)
         chosen = [places[c].pop(0) for c in benchmark.classes if places[c]]
         if len(chosen) < len(benchmark.classes):
-            chosen = list(range(total))
-        rows = torch.from_numpy(np.isin(imagenet.labels, chosen))
-        place = torch.zeros(total, dtype=torch.long)
-        place[chosen] = torch.arange(len(chosen))
-        labels = place[torch.from_numpy(imagenet.labels)[rows]]
-        if not len(labels):
+            chosen = list(range(len(imagenet.classes)))
+        wanted = torch.from_numpy(imagenet.labels)[:, None] == torch.tensor(chosen)    # (M, C)
+        rows = wanted.any(dim=1)
+        if not rows.any():
             continue
-        entry["against"] = f"imagenet1k, {len(chosen)} classes, {len(labels)} pictures"
+        entry["against"] = f"imagenet1k, {len(chosen)} classes, {int(rows.sum())} pictures"
         for column, (encoder, _) in columns.items():
-            same = everything[column][rows][:, chosen]
+            same, found = everything[column][rows][:, chosen], entry["columns"][column]
             if name == "imagenet-o":
                 scale = encoder.model.logit_scale.exp().item()
-                entry["columns"][column]["aupr"] = aupr(scale * same, scale * scores[column])
+                found["aupr"] = aupr(scale * same, scale * scores[column])
             else:
-                acc1 = classification(same, labels)["acc1"]
-                entry["columns"][column]["drop"] = acc1 - entry["columns"][column]["acc1"]
-
-
-def aupr(known: Tensor, foreign: Tensor) -> float:
-    """Average precision of finding foreign pictures by their low confidence. Logits (M, C) twice.
-    """
-    from sklearn.metrics import average_precision_score
-
-    sure = torch.cat([logits.softmax(dim=1).amax(dim=1) for logits in (known, foreign)])
-    return float(average_precision_score(torch.arange(len(sure)) >= len(known), -sure))
+                right = named(same, wanted[rows].int().argmax(dim=1))
+                found["drop"] = shares(right)["acc1"] - found["acc1"]
 
 
 def describe(results: dict[str, dict]) -> str:

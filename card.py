@@ -126,11 +126,12 @@ are for research and teaching.
 
 def card(to: str, path: Path, content: dict, config: GLIPConfig) -> str:
     """The model card of an export; its results are what evaluate.py wrote beside the model."""
-    rows, written = ["Not evaluated before the export."], path.parent / "results.json"
-    if path.name == "model.pt" and written.is_file():
-        tables = json.loads(written.read_text())["held_out"]
+    rows, written = ["Not evaluated on held-out pairs before the export."], {}
+    if path.name == "model.pt" and (path.parent / "results.json").is_file():
+        written = json.loads((path.parent / "results.json").read_text())
+    if tables := written.get("held_out"):  # not there after published sets alone
         rows = [f"| held-out pairs | {' | '.join(tables)} |", "| --- |" + " --- |" * len(tables)]
-        for metric in next(iter(tables.values()), {}):
+        for metric in next(iter(tables.values())):
             cells = (f"{100 * table[metric]:.1f} %" for table in tables.values())
             rows.append(f"| {metric} | {' | '.join(cells)} |")
     return CARD.format(

@@ -510,7 +510,7 @@ class ExportConfig:
 class ImportConfig:
     """Make a run of published weights: to evaluate, probe, tune under any mask, or export."""
 
-    file: Annotated[Path, tyro.conf.Positional]  # weights; for hf also their folder
+    file: Annotated[Path, tyro.conf.Positional]  # weights, or their folder
     source: Annotated[Literal[tuple(IMPORTS)], tyro.conf.arg(name="from")]  # who wrote them
     out: Path  # folder of the run to write, new or empty
     config: str = ""  # its JSON file, or the name of an open_clip model (default: what is beside)
@@ -520,7 +520,7 @@ class ImportConfig:
 class InfoConfig:
     """Tell what a checkpoint is, its size, and its training record."""
 
-    file: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a file of weights
+    file: Annotated[Path, tyro.conf.Positional]  # a file of weights, or a run's, an export's folder
 
 
 def check_new(out: Path) -> None:
@@ -529,15 +529,24 @@ def check_new(out: Path) -> None:
         raise InputError(f"--out {out} is there already, and not empty: choose another")
 
 
-def model_file(path: Path) -> Path:
-    """A run's model, or the file itself."""
-    return path / "model.pt" if path.is_dir() else path
+# as transformers and timm call them, transformers once did, and open_clip does
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+
+
+def weights_in(path: Path, *names: str) -> Path:
+    """The file itself, or of a folder the first of these names; raises InputError without one."""
+    files, lack = [path], "there is no such file"
+    if path.is_dir():
+        files, lack = [path / name for name in names], f"no {' or '.join(names)} in it"
+    if not any(file.is_file() for file in files):
+        raise InputError(f"{path}: {lack}; name a file of weights (a .pt2 is a program)")
+    return next(file for file in files if file.is_file())
 
 
 def export(options: ExportConfig) -> None:
     """`convert.py export`."""
     check_new(options.out)
-    path = model_file(options.run)
+    path = weights_in(options.run, "model.pt")
     model, config = glip.load_model(path)
     files = EXPORTS[options.to](model)
     files["README.md"] = card(options.to, path, glip.load_checkpoint(path), config).encode()
@@ -551,12 +560,7 @@ def export(options: ExportConfig) -> None:
 def import_(options: ImportConfig) -> None:
     """`convert.py import`: a run of no steps, whose record is the defaults'."""
     check_new(options.out)
-    file = options.file
-    if file.is_dir():  # as transformers keeps it
-        names = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
-        file = next((file / name for name in names if (file / name).is_file()), file / names[0])
-    if not file.is_file():
-        raise InputError(f"{file}: there is no such file")
+    file = weights_in(options.file, *WEIGHTS)
     try:
         config, weights = IMPORTS[options.source](file, options.config)
         model = fitted(config, weights, file)
@@ -591,9 +595,7 @@ KINDS = {  # a name that tells who wrote weights
 
 def info(options: InfoConfig) -> None:
     """`convert.py info`."""
-    path = model_file(options.file)
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
+    path = weights_in(options.file, "model.pt", *WEIGHTS)
     try:
         config = glip.load_model(path)[1]
         content = glip.load_checkpoint(path)

@@ -6,7 +6,8 @@
     python evaluate.py runs/demo --publish  copies its results.json to results/; --figures its PNGs
     python evaluate.py runs/demo --zero-shot DIR CIFAR10 --retrieval DIR    published sets:
     python evaluate.py runs/demo --suite paper --root DIR                   see benchmarks.py
-    python evaluate.py runs/a runs/b        which differences between two runs are real
+    python evaluate.py runs/a runs/b        which differences between two runs are real; with
+                                            --zero-shot, --retrieval or --suite on published sets
     python evaluate.py runs/demo --search "a red apple" --images DIR        see search.py
 
 Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
@@ -42,6 +43,7 @@ import search
 import significance
 from data import Emoji, HeldOut
 from glip import GLIP, InputError, Masker
+from metrics import WITHIN, hits, ranks, retrieval, zero_shot  # noqa: F401
 from parallel import pick_device, processes
 from probe import (  # noqa: F401 - one name for users, evaluate
     STRENGTHS,
@@ -144,30 +146,6 @@ class Encoder:
         return torch.cat(features)
 
 
-def ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """How many wrong answers do not score below the best right one. (Q, M) twice -> (Q,).
-
-    Equal scores, and scores that are not numbers, count as wrong: no model profits from them.
-    """
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (~(scores < best) & ~right).sum(dim=1)
-
-
-# Ranks of a question by the pattern of its metrics' names, and which ranks count as right.
-WITHIN = {
-    "zero-shot top-{}": (1, 5), "zero-shot top-{} without flags": (1, 5),
-    "image to text R@{}": (1, 5, 10), "text to image R@{}": (1, 5, 10),
-}  # fmt: skip
-
-
-def hits(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Ranks (Q,) by question -> for every metric, which answers are right, (Q,) bool."""
-    return {
-        question.format(k): (rank < k).numpy()
-        for question, rank in found.items() for k in WITHIN[question]
-    }  # fmt: skip
-
-
 def metrics(found: dict[str, Tensor]) -> dict[str, float]:
     """Ranks (Q,) by question -> the share of right answers, by metric."""
     return {metric: right.mean().item() for metric, right in hits(found).items()}
@@ -176,27 +154,6 @@ def metrics(found: dict[str, Tensor]) -> dict[str, float]:
 def intervals(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
     """Ranks (Q,) by question -> the 95 % interval of every metric, by bootstrap over answers."""
     return {metric: significance.interval(right) for metric, right in hits(found).items()}
-
-
-def zero_shot(images: Tensor, names: Tensor, concept: np.ndarray, flags: np.ndarray) -> dict:
-    """Ranks over all names, and without flags. (M, E), (names, E), (M,), (names,)."""
-    wanted = torch.from_numpy(concept)
-    right = wanted[:, None] == torch.arange(len(names))
-    result = {"zero-shot top-{}": ranks(images @ names.T, right)}
-    plain = torch.from_numpy(~flags)
-    if 0 < plain.sum() < len(names):
-        pictures, answers = plain[wanted], torch.nonzero(plain)[:, 0]
-        right = wanted[pictures][:, None] == answers
-        found = ranks(images[pictures] @ names[plain].T, right)
-        result["zero-shot top-{} without flags"] = found
-    return result
-
-
-def retrieval(images: Tensor, texts: Tensor, concept: Tensor) -> dict:
-    """Ranks both ways: an answer is right if its caption is. (M, E), (C, E), (M,)."""
-    scores, right = images @ texts.T, concept[:, None] == torch.arange(len(texts))
-    return {"image to text R@{}": ranks(scores, right),
-            "text to image R@{}": ranks(scores.T, right.T)}  # fmt: skip
 
 
 def mask_shares(encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker) -> dict:
@@ -222,24 +179,33 @@ def quick(model: GLIP, pairs: Emoji | HeldOut, device: torch.device, precision: 
     names = ("zero-shot top-1", "zero-shot top-5")
     if isinstance(pairs, HeldOut):
         names = ("image to text R@1", "image to text R@5", "text to image R@5")
-    return {name: full[name] for name in names}
+    return {name: full[name] for name in names if name in full}
 
 
-def evaluate(
+def features(
     encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker | None = None,
     change: Callable[[Tensor], Tensor] = lambda images: images,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Ranks by question, zero-shot (emoji) and retrieval, of the held-out pairs.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """image_features (M, E) and text_features (C, E) of the held-out pairs.
 
     Under a mask, or with pictures (B, 3, S, S) changed, if given.
     """
     images = encoder.images(lambda ids: change(pairs.render(ids, None)), len(pairs.concept), masker)
-    texts = encoder.texts(pairs.captions)
+    return images, encoder.texts(pairs.captions)
+
+
+def ranked(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """Ranks by question, zero-shot (emoji) and retrieval, from the pairs' `features`."""
     result = {}
     if isinstance(pairs, Emoji):
         result = zero_shot(images, texts, pairs.concept, pairs.flags)
     shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
     return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
+
+
+def evaluate(encoder: Encoder, pairs: Emoji | HeldOut, *how: object) -> dict[str, Tensor]:
+    """Ranks by question of the held-out pairs; `how`: as `features` is told."""
+    return ranked(pairs, *features(encoder, pairs, *how))
 
 
 def robustness(encoder: Encoder, pairs: Emoji | HeldOut) -> dict:
@@ -262,7 +228,7 @@ def robustness(encoder: Encoder, pairs: Emoji | HeldOut) -> dict:
             f"small, 1/{2 * n}": partial(small, times=2 * n),
         }
     changes["grey"] = partial(change.rgb_to_grayscale, num_output_channels=3)
-    return {name: metrics(evaluate(encoder, pairs, change=f)) for name, f in changes.items()}
+    return {name: metrics(evaluate(encoder, pairs, None, f)) for name, f in changes.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -294,24 +260,35 @@ def kept_ranks(run: Path, options: "EvaluateConfig") -> tuple[dict[str, dict[str
     return found, pairs
 
 
-def compare_runs(options: "EvaluateConfig") -> dict:
-    """`evaluate.py A B`: significance.compare of both runs' answers about the same pairs."""
-    runs = run_folder(options.run), run_folder(options.other)
-    (a, pairs), (b, other_pairs) = (kept_ranks(run, options) for run in runs)
-    if pairs != other_pairs:
-        raise InputError(
-            f"{runs[0]} and {runs[1]} held out different pairs, and cannot be compared one by one: "
-            "name two runs with the same --data and --held-out"
-        )
-    both = [column for column in a if column in b and a[column].keys() == b[column].keys()]
+def compare_runs(options: "EvaluateConfig") -> list[str]:
+    """`evaluate.py A B`, on held-out pairs or published sets; returns what is wrong with sets."""
+    runs, problems = (run_folder(options.run), run_folder(options.other)), []
+    if sets_asked(options):
+        with processes(options.device) as among:
+            (a, problems), (b, _) = (run_benchmarks(replace(options, run=str(run)), *among)
+                                     for run in runs)  # fmt: skip
+        if not a:  # all are broken, or the first process has them
+            return problems
+        a, b = ({f"{name}, {column}": answers for name, columns in side.items()
+                 for column, answers in columns.items()} for side in (a, b))  # fmt: skip
+    else:
+        (a, pairs), (b, other_pairs) = (kept_ranks(run, options) for run in runs)
+        if pairs != other_pairs:
+            raise InputError(
+                f"{runs[0]} and {runs[1]} held out different pairs, and cannot be compared one by "
+                "one: name two runs with the same --data and --held-out"
+            )
+        a, b = ({column: hits(found) for column, found in side.items()} for side in (a, b))
+    both = [column for column in a if a[column] and a[column].keys() == b.get(column, {}).keys()]
     if not both:
         raise InputError(
-            f"{runs[0]} and {runs[1]} share no column: {', '.join(a) or 'nothing held out'} "
-            f"against {', '.join(b) or 'nothing held out'}; compare runs of the same stages"
+            f"{runs[0]} and {runs[1]} share no column of single answers: "
+            f"{', '.join(a) or 'nothing held out'} against {', '.join(b) or 'nothing held out'}; "
+            "compare runs of the same stages, on sets whose metric is a share of answers"
         )
-    tables = significance.compare(*({c: hits(side[c]) for c in both} for side in (a, b)))
+    tables = significance.compare(*({column: side[column] for column in both} for side in (a, b)))
     print(f"A: {runs[0]}\nB: {runs[1]}\n{significance.describe(tables)}")
-    return tables
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------
@@ -366,25 +343,35 @@ def run_folder(name: str) -> Path:
     return run
 
 
+def sets_asked(options: EvaluateConfig) -> bool:
+    """Whether published sets are asked about, in the place of held-out pairs."""
+    return bool(options.zero_shot or options.retrieval or options.suite != "none")
+
+
 def run_command(options: EvaluateConfig) -> None:
     """Everything that `python evaluate.py` does."""
-    asked = search.wanted(options) + ["a second run"] * bool(options.other)
-    flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish", "figures",
-             "zero_shot", "retrieval")  # fmt: skip
+    asked, pair = search.wanted(options), ["a second run"] * bool(options.other)
+    sets = ["published sets"] * sets_asked(options)
+    flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish", "figures")
     beside = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
-    beside += ["--suite"] * (options.suite != "none")
-    if asked and len(asked + beside) > 1:
-        raise InputError(f"{' and '.join(asked + beside)}: one at a time, please")
+    given = [*asked, *pair, *sets, *beside]
+    held_out = sets and (options.robustness or options.figures)  # which are of held-out pairs
+    if (asked and len(given) > 1) or (pair and beside) or held_out:
+        raise InputError(f"{' and '.join(given)}: one at a time, please")
+    problems = []
     if options.other:
-        compare_runs(options)
+        problems = compare_runs(options)
     elif asked:
         run, device = run_folder(options.run), pick_device(options.device)
         model = glip.load_model(run / "model.pt")[0].to(device)
         search.use(Encoder(model, device, options.precision), run, options)
-    elif options.zero_shot or options.retrieval or options.suite != "none":
-        run_benchmarks(options)
+    elif sets:
+        with processes(options.device) as among:
+            _, problems = run_benchmarks(options, *among)
     else:
         run_evaluation(options)
+    if problems:
+        raise InputError("\nevaluate.py: ".join(problems))
 
 
 def open_run(
@@ -432,11 +419,13 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     before_test = test
     if before.model.config != encoder.model.config:
         before_test = opened(image_size=before.model.config.pixels[0])[1]
-    found, shares = {}, {}
+    found, shares, last = {}, {}, None
     if len(test.concept):
         columns = columns_of(encoder, before, masker, content["stage"] == "tune")
-        for column, (asked, mask) in columns.items():
-            found[column] = evaluate(asked, test if asked is encoder else before_test, mask)
+        for column, (own, mask) in columns.items():
+            pairs = test if own is encoder else before_test
+            last = features(own, pairs, mask)  # in the end the final model's, of whole pictures
+            found[column] = ranked(pairs, *last)
         if masker.mask != "none":
             shares = mask_shares(before, before_test, masker)
     results = {
@@ -456,42 +445,58 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     write_results(run, results)
     keep_ranks(run, found, test)
     print(describe(results))
-    pictures = figures.draw_all(run, config, encoder, test, before, before_test, masker)
+    pictures = figures.draw_all(run, config, last, test, before, before_test, masker)
     print(f"wrote {run}/results.json, {', '.join(pictures)}")
     publish(run, options, pictures)
     return results
 
 
-def run_benchmarks(options: EvaluateConfig) -> dict:
+def run_benchmarks(
+    options: EvaluateConfig, rank: int, world: int, device: torch.device
+) -> tuple[dict[str, dict], list[str]]:
     """Evaluate on published sets, on all processes; the results stand beside what was there.
 
-    Raises InputError in the end, if sets were broken, with a sentence for each.
+    Returns the answers, on the first process, and what is wrong with some sets. Probes are its
+    alone: of the suite's sets, too, where they have training shards and no second run is asked.
     """
-    with processes(options.device) as (rank, world, device):
-        run, content, encoder, before, masker = open_run(options, device)
-        columns = columns_of(encoder, before, masker, content["stage"] == "tune")
-        places, captioned, missing = options.zero_shot, options.retrieval, []
-        if options.suite != "none":
-            found = benchmarks.suite(Path(options.root))
-            places, captioned, missing = (*places, *found[0]), (*captioned, *found[1]), found[2]
-        new, problems = benchmarks.evaluate_sets(
-            columns, places, captioned, options.root, rank, world
-        )
+    places, captioned, missing, probed = options.zero_shot, options.retrieval, [], []
+    if options.suite != "none":
+        own, own_captioned, missing = benchmarks.suite(Path(options.root))
+        places, captioned = (*places, *own), (*captioned, *own_captioned)
+        probed = [place for place in own if benchmarks.set_name(Path(place)) in benchmarks.PROBED
+                  and (Path(place) / "train/nshards.txt").exists() and not options.other
+                  and place not in options.probe_data]  # fmt: skip
+    run, content, encoder, before, masker = open_run(options, device)
+    columns = columns_of(encoder, before, masker, content["stage"] == "tune")
+    folders = labelled_folders(options, encoder.model.config.pixels[0])
+    new, answers, problems = benchmarks.evaluate_sets(
+        columns, places, captioned, options.root, rank, world
+    )
+    if rank:
+        return answers, problems
     results = {**known_results(run), **record_of(run, content)}
-    if rank == 0:
-        where = {"evaluated_on": machine(device), "bf16": encoder.bf16}
-        new = {name: {**entry, **where} for name, entry in new.items()}
-        results["benchmarks"] = {**results.get("benchmarks", {}), **new}
-        if new:
-            write_results(run, results)
-            print(benchmarks.describe(new))
-            print(f"wrote {run}/results.json")
-            publish(run, options, [])
-        for line in missing:
-            print(line)
-    if problems:
-        raise InputError("\nevaluate.py: ".join(problems))
-    return results
+    where = {"evaluated_on": machine(device), "bf16": encoder.bf16}
+    new = {name: {**entry, **where} for name, entry in new.items()}
+    results["benchmarks"] = {**results.get("benchmarks", {}), **new}
+    if new:
+        write_results(run, results)
+        print(benchmarks.describe(new))
+    found = {}
+    try:
+        folders += [probe.to_probe(place, encoder.model.config.pixels[0]) for place in probed]
+        found = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
+    except InputError as error:
+        problems.append(str(error))
+    if found:
+        results["linear_probe"] = {**results.get("linear_probe", {}), **found}
+        print("\n".join(probe.describe(found)))
+    if new or found:
+        write_results(run, results)
+        print(f"wrote {run}/results.json")
+        publish(run, options, [])
+    for line in missing:
+        print(line)
+    return answers, problems
 
 
 def known_results(run: Path) -> dict:
@@ -530,12 +535,7 @@ def labelled_folders(options: EvaluateConfig, image_size: int) -> list[tuple]:
     """What --probe-data names, opened; raises InputError before anything is computed."""
     if options.few_shot and not (options.linear_probe or options.probe_data):
         raise InputError("--few-shot is a part of a probe: add --linear-probe or --probe-data DIR")
-    folders = [
-        (benchmarks if (Path(place) / "train/nshards.txt").exists() else probe).to_probe(
-            place, image_size
-        )
-        for place in options.probe_data
-    ]
+    folders = [probe.to_probe(place, image_size) for place in options.probe_data]
     names = [name for name, *_ in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -561,7 +561,7 @@ def describe(results: dict) -> str:
         + f"seed {config['seed']}; "
         f"{results['counts']['held-out pictures']:,} held-out pictures"
     ]
-    if tables:
+    if any(tables.values()):
         lines.append(f"{'':30}" + "".join(f"{name:>22}" for name in tables))
         for metric in next(iter(tables.values())):
             cells = ""
@@ -571,25 +571,17 @@ def describe(results: dict) -> str:
                 cells += f"{100 * table[metric]:>8.1f} % {between:>11}"
             lines.append(f"{metric:30}" + cells)
     else:
-        lines.append("no picture was held out: too few for a twentieth of them")
+        lines.append("too few pairs, one in twenty, were held out to ask anything")
     shares = results["mask_shares"]
     if shares and shares["visible"] != shares["computed"]:
         lines.append(
             f"masked inference computes {shares['computed']:.1%} of the patches and sees "
             f"{shares['visible']:.1%}"
         )
-    for name, probed in results.get("linear_probe", {}).items():
-        lines.append(
-            f"linear probe, {name:19}{100 * probed['accuracy']:>16.1f} %   (C {probed['C']:g}, "
-            f"largest class {100 * probed['majority']:.1f} %, {probed['test']} test pictures)"
-        )
-        for shots, found in probed.get("few_shot", {}).items():
-            low, high = 100 * min(found["draws"]), 100 * max(found["draws"])
-            lines.append(f"{f'  {shots} a class':32}{100 * found['mean']:>16.1f} %   "
-                         f"({len(found['draws'])} draws, {low:.1f} to {high:.1f})")  # fmt: skip
+    lines += probe.describe(results.get("linear_probe", {}))
     for name, table in results.get("robustness", {}).items():
-        metric, value = next(iter(table.items()))
-        lines.append(f"{metric}, {name:{30 - len(metric)}}{100 * value:>16.1f} %")
+        for metric, value in list(table.items())[:1]:
+            lines.append(f"{metric}, {name:{30 - len(metric)}}{100 * value:>16.1f} %")
     return "\n".join(lines)
 
 

@@ -153,12 +153,12 @@ def shorten(text: str, length: int) -> str:
 
 
 def draw_all(
-    run: Path, config: dict, encoder: object, test: Emoji | HeldOut, before: object,
-    before_test: Emoji | HeldOut, masker: Masker,
+    run: Path, config: dict, features: tuple[Tensor, Tensor] | None, test: Emoji | HeldOut,
+    before: object, before_test: Emoji | HeldOut, masker: Masker,
 ) -> list[str]:  # fmt: skip
     """Write the run's PNGs; art that may not be published is left out. Returns their names.
 
-    `encoder` has the final model, `before` the one that was trained under `masker`.
+    `features` are the final model's of the pairs `test`; `before` was trained under `masker`.
     """
     figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
     art = before_test
@@ -168,11 +168,9 @@ def draw_all(
         picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
         figures["masks.png"] = draw_masks(art, picks, before, masker)
     if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in data.FREE_ART):
-        images = encoder.images(lambda ids: test.render(ids, None), len(test.concept))
-        texts = encoder.texts(test.captions)
         sample = np.random.default_rng(1).permutation(len(test.concept))
-        figures["top5.png"] = draw_top5(test, images, texts, sample[:18])
-        figures["retrieval.png"] = draw_retrieval(test, images, texts, sample[-8:])
+        figures["top5.png"] = draw_top5(test, *features, sample[:18])
+        figures["retrieval.png"] = draw_retrieval(test, *features, sample[-8:])
     for name, fig in figures.items():
         glip.write_safely(run / name, lambda file, fig=fig: fig.savefig(file, format="png"))
     return list(figures)

@@ -11,10 +11,10 @@ defaults of main_finetune.py; arXiv 2111.06377, table 9). From elsewhere: the st
 (2109.01903), the EMA FT-CLIP's (2212.06138); its warm-up is ours. MAE has neither, and pools
 patches where we have the class token; the random erasing of its script is left out.
 
-Writes into --out: model.pt (the tower in the run's model, and the head), log.jsonl, results.json.
+Writes into --out: model.pt (the tower in the run's model, and the head), log.jsonl, results.json;
+and the accuracy of these weights into the run's results.json, for evaluate.py --publish.
 """
 
-import json
 import os
 import random
 import sys
@@ -39,9 +39,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import benchmarks
+import evaluate
 import glip
 from evaluate import Encoder, machine, pick_device
 from glip import GLIP, InputError
+from metrics import per_class
 from pictures import Pictures, decode
 from probe import labelled, reader
 from runs import command
@@ -142,11 +144,14 @@ class Classifier(nn.Module):
 def zero_shot_head(encoder: Encoder, folder: Path, classes: list[str]) -> Tensor:
     """logit_scale x text features of the classes, (classes, E), mean over prompts.
 
-    Names are those of the folders, or the lines of DIR/classnames.txt; prompts the lines of
-    DIR/zeroshot_classification_templates.txt, where {c} is the name, or else ImageNet's 80, as in
-    evaluate.py --zero-shot.
+    Names are the lines of DIR/classnames.txt, or those of the folders, ImageNet's where these are
+    WordNet's numbers; prompts the lines of DIR/zeroshot_classification_templates.txt, where {c} is
+    the name, or else ImageNet's 80, as in evaluate.py --zero-shot.
     """
-    names = lines_of(folder / "classnames.txt") or [name.replace("_", " ") for name in classes]
+    known = benchmarks.imagenet_names()
+    names = [known.get(name, name.replace("_", " ")) for name in classes]
+    if (folder / "classnames.txt").exists():
+        names = benchmarks.class_names(folder)
     if len(names) != len(classes):
         raise InputError(
             f"{folder}/classnames.txt has {len(names)} lines for {len(classes)} folders: give each "
@@ -154,12 +159,6 @@ def zero_shot_head(encoder: Encoder, folder: Path, classes: list[str]) -> Tensor
         )
     features = benchmarks.class_features(encoder, names, benchmarks.prompts_of(folder))
     return encoder.model.logit_scale.exp().cpu() * features
-
-
-def lines_of(path: Path) -> list[str]:
-    """Lines of a file that are not empty; none where there is no such file."""
-    text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def drop_paths(visual: nn.Module, rate: float) -> None:
@@ -271,10 +270,8 @@ def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.
     features = encoder.images(reader(source, ids), len(ids))
     with torch.no_grad():
         found = deepcopy(classifier.head).cpu()(features).argmax(1).numpy()
-    labels = source.concept[ids]
-    counts, right = np.bincount(labels), np.bincount(labels, found == labels)
-    recalls = right[counts > 0] / counts[counts > 0]
-    return {"accuracy": right.sum() / len(ids), "mean per class": recalls.mean()}
+    right = found == source.concept[ids]
+    return {"accuracy": right.mean(), "mean per class": per_class(right, source.concept[ids])}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -306,10 +303,10 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     begun = time.perf_counter()
     ema = fine_tune(classifier, source, ids, config, device, encoder.bf16, out)
     seconds = time.perf_counter() - begun
-    tables["fine-tuned"] = accuracy(classifier, encoder, source, test)
+    tables[final := "fine-tuned"] = accuracy(classifier, encoder, source, test)
     if config.ema:
         classifier.load_state_dict(ema.state_dict())
-        tables["fine-tuned, EMA"] = accuracy(classifier, encoder, source, test)
+        tables[final := "fine-tuned, EMA"] = accuracy(classifier, encoder, source, test)
     end = {name: value.clone() for name, value in classifier.state_dict().items()}
     for share in config.wise:
         classifier.load_state_dict(interpolate(start, end, share))
@@ -322,12 +319,15 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
                    "test pictures": len(test)},
         "train_seconds": seconds, "machine": machine(device), "fine_tuned": tables,
     }  # fmt: skip
-    glip.write_bytes(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    evaluate.write_results(out, results)
+    known = evaluate.known_results(run)  # the run's own, which report.py reads once published
+    found = {source.name: {**tables[final], "from": out.name}}
+    evaluate.write_results(run, {**known, "fine_tune": {**known.get("fine_tune", {}), **found}})
     print(f"{run.name} on {source.name}: {len(source.captions)} classes, {len(ids)} training and "
           f"{len(test)} test pictures; top-1, mean per class")  # fmt: skip
     for name, row in tables.items():
         print(f"{name:24}" + "".join(f"{100 * share:>10.1f} %" for share in row.values()))
-    print(f"wrote {out}/model.pt, results.json, log.jsonl")
+    print(f"wrote {out}/model.pt, results.json, log.jsonl; {run}/results.json has the accuracy")
     return results
 
 

@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import benchmarks
 import data
 import glip
 from data import Emoji
 from glip import InputError
+from metrics import per_class
 from pictures import SUFFIXES, BadPicture, Pictures
 
 # ------------------------------------------------------------------------------------------------
@@ -159,11 +161,9 @@ def probe(
 
     best = best_fit(features, labels, train, valid, device)
     right = fitted(np.sort(np.concatenate([train, valid])), best)
-    counts = np.bincount(labels[test])
-    recalls = np.bincount(labels[test], right)[counts > 0] / counts[counts > 0]
     result = {
-        "accuracy": right.mean(), "mean per class": recalls.mean(), "C": best,
-        "majority": counts.max() / len(test), "test": len(test),
+        "accuracy": right.mean(), "mean per class": per_class(right, labels[test]), "C": best,
+        "majority": np.bincount(labels[test]).max() / len(test), "test": len(test),
     }  # fmt: skip
     if few_shot:
         result["few_shot"] = {}
@@ -307,14 +307,40 @@ def reader(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]:
 
 
 def to_probe(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, Callable]:
-    """What `labelled` opens, for probe_all.
+    """What `published` or `labelled` opens, for probe_all.
 
     (name, labels (M,), ids for training, validation and test, what its content is known by, ids ->
     pictures (B, 3, S, S)).
     """
+    if (Path(folder) / "train/nshards.txt").exists():
+        return published(folder, image_size)
     source, split = labelled(folder, image_size, "--probe-data")
     ids = np.arange(len(source))
     return source.name, source.concept, split, source.stamp(ids), reader(source, ids)
+
+
+def published(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, Callable]:
+    """For `to_probe`, a set with shards in DIR/train and DIR/test.
+
+    A fifth of every class of the training pictures is for validation.
+    """
+    train, test = (benchmarks.open_shards(Path(folder), split) for split in ("train", "test"))
+    if (train.kind, test.kind) != ("classification", "classification"):
+        raise InputError(f"--probe-data {folder}: a set for {test.kind}, not for classification")
+    labels, count = np.concatenate([train.labels, test.labels]), len(train.labels)
+    split = [*hold_out(labels, np.arange(count)), np.arange(count, len(labels))]
+    files = [(path.stat(), path) for path in sorted(Path(folder).glob("*/*.tar"))]
+    stamp = " ".join(f"{path.name} {stat.st_size} {stat.st_mtime_ns}" for stat, path in files)
+
+    def picture(i: int) -> Tensor:
+        source, own = (train, i) if i < count else (test, i - count)
+        return benchmarks.prepared(source, int(own), [image_size])[0]
+
+    def render(ids: np.ndarray) -> Tensor:
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(picture, ids)))
+
+    return test.name, labels, split, stamp, render
 
 
 # ------------------------------------------------------------------------------------------------
@@ -356,3 +382,18 @@ def probe_all(
         features = cached_features(encoder, run, name, stamp, render, len(labels))
         results[name] = probe(features, labels, *split, **options)
     return results
+
+
+def describe(results: dict[str, dict]) -> list[str]:
+    """What `probe_all` found, as lines of text."""
+    lines = []
+    for name, probed in results.items():
+        lines.append(
+            f"linear probe, {name:19}{100 * probed['accuracy']:>16.1f} %   (C {probed['C']:g}, "
+            f"largest class {100 * probed['majority']:.1f} %, {probed['test']} test pictures)"
+        )
+        for shots, found in probed.get("few_shot", {}).items():
+            low, high = 100 * min(found["draws"]), 100 * max(found["draws"])
+            lines.append(f"{f'  {shots} a class':32}{100 * found['mean']:>16.1f} %   "
+                         f"({len(found['draws'])} draws, {low:.1f} to {high:.1f})")  # fmt: skip
+    return lines

@@ -20,6 +20,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
+import benchmarks
 import glip
 import sweep
 import train
@@ -439,7 +440,7 @@ def paper_tables(folder: Path = ROOT / "results") -> dict[str, Table]:
         for name, label in CAPTIONED_SETS.items() for way in ("text", "image") for k in (1, 5, 10)
     ]  # fmt: skip
     probed = [(f"{SMALL_SETS[name]}, linear probe", name, "linear_probe")
-              for name in ("cifar10", "cifar100", IMAGENET)]  # fmt: skip
+              for name in benchmarks.PROBED]  # fmt: skip
     both = f"{source['CLIP-PGS']} {source['GLIP']} {GUESS} {MISSING}"
 
     def of_sets(title: str, sets: list[tuple[str, str, str]]) -> Table:

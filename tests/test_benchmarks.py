@@ -29,7 +29,11 @@ from PIL import Image
 import benchmarks
 import evaluate
 import glip
+import metrics
+import probe
+import significance
 import train
+from tests.test_significance import run_main
 from tests.test_train import command
 
 ROOT = Path(__file__).parent.parent
@@ -162,7 +166,7 @@ def models():
 def ours(encoder, place, root=".", captions=False, **columns):
     places = ((), (str(place),)) if captions else ((str(place),), ())
     columns = columns or {"full picture": (encoder, None)}
-    results, problems = benchmarks.evaluate_sets(columns, *places, str(root))
+    results, _, problems = benchmarks.evaluate_sets(columns, *places, str(root))
     assert problems == []
     return results
 
@@ -295,27 +299,35 @@ def test_perfect_features_give_100_percent(models, tmp_path, monkeypatch):
 def test_permuted_features_give_chance():
     torch.manual_seed(0)
     names, labels = F.normalize(torch.randn(40, 32), dim=-1), torch.arange(20_000) % 40
-    found = benchmarks.classification(names[torch.randperm(20_000) % 40] @ names.T, labels)
+    found = metrics.classification(names[torch.randperm(20_000) % 40] @ names.T, labels)
     assert found["acc1"] == pytest.approx(1 / 40, abs=0.004)
     assert found["acc5"] == pytest.approx(5 / 40, abs=0.01)
     assert found["mean_per_class_recall"] == pytest.approx(found["acc1"])
     images, texts = torch.randn(1000, 32), torch.randn(3000, 32)
-    found = benchmarks.retrieval(images, texts, torch.arange(1000).repeat_interleave(3))
+    found = metrics.retrieved(images, texts, torch.arange(1000).repeat_interleave(3))
+    found = metrics.shares(found)
     assert found["image_retrieval_recall@10"] == pytest.approx(10 / 1000, abs=0.006)
     assert found["text_retrieval_recall@10"] == pytest.approx(30 / 3000, abs=0.009)
 
 
+def test_recall_within_all_candidates_is_left_out():
+    """Of 6 pictures R@1 and R@5, of 11 captions R@10 as well: nothing that must be 100 %."""
+    found = metrics.retrieved(torch.randn(6, 8), torch.randn(11, 8), torch.arange(11) % 6)
+    assert set(found) == {*(f"text_retrieval_recall@{k}" for k in (1, 5, 10)),
+                          *(f"image_retrieval_recall@{k}" for k in (1, 5))}  # fmt: skip
+
+
 def test_mean_per_class_recall_weighs_classes_alike():
     scores = torch.eye(3)[[0, 0, 0, 1, 2, 2]]
-    found = benchmarks.classification(scores, torch.tensor([0, 0, 0, 0, 2, 1]))
+    found = metrics.classification(scores, torch.tensor([0, 0, 0, 0, 2, 1]))
     assert found["acc1"] == pytest.approx(4 / 6)
     assert found["mean_per_class_recall"] == pytest.approx((3 / 4 + 0 + 1) / 3)
 
 
 def test_area_under_precision_and_recall_of_foreign_pictures():
     sure, unsure = torch.eye(4).repeat(3, 1) * 9, torch.zeros(6, 4)
-    assert benchmarks.aupr(sure, unsure) == 1.0
-    assert benchmarks.aupr(unsure, sure) < 0.8  # the share of foreign ones among all is 2 / 3
+    assert metrics.aupr(sure, unsure) == 1.0
+    assert metrics.aupr(unsure, sure) < 0.8  # the share of foreign ones among all is 2 / 3
 
 
 # --- the other formats ----------------------------------------------------------------------------
@@ -341,7 +353,7 @@ def test_a_set_with_training_shards_is_probed(models, tmp_path):
     samples = [(encoded(i), ("cls", str(label))) for i, label in enumerate(LABELS[:90])]
     folder = write_set(tmp_path / "wds_x", samples[:60], split="train", classes=COLOURS)
     write_set(folder, samples[60:], split="test")
-    name, labels, (train, valid, test), stamp, render = benchmarks.to_probe(str(folder), SIDE)
+    name, labels, (train, valid, test), stamp, render = probe.to_probe(str(folder), SIDE)
     assert name == "x" and (labels == LABELS[:90]).all() and stamp.count(".tar") == 6
     assert sorted([*train, *valid]) == list(range(60)) and (test == np.arange(60, 90)).all()
     held = np.bincount(labels[valid], minlength=7)
@@ -354,7 +366,7 @@ def test_a_set_with_training_shards_is_probed(models, tmp_path):
         wanted.append(benchmarks.joined([blocks])["x"])
     torch.testing.assert_close(features, torch.cat(wanted))
     with pytest.raises(glip.InputError, match="a set for retrieval, not for classification"):
-        benchmarks.to_probe(str(both_splits(write_captions(tmp_path / "captions"))), SIDE)
+        probe.to_probe(str(both_splits(write_captions(tmp_path / "captions"))), SIDE)
 
 
 def both_splits(folder):
@@ -389,9 +401,10 @@ def test_torchvisions_sets_by_name(models, tmp_path):
 def test_every_set_of_torchvision_that_is_named_exists():
     import torchvision
 
-    for kind, options in benchmarks.TORCHVISION.values():
-        signature = inspect.signature(getattr(torchvision.datasets, kind))
-        assert options.keys() <= signature.parameters.keys() or kind == "ImageNet"
+    whole = {"Caltech101", "EuroSAT", "SUN397"}  # without a test split
+    for kind in benchmarks.TORCHVISION.values():
+        known = inspect.signature(getattr(torchvision.datasets, kind)).parameters
+        assert ("split" in known or "train" in known) != (kind in whole)
 
 
 def test_robustness_is_compared_on_the_same_classes(models, tmp_path):
@@ -410,7 +423,7 @@ def test_robustness_is_compared_on_the_same_classes(models, tmp_path):
             if label in chosen]  # fmt: skip
     alone = write_set(tmp_path / "alone", same, classes=subset, prompts=PROMPTS)
     columns = {"full picture": (encoder, None)}
-    found, problems = benchmarks.evaluate_sets(
+    found, _, problems = benchmarks.evaluate_sets(
         columns, [str(p) for p in (*places, everything, alone)], (), "."
     )
     assert problems == []
@@ -498,6 +511,9 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
     broken("names", "names/classnames.txt: not there", lambda f: (f / "classnames.txt").unlink())
     broken("gap", "classnames.txt: line 2 is empty",
            lambda f: (f / "classnames.txt").write_text("a\n\nb\n"))  # fmt: skip
+    broken("none", "classnames.txt: line 1 is empty",
+           lambda f: (f / "classnames.txt").write_text(" \n\n"))  # fmt: skip
+    (good / "classnames.txt").write_text("\n".join([*COLOURS, "", " \n"]))  # harmless
     broken("few", "class 5 is out of range, 5 have a name",
            lambda f: (f / "classnames.txt").write_text("\n".join("abcde")))  # fmt: skip
     broken("count", "nshards.txt says 4 shards",
@@ -533,7 +549,7 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
         (tmp_path / name).mkdir()
         (tmp_path / name / "swap_obj.json").write_text(content)
     columns = {"full picture": (models[1], None)}
-    results, problems = benchmarks.evaluate_sets(columns, [*cases, "good"], (), ".")
+    results, _, problems = benchmarks.evaluate_sets(columns, [*cases, "good"], (), ".")
     assert list(results) == ["good"] and len(problems) == len(cases)
     for name, told in zip(cases, problems, strict=True):
         assert cases[name] in told and name in told and "\n" not in told, (name, told)
@@ -551,12 +567,11 @@ def test_a_npy_is_never_unpickled(tmp_path):
 # --- the command ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def write_run(folder, first=0):
     """A finished run, as train.py leaves it, of models that were never trained."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
     folder.mkdir()
-    for seed, (file, stage) in enumerate((("pretrained.pt", "pretrain"), ("model.pt", "tune"))):
+    files = ("pretrained.pt", "pretrain"), ("model.pt", "tune")
+    for seed, (file, stage) in enumerate(files, start=first):
         torch.manual_seed(seed)
         model = glip.GLIP(glip.GLIPConfig(SIDE, 8, 64, 2, 2, 32, 64, 2, 2))
         glip.save_checkpoint(
@@ -567,31 +582,117 @@ def run(tmp_path_factory):
     return folder
 
 
+def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
+    """Example by example, as by hand; a broken set is told, and the others are compared."""
+    runs = write_run(tmp_path / "a"), write_run(tmp_path / "b", 2)
+    classes, captions = write_classes(tmp_path / "classes"), write_captions(tmp_path / "captions")
+    several = write_several(tmp_path / "voc")
+    code, out, err = run_main(
+        monkeypatch, capsys, *runs, "--zero-shot", classes, several, "nowhere",
+        "--retrieval", captions, "--precision", "fp32",
+    )  # fmt: skip
+    assert code == 2 and err.startswith("evaluate.py: nowhere: no such folder")
+    sides = []
+    for folder in runs:
+        assert set(json.loads((folder / "results.json").read_text())["benchmarks"]) == {
+            "classes", "voc", "captions"
+        }  # fmt: skip
+        model, _ = glip.load_model(folder / "model.pt")
+        encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+        (found,) = benchmarks.open_benchmarks(str(classes), ".")
+        blocks = benchmarks.image_features({"x": (encoder, None)}, found, 0, 1)
+        names = benchmarks.class_features(encoder, COLOURS, PROMPTS)
+        right = (benchmarks.joined([blocks])["x"] @ names.T).argmax(1).numpy() == LABELS[:53]
+        sides.append(right)
+    wanted = significance.difference(*sides)
+    assert wanted["low"] < wanted["high"]
+    lines = out[out.index("A: ") :].splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("classes, after tuning"))
+    assert lines[place + 1].startswith("acc1 ") and (
+        f"{100 * wanted['difference']:+.1f} ({100 * wanted['low']:+.1f} to "
+        f"{100 * wanted['high']:+.1f})" in lines[place + 1]
+    )
+    assert " of 24 differences are real" in lines[-2]  # in 3 columns 2 metrics, and 6; voc has none
+    for words, told in (
+        ((*runs, "--zero-shot", several), "share no column of single answers"),
+        ((*runs, "--zero-shot", classes, "--publish"), "published sets and --publish: one at a"),
+        ((runs[0], "--zero-shot", classes, "--figures"), "published sets and --figures: one at a"),
+    ):
+        code, _, err = run_main(monkeypatch, capsys, *words)
+        assert code == 2 and told in err
+
+
+def test_a_mean_over_classes_has_its_own_interval(models, tmp_path):
+    """Of a rare class alone right and a common one wrong, it is around a half, and not acc1's."""
+    samples = [(encoded(i), ("cls", str(int(i < 5)))) for i in range(40)]
+    folder = write_set(tmp_path / "pets", samples, classes=["red", "blue"], prompts=["{c}"])
+    oracle = Oracle(models[1].model, torch.eye(2)[[1] * 20 + [0] * 4 + [1] * 16],
+                    lambda text: torch.eye(2)[int("blue" in text)])  # fmt: skip
+    found = ours(oracle, folder)["pets"]
+    share = found["columns"]["full picture"]["mean_per_class_recall"]
+    assert share == pytest.approx((1 + 4 / 35) / 2)
+    low, high = found["intervals"]["full picture"]["mean_per_class_recall"]
+    assert 0.5 <= low < share < high < 0.65
+    told = f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    assert told in benchmarks.describe({"pets": found})
+
+
+def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "a")
+    samples = [(encoded(i), ("cls", str(label))) for i, label in enumerate(LABELS[:90])]
+    for split, part in (("train", samples[:60]), ("test", samples[60:])):
+        write_set(tmp_path / "sets/wds_vtab-cifar10", part, split=split, classes=COLOURS,
+                  prompts=PROMPTS)  # fmt: skip
+    write_classes(tmp_path / "sets/mnist", 9)
+    code, out, _ = run_main(monkeypatch, capsys, run, "--suite", "paper", "--root",
+                            tmp_path / "sets")  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert code == 0 and set(results["benchmarks"]) == {"cifar10", "mnist"}
+    assert results["linear_probe"].keys() == {"cifar10"}
+    assert results["linear_probe"]["cifar10"]["test"] == 30
+    assert "linear probe, cifar10" in out and "not there: food101" in out
+    (tmp_path / "sets/wds_vtab-cifar10/train/1.tar").unlink()
+    (run / "results.json").unlink()
+    code, out, err = run_main(monkeypatch, capsys, run, "--suite", "paper", "--root",
+                              tmp_path / "sets")  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    assert code == 2 and "cifar10/train: nshards.txt says 3" in err and "not there: food101" in out
+    assert set(results["benchmarks"]) == {"cifar10", "mnist"} and "linear_probe" not in results
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "small")
+
+
 def test_the_command_on_one_and_two_processes(run, tmp_path):
     """Equal numbers, which stand beside what was there; a broken set is told by the exit code."""
     classes = write_classes(tmp_path / "classes", 530)  # three blocks: 256, 256, 18
     captions = write_captions(tmp_path / "captions", 270)
-    words = [str(run), "--zero-shot", str(classes), "nowhere", "--retrieval", str(captions),
-             "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+    few = write_classes(tmp_path / "few", 200)  # the second process has none of them
+    words = [str(run), "--zero-shot", str(classes), str(few), "nowhere", "--retrieval",
+             str(captions), "--precision", "fp32", "--device", "cpu"]  # fmt: skip
     (run / "results.json").write_text('{"held_out": {"a": 1}, "benchmarks": {"old": {}}}')
     found = []
     for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        done = command(*launch, str(ROOT / "evaluate.py"), *words)
+        again = words[:1] if launch else []  # compared with itself, by two processes
+        done = command(*launch, str(ROOT / "evaluate.py"), *again, *words)
         told = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
         assert done.returncode != 0 and len(told) == 1 and "nowhere: no such folder" in told[0]
         assert done.returncode == 2 or launch
         results = json.loads((run / "results.json").read_text())
         assert results["held_out"] == {"a": 1}
-        assert set(results["benchmarks"]) == {"old", "classes", "captions"}
-        found.append({n: results["benchmarks"][n] for n in ("classes", "captions")})
-        assert done.stdout.count("classes, acc1 ") == 1
-    for name, count in (("classes", 530), ("captions", 270)):
+        assert set(results["benchmarks"]) == {"old", "classes", "few", "captions"}
+        found.append({n: results["benchmarks"][n] for n in ("classes", "few", "captions")})
+        assert done.stdout.count("classes, acc1 ") == 1 + len(again)
+        assert done.stdout.count("0 of 30 differences are real") == len(again)
+    for name, count in (("classes", 530), ("few", 200), ("captions", 270)):
         alone, two = (each[name] for each in found)
         assert alone["pictures"] == two["pictures"] == count
         assert list(alone["columns"]) == ["masked inference", "full picture", "after tuning"]
         assert len({json.dumps(column) for column in alone["columns"].values()}) == 3
-        for column, metrics in alone["columns"].items():
-            assert two["columns"][column] == pytest.approx(metrics, abs=1e-12)
+        for column, shares in alone["columns"].items():
+            assert two["columns"][column] == pytest.approx(shares, abs=1e-12)
     encoder = evaluate.Encoder(
         glip.load_model(run / "model.pt")[0], torch.device("cpu"), "fp32"
     )

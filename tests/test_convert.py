@@ -435,7 +435,7 @@ def test_nothing_is_written_over(tmp_path, monkeypatch):
             assert code == 2 and "choose another" in err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["note.txt"]
     code, _, err = command(monkeypatch, "export", tmp_path, "--to", "hf", "--out", tmp_path / "new")
-    assert code == 2 and "there is no such checkpoint" in err and not (tmp_path / "new").exists()
+    assert code == 2 and "no model.pt in it" in err and not (tmp_path / "new").exists()
 
 
 # --- the peers' own tools -----------------------------------------------------------------------
@@ -621,6 +621,11 @@ def test_info_and_card_tell_what_a_checkpoint_is(folder, monkeypatch):
     train.train(train.parse([*WORDS, "--seed", "7", "--out", "run"]))
     table = {"full picture": {"zero-shot top-1": 0.123, "zero-shot top-5": 0.456}}
     Path("run/results.json").write_text(json.dumps({"held_out": table}))
+    Path("new").mkdir()
+    shutil.copy("run/model.pt", "new")
+    Path("new/results.json").write_text('{"benchmarks": {}}')  # of published sets alone
+    do(monkeypatch, "export", "new", "--to", "timm", "--out", "none")
+    assert "Not evaluated on held-out pairs" in Path("none/README.md").read_text()
     told = do(monkeypatch, "info", "run")
     size = Path("run/model.pt").stat().st_size
     for words in ("checkpoint of nanoGLIP", f"{size:,} bytes", "ViT-nano-8", "seed: 7", "2 pre"):
@@ -634,6 +639,8 @@ def test_info_and_card_tell_what_a_checkpoint_is(folder, monkeypatch):
     for name, words in (("open_clip", "open_clip's names"), ("hf", "transformers' names"),
                           ("timm", "timm's names")):  # fmt: skip
         (file,) = Path(name).glob("*.safetensors")
-        assert words in do(monkeypatch, "info", file)
+        assert words in do(monkeypatch, "info", file) == do(monkeypatch, "info", name)
     do(monkeypatch, "import", "hf", "--from", "hf", "--out", "back")
     assert "sha256" in do(monkeypatch, "info", "back")
+    code, _, err = command(monkeypatch, "info", "torch")  # programs, and no file of weights
+    assert code == 2 and "torch: no model.pt or model.safetensors" in err

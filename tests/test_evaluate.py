@@ -106,6 +106,14 @@ def test_retrieval_equals_a_plain_loop():
         assert result[f"text to image R@{k}"] == pytest.approx(hits / 30)
 
 
+def test_recall_within_all_candidates_is_left_out():
+    """Of 5 captions R@5 and R@10 must be 100 %, of 6 R@10 must; a single one cannot be asked."""
+    for captions, within in ((1, ()), (5, (1,)), (6, (1, 5)), (11, (1, 5, 10))):
+        found = retrieval(features(40), features(captions), torch.arange(40) % captions)
+        ways = ("image to text", "text to image")
+        assert set(metrics(found)) == {f"{way} R@{k}" for way in ways for k in within}
+
+
 def test_every_picture_is_encoded_once_whatever_the_block():
     torch.manual_seed(0)
     model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2))

@@ -1,6 +1,7 @@
 """Fine-tuning: layer decay against timm, interpolation's two ends, learning, bad input."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,7 @@ import evaluate
 import finetune
 import glip
 import probe
+import report
 from finetune import Classifier, FineTuneConfig
 from tests.test_probe import make_folder, make_run
 
@@ -80,6 +82,9 @@ def test_the_first_logits_are_zero_shot(tmp_path):
         both = model.encode_text(glip.tokenize(["a photo of a sun.", "sun in the rain"]))
         wanted = model.logit_scale.exp() * F.normalize(both.mean(0), dim=0)
         torch.testing.assert_close(head[1], wanted)
+    numbers = finetune.zero_shot_head(encoder, tmp_path / "x", ["n01498041", "n07697537"])
+    words = finetune.zero_shot_head(encoder, tmp_path / "x", ["stingray", "hot dog"])
+    assert torch.equal(numbers, words)
     (tmp_path / "classnames.txt").write_text("ball\nsun\n")
     with pytest.raises(glip.InputError, match="2 lines for 3 folders"):
         finetune.zero_shot_head(encoder, tmp_path, names)
@@ -146,6 +151,31 @@ def test_it_learns_and_what_it_wrote_can_be_used(tmp_path, monkeypatch):
     assert content["classes"] == ["class_0", "class_1", "class_2"]
     with pytest.raises(glip.InputError, match="holds something already"):
         finetune.run_fine_tuning(QUICK)
+
+
+def test_the_papers_table_has_the_accuracy_of_a_published_run(tmp_path, monkeypatch, capsys):
+    """From finetune.py by evaluate.py --publish to report.py; what the run had stays."""
+    make_run(tmp_path / "run")
+    make_folder(tmp_path / "imagenet1k", (16, 16))
+    (tmp_path / "results").mkdir()
+    for name in ("paper.json", "cost.json"):
+        shutil.copy(report.ROOT / "results" / name, tmp_path / "results")
+    config = {"recipe": "cc12m", "mask": "gaussian", "mask_ratio": 0.5, "sigma": 0.2,
+              "image_size": 0, "text_mask": "none", "aclip": False}  # fmt: skip
+    written = {"config": config, "fine_tune": {"pets": {"accuracy": 0.5}}}
+    (tmp_path / "run/results.json").write_text(json.dumps(written))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    tables = finetune.run_fine_tuning(replace(QUICK, data="imagenet1k", epochs=2))["fine_tuned"]
+    assert json.loads((tmp_path / "run/results.json").read_text())["config"] == config
+    evaluate.publish(tmp_path / "run", evaluate.EvaluateConfig(publish=True), [])
+    monkeypatch.setattr(report.paper_tables, "__defaults__", (tmp_path / "results",))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--paper"])
+    report.main()
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("| ImageNet, fine-tuned |"))
+    value = tables["fine-tuned, EMA"]["accuracy"]
+    assert value != tables["zero-shot"]["accuracy"] and f" {100 * value:.1f} |" in line
 
 
 def test_same_seed_same_weights_whatever_the_workers(tmp_path, monkeypatch):

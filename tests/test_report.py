@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 from pylatexenc.latexwalker import LatexEnvironmentNode, LatexWalker
 
+import benchmarks
 import glip
 import report
 import sweep
@@ -257,6 +258,13 @@ def test_tables_of_the_paper_without_a_run_of_ours(results):
         cells = [cell for row in table.rows for cell in row]
         assert report.NOT_RUN in cells and report.NOT_PUBLISHED in cells
         assert report.NOT_PUBLISHED in table.note
+
+
+def test_the_tables_ask_for_what_the_suite_runs():
+    runs, (imagenet,) = benchmarks.SETS, benchmarks.SETS["T1"]
+    assert sorted(report.SMALL_SETS) == sorted(runs["T2"])
+    assert list(report.SHIFTED_SETS) == [imagenet, *runs["T3"]]
+    assert tuple(report.CAPTIONED_SETS) == runs["T4"]
 
 
 def test_our_runs_stand_beside_the_papers_numbers(results):
