@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test notebooks proof sweep readme setup
+.PHONY: demo test notebooks proof bench sweep readme setup
 
 demo: setup
 	test -f runs/demo/model.pt || $(RUN) train.py
@@ -22,6 +22,10 @@ proof: setup
 	$(RUN) -m pytest -m proof
 	$(RUN) bench.py
 	$(RUN) bench.py zero-shot --rounds 3
+
+# Training steps beside open_clip's, in turn: about 15 minutes, with nothing else on the machine.
+bench: setup
+	$(RUN) tests/benchmark.py
 
 # The comparison of masks in the README and the runs of the notebooks: about six hours on two cores,
 # in as many sittings as you like; finished runs are skipped.

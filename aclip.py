@@ -97,7 +97,7 @@ def simclr_loss(a: Tensor, b: Tensor) -> Tensor:
     """NT-Xent (2002.05709) in fp32 over the joint batch: find the other view. (B, OUT) twice."""
     a, b = (F.normalize(at_least_fp32(x), dim=-1) for x in (a, b))
     with torch.autocast(a.device.type, enabled=False):
-        (all_a, own), (all_b, _) = joined(a), joined(b)
+        all_a, all_b, own = joined(a, b)
         self_pair = F.one_hot(own, len(all_a)).bool()
 
         def find(x: Tensor, same: Tensor, other: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """What a run will cost, on paper: python train.py --recipe cc12m --estimate h100x8
 
-    forward   = layers (24 D^2 T + 4 D T^2) a tower of T tokens, width D; + patches, projections
+    forward   = (layers - 1) (24 D^2 T + 4 D T^2) a tower of T tokens, width D; its last block, of
+                which one token is read, 4 D^2 T + 20 D^2 + 4 D T; + patches, projections
     compute   = 3 forward: the backward pass is two more; + 1 to recompute, + 1 for micro-batches
     memory    = 16 bytes a parameter (weight, gradient, Adam's two), 12 where Muon has one, + 2 for
-                bf16 copies; + layers (36 D T + 2 h T^2) bytes a pair in bf16, (64 D T + 4 h T^2)
-                in fp32; without T^2 on GPUs, whose fused attention keeps no matrix
+                bf16 copies; + (layers - 2/3) (36 D T + 2 h T^2) bytes a pair in bf16, (64 D T +
+                4 h T^2) in fp32; without T^2 on GPUs, whose fused attention keeps no matrix
     step      = FLOPs / rate of products + bytes touched / bandwidth of memory
     exchange  = gradients round a ring, 2 (n - 1) / n of 4 bytes a parameter (3 with --shard, whose
                 weights go round as well), hidden as far as the backward pass lasts; and features
@@ -109,7 +110,8 @@ def rates(device: torch.device, bf16: bool, width: int, rows: int = 4096) -> tup
 
 def tower_flops(tokens: float, width: int, layers: int) -> float:
     """Products of a tower's forward pass for one item."""
-    return layers * (24 * width**2 * tokens + 4 * width * tokens**2)
+    last = 4 * width**2 * tokens + 20 * width**2 + 4 * width * tokens
+    return (layers - 1) * (24 * width**2 * tokens + 4 * width * tokens**2) + last
 
 
 def tower_bytes(
@@ -117,7 +119,7 @@ def tower_bytes(
 ) -> float:
     """What a tower's forward pass keeps of one item for the backward pass."""
     a, b = (36, 2) if bf16 else (64, 4)
-    return layers * (a * width * tokens + (0 if fused else b * heads * tokens**2))
+    return (layers - 2 / 3) * (a * width * tokens + (0 if fused else b * heads * tokens**2))
 
 
 def parameters(model: GLIPConfig) -> dict[str, int]:

@@ -243,7 +243,7 @@ class Layout:
         """Tokens -> the table (B, T, D), fillers 0."""
         if self.packed is None:
             return x
-        table = x.new_zeros(self.real.numel(), x.shape[-1]).index_copy(0, self.packed, x)
+        table = x.new_zeros(self.real.numel(), x.shape[-1]).index_put((self.packed,), x)
         return table.unflatten(0, self.real.shape)
 
     def gather(self, table: Tensor) -> Tensor:
@@ -432,7 +432,7 @@ def attend_to(visible: Tensor) -> Tensor:
 
 def class_tokens(x: Tensor) -> Layout:
     """The layout of (B, 1 + K, D), where the first tokens are read."""
-    return Layout(torch.arange(len(x), device=x.device) * x.shape[1])
+    return Layout(torch.arange(x.shape[0], device=x.device) * x.shape[1])
 
 
 class GLIP(nn.Module):
@@ -478,7 +478,7 @@ class GLIP(nn.Module):
         ends = lengths(tokens)
         real = torch.arange(length, device=tokens.device) < ends[:, None]      # (B, T)
         packed, read = torch.arange(real.numel(), device=tokens.device), ends - 1
-        if torch.compiler.is_exporting():  # sizes must not depend on what the texts say
+        if torch.compiler.is_exporting() or tokens.is_meta:  # sizes may not depend on contents
             read = read + packed[::length]
         else:
             packed, read = packed[real.flatten()], ends.cumsum(0) - 1          # (P,), (B,)

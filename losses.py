@@ -94,12 +94,15 @@ def together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def joined(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Everybody's features, and where this process's rows stand in them. (B, E) -> (G, E), (B,)."""
-    own = torch.arange(len(features), device=features.device)
+def joined(*features: Tensor) -> tuple[Tensor, ...]:
+    """Everybody's features of each kind, in one exchange, and where this process's rows stand in
+    them. (B, E), ... -> (G, E), ..., (B,)."""
+    own = torch.arange(len(features[0]), device=features[0].device)
     if not together():
-        return features, own
-    return Gather.apply(features), own + dist.get_rank() * len(features)
+        return *features, own
+    everybody = Gather.apply(torch.cat(features, dim=1))
+    parts = everybody.split([x.shape[1] for x in features], dim=1)
+    return *parts, own + dist.get_rank() * len(own)
 
 
 def turns(loss: str) -> Iterable[int | None]:
@@ -112,7 +115,7 @@ def columns(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The images and texts of a turn, and where this process's rows stand among them. (B,)."""
     if source is None:
-        (all_images, own), (all_texts, _) = joined(images), joined(texts)
+        all_images, all_texts, own = joined(images, texts)
         return None if loss in IN_TURN else all_images, all_texts, own
     here = torch.full((len(texts),), -1, device=texts.device)
     if source == dist.get_rank():

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -29,6 +29,8 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device, works in there.items() if works)
     if not there[name]:
         raise InputError(f"--device {name}: this machine or its torch has none; use --device auto")
+    if name == "cpu":
+        keep_memory()
     return torch.device(name)
 
 
@@ -50,8 +52,6 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     """Join torchrun's processes if there are any: (rank, world, device)."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device)
-    if device.type == "cpu":
-        keep_memory()
     if device.type == "cuda":
         local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= there:
@@ -87,6 +87,41 @@ def spread(
             network, static_graph=static_graph, gradient_as_bucket_view=True
         )
     return network
+
+
+def moved(batch: tuple, device: torch.device) -> tuple:
+    """A batch with its tensors on a device; its tokens follow once their fillers are out."""
+    return tuple(
+        x.to(device, non_blocking=True) if isinstance(x, Tensor) and i != 1 else x
+        for i, x in enumerate(batch)
+    )
+
+
+def ahead(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
+    """Batches on a device, the copy of each beside the computation of the one before."""
+    streams = torch.get_device_module(device)
+    if not hasattr(streams, "Stream"):  # no such thing on MPS
+        yield from (moved(batch, device) for batch in batches)
+        return
+    side, waiting = streams.Stream(), None
+    for batch in batches:
+        with streams.stream(side):
+            coming = moved(batch, device), side.record_event()
+        if waiting:
+            yield arrived(*waiting, streams.current_stream())
+        waiting = coming
+    if waiting:
+        yield arrived(*waiting, streams.current_stream())
+
+
+def arrived(batch: tuple, copied: object, stream: object) -> tuple:
+    """The batch, for whose copy what computes waits, and which stays until it was used."""
+    if copied is not None:  # a CPU's streams have no events
+        stream.wait_event(copied)
+    for x in batch:
+        if isinstance(x, Tensor) and not x.is_cpu:
+            x.record_stream(stream)
+    return batch
 
 
 @contextlib.contextmanager

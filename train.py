@@ -216,6 +216,7 @@ def run_stage(
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if config.data[0] in EMBEDDED else max(1, min(8, cores))
     batches = data.loader(stage.batches, start, stage.steps, workers, pin=device.type == "cuda")
+    batches = parallel.ahead(batches, device)
     model.train()
     report.begin(stage, network, optimizers, state)
     for step, batch in enumerate(batches, start):
@@ -261,8 +262,7 @@ def compute_gradients(
     `shared` is `network` as processes share it. Returns the loss, logit_scale, and visible (B, K)
     or None.
     """
-    images, noise, extra = (batch[i].to(device, non_blocking=True) for i in (0, 2, 3))
-    tokens = batch[1]  # moved once their fillers are out
+    images, tokens, noise, extra = parallel.moved(batch[:4], device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if config.micro_batch:
             found = backward_cached(shared, network, images, tokens, noise, stage.masker, config)
