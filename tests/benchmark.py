@@ -267,8 +267,8 @@ def on_paper(attained: float) -> list[dict]:
     ]  # fmt: skip
 
 
-def draw(curves: dict[str, list[dict]], path: Path) -> None:
-    """Seconds and memory of a step against each size, on logarithmic axes."""
+def draw(found: dict, path: Path) -> None:
+    """Seconds and memory of a step against each size, on logarithmic axes; products alone, too."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -276,7 +276,8 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
     names = {"batch": "pairs in the batch", "mask_ratio": "patches kept, of 196",
              "image_size": "pixels a side", "text_tokens": "tokens of every caption"}  # fmt: skip
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), sharey="row", layout="constrained")
-    for column, (name, rows) in zip(axes.T, curves.items(), strict=True):
+    rate = statistics.median(case["product_rate"] for case in found["cases"][:-1])
+    for column, (name, rows) in zip(axes.T, found["curves"].items(), strict=True):
         x = [row[name] for row in rows]
         if name == "mask_ratio":
             x = [glip.num_keep(196, ratio) if ratio else 196 for ratio in x]
@@ -284,15 +285,18 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
             axis.plot(x, [row[key] / unit for row in rows], "o-", color="#0072b2")
             axis.set(xscale="log", yscale="log")
             axis.set_xticks(x, [str(value) for value in x])
+            ticks = [0.1, 0.25, 0.5, 1, 2, 4, 8] if key == "seconds" else [2, 3, 4]
+            axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
+        least = [row["batch"] * flops(row["mask_ratio"], row["text_tokens"], row["image_size"])
+                 for row in rows]  # fmt: skip
+        column[0].plot(x, [work / rate for work in least], "--", color="#777777")
         column[1].set_xlabel(names[name])
     axes[0, 0].set_ylabel("seconds a step")
+    axes[0, 0].legend(["measured", "products alone, at full rate"], frameon=False)
     axes[1, 0].set_ylabel("memory of a step (GiB)")
-    for axis in axes[:, 0]:
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -327,7 +331,7 @@ def main() -> None:
         "machine": evaluate.machine(CPU),
     }  # fmt: skip
     glip.write_bytes(ROOT / "results/benchmark.json", (json.dumps(found, indent=1) + "\n").encode())
-    draw(curves, ROOT / "results/benchmark.png")
+    draw(found, ROOT / "results/benchmark.png")
     print(json.dumps(found, indent=1))
 
 

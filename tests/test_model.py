@@ -10,9 +10,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from open_clip.loss import ClipLoss
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import glip
+import parallel
 from glip import GLIP, GLIPConfig, InputError
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2)
@@ -297,3 +299,37 @@ def test_recomputed_blocks_have_the_same_gradients():
         glip.clip_loss(*model(images, tokens)).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_gradients_are_open_clips_without_what_it_computes_for_nobody():
+    """Every parameter's, in fp64, for texts of 3 to 32 tokens; open_clip computes them all."""
+    torch.manual_seed(0)
+    theirs = open_clip.CLIP(
+        10, {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8},
+        {"context_length": 32, "width": 20, "layers": 2, "heads": 2},
+    ).double()  # fmt: skip
+    ours = GLIP(replace(TINY, context_length=32)).double()
+    ours.load_state_dict(theirs.state_dict())
+    images = pictures(4, 32).double()
+    tokens = glip.tokenize(["a", *CAPTIONS[:2], CAPTIONS[3]], 32)
+    assert glip.lengths(tokens).tolist() == [3, 4, 9, 32]
+    glip.clip_loss(*ours(images, tokens)).backward()
+    ClipLoss()(*theirs(normalised(images), tokens)[:3]).backward()
+    found = dict(ours.named_parameters())
+    for name, p in theirs.named_parameters():
+        assert (p.grad - found[name].grad).norm() <= 1e-10 * p.grad.norm(), name
+
+
+def test_batches_come_ahead_in_their_order():
+    """One is fetched beyond the one in use, so that its copy and the step overlap on a GPU."""
+    fetched = []
+
+    def batches():
+        for step in range(4):
+            fetched.append(step)
+            yield torch.full((2,), step), torch.zeros(1), [["bad", str(step)]]
+
+    for step, (images, _, bad) in enumerate(parallel.ahead(batches(), torch.device("cpu"))):
+        assert images.tolist() == [step, step] and bad == [["bad", str(step)]]
+        assert fetched == list(range(min(step + 2, 4)))
+    assert step == 3
