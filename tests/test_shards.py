@@ -728,7 +728,7 @@ def test_reading_does_not_grow(folder):
 
 
 def memory_growth(folder, reads):
-    """Growth of a reader's resident memory after its first quarter, in a process of its own."""
+    """Growth of a worker's resident memory after the first quarter of its reads."""
     code = (
         "import sys, numpy as np, psutil, data, torch\n"
         "torch.set_num_threads(1)\n"
@@ -736,9 +736,9 @@ def memory_growth(folder, reads):
         "order = data.make_order(train, 10, 0, 'pretrain')\n"
         "batches = data.Batches(train, order, data.GLIPConfig.named('ViT-nano-8', 16), 0, 1)\n"
         "sizes = []\n"
-        "for step in range(int(sys.argv[2]) // 10):\n"
-        "    batches[step]\n"
-        "    sizes.append(psutil.Process().memory_info().rss)\n"
+        "for _ in data.loader(batches, 0, int(sys.argv[2]) // 10, 1, False):\n"
+        "    sizes += [worker.memory_info().rss for worker in psutil.Process().children()]\n"
+        "assert len(sizes) >= int(sys.argv[2]) // 10\n"
         "print(max(sizes) / sizes[len(sizes) // 4] - 1)\n"
     )
     command = [sys.executable, "-c", code, str(folder), str(reads)]
