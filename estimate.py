@@ -11,7 +11,7 @@
                 weights go round as well), hidden as far as the backward pass lasts; and features
                 of all pairs there and back, which wait for nothing
 
-Bytes touched: TOUCHED times those of activations, and of the state of the optimizer. For a GPU the
+Bytes touched: TOUCHED times those of activations, STATE times the optimizer's. For a GPU the
 rates are the vendor's, times ATTAINED, which is our assumption. `here` measures both rates first.
 """
 
@@ -42,6 +42,7 @@ MACHINE = 8  # GPUs in one; what leaves it has
 NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
 LOGITS = 2**22  # that exist at once under --micro-batch
 TOUCHED = 3.5  # times that an activation is read or written in a step; see `bench.py estimate`
+STATE = (0.4, 2.0)  # the same of the optimizer's state: a CPU has its pages already; on a GPU
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
     "flip": 400_000_000, "clipa": 400_000_000,
@@ -176,9 +177,8 @@ def of_stage(
     touched = TOUCHED * kept_bytes * (1 + 0.5 * config.recompute)  # of a pair
     backward = 2 * forward / on.products + 2 / 3 * touched / on.memory_rate  # of a pair
     flops = share * compute + muon * learned["muon_flops"]
-    seconds = {
-        "products": flops / on.products, "memory": (share * touched + 2 * state) / on.memory_rate
-    }  # fmt: skip
+    moved = share * touched + STATE[on.fused] * state
+    seconds = {"products": flops / on.products, "memory": moved / on.memory_rate}
     sent = least = 0.0
     if on.count > 1:
         ring, parts = (on.count - 1) / on.count, share // (config.micro_batch or share) or 1
