@@ -41,7 +41,7 @@ ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no G
 MACHINE = 8  # GPUs in one; what leaves it has
 NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
 LOGITS = 2**22  # that exist at once under --micro-batch
-TOUCHED = 3.5  # times that an activation is read or written in a step; see `bench.py estimate`
+TOUCHED = 3.0  # times that an activation is read or written in a step; see `bench.py estimate`
 STATE = (0.4, 2.0)  # the same of the optimizer's state: a CPU has its pages already; on a GPU
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
