@@ -380,7 +380,8 @@ class ImageTower(nn.Module):
         check_size(images, self.config)
         x = self.embed(images, self.config.grid, ids_keep)                     # (B, 1 + K, D)
         allowed = None if visible is None else attend_to(visible)
-        return self.ln_post(self.transformer(x, allowed, class_tokens(x))[:, 0])
+        first = Layout(torch.arange(x.shape[0], device=x.device) * x.shape[1])  # is what is read
+        return self.ln_post(self.transformer(x, allowed, first)[:, 0])
 
     def embed(self, images: Tensor, grid: tuple[int, int], ids_keep: Tensor | None) -> Tensor:
         """What enters the transformer: class token, kept patches. (B, 1 + K, D).
@@ -428,11 +429,6 @@ def check_size(images: Tensor, config: GLIPConfig) -> None:
 def attend_to(visible: Tensor) -> Tensor:
     """Hide fillers from every query; the class token stays. visible (B, K) -> (B, 1, 1, 1 + K)."""
     return F.pad(visible, (1, 0), value=True)[:, None, None, :]
-
-
-def class_tokens(x: Tensor) -> Layout:
-    """The layout of (B, 1 + K, D), where the first tokens are read."""
-    return Layout(torch.arange(x.shape[0], device=x.device) * x.shape[1])
 
 
 class GLIP(nn.Module):
