@@ -307,6 +307,12 @@ def measure_estimate(rounds: int, seconds: float) -> dict:
 CURVE = [("ViT-nano-8", 256, [512, 2048, 8192, 32768]), ("ViT-S-16", 64, [256, 1024, 4096])]
 
 
+def status(name: str) -> int:
+    """A line of this process's memory in /proc, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition(name + ":")[2].split()[0]) * 1024
+
+
 def peak_of(model: str, micro: int, batch: int) -> int:
     """Bytes that the gradients of a batch take above what is there before, in this process."""
     flags = ["--model", model, "--micro-batch", str(micro), "--optimizer", "adamw"]
@@ -314,10 +320,6 @@ def peak_of(model: str, micro: int, batch: int) -> int:
     small()  # gradients and optimizer are there, buffers warm
     del small
     step, *_ = a_step(flags, batch)
-
-    def status(name: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(text.partition(name + ":")[2].split()[0]) * 1024
 
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew

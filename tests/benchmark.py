@@ -34,6 +34,7 @@ import evaluate
 import glip
 import parallel
 import train
+from bench import status
 from glip import GLIPConfig
 
 CASES = [(0.0, "bf16"), (0.5, "bf16"), (0.75, "bf16"), (0.918, "bf16"), (0.75, "fp32")]
@@ -218,12 +219,6 @@ def measure(
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
     took = [seconds(step) for _ in range(4)]
     return {"seconds": statistics.median(took[1:]), "peak": status("VmHWM") - before}
-
-
-def status(name: str) -> int:
-    """A line of this process's memory, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition(name + ":")[2].split()[0]) * 1024
 
 
 KINDS = {  # what a profile's rows are
