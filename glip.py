@@ -471,10 +471,13 @@ class GLIP(nn.Module):
         length = tokens.shape[1]
         if length > self.config.context_length:
             raise InputError(f"{length} tokens, the model takes {self.config.context_length}")
-        ends = lengths(tokens)
+        fixed = torch.compiler.is_exporting() or tokens.is_meta  # sizes do not depend on contents
+        if not fixed:  # attention is faster in rows of whole vectors
+            tokens = F.pad(tokens, (0, -length % 16))
+        (_, length), ends = tokens.shape, lengths(tokens)
         real = torch.arange(length, device=tokens.device) < ends[:, None]      # (B, T)
         packed, read = torch.arange(real.numel(), device=tokens.device), ends - 1
-        if torch.compiler.is_exporting() or tokens.is_meta:  # sizes may not depend on contents
+        if fixed:
             read = read + packed[::length]
         else:
             packed, read = packed[real.flatten()], ends.cumsum(0) - 1          # (P,), (B,)
