@@ -293,11 +293,12 @@ def speed_table() -> str:
     steps = table(
         ["ViT-B/16, batch 32", "pairs a second", "open_clip 3.3", "times faster",
          "were its AdamW fused", "of the rate of products", "memory of a step", "open_clip's"],
-        [[f"{r['mask_ratio']:.1%} masked, {r['precision']}" if r["mask_ratio"] else "no mask, bf16",
+        [[(f"{r['mask_ratio']:.1%} masked, " if r["mask_ratio"] else "no mask, ") + r["precision"]
+          + ", both compiled" * r["compiled"],
           *(f"{rate:.1f}" for rate in r["pairs_per_second"].values()),
           f"{r['times_faster']:.2f} ({r['range'][0]:.2f}-{r['range'][1]:.2f})",
           f"{r['times_faster_were_it_fused']:.2f}", f"{r['share_of_product_rate']:.0%}",
-          *(f"{peak / 1e9:.2f} GB" for peak in r["peak"].values())]
+          *([f"{peak / 1e9:.2f} GB" for peak in r["peak"].values()] if "peak" in r else "  ")]
          for r in found["cases"]],
     )  # fmt: skip
     ratios = sorted({row["mask_ratio"] for row in found["on_paper"]})

@@ -2,10 +2,11 @@
 
 One process holds both, with the same weights, pictures and captions, and takes a step of each in
 turn: forward, backward, AdamW. The captions are as long as CC12M's (20.2 tokens in the mean, 16.3
-around it, cut at 77). open_clip has --force-patch-dropout and --precision amp_bf16, pads its texts,
-and makes its AdamW in its own way, which no flag of 3.3 fuses; a second AdamW, fused, takes every
-other step of it, so that what comes of this alone is seen. It shares our process's memory settings.
-Both see the same patches once, and must find the same loss.
+around it, cut at 77), others in every round. open_clip has --force-patch-dropout and --precision
+amp_bf16, pads its texts, and makes its AdamW in its own way, which no flag of 3.3 fuses; a second
+AdamW, fused, takes every other step of it, so that what comes of this alone is seen. It shares our
+process's memory settings. Both see the same patches once, and must find the same loss. One case is
+compiled on both sides: our --compile, its --torchcompile.
 
 Beside the steps: the machine's own rate of products, before and after each case; each side's
 highest memory, in a process of its own; what our step costs against batch, mask ratio, size of
@@ -37,7 +38,11 @@ import train
 from bench import status
 from glip import GLIPConfig
 
-CASES = [(0.0, "bf16"), (0.5, "bf16"), (0.75, "bf16"), (0.918, "bf16"), (0.75, "fp32")]
+CASES = [  # mask_ratio, precision, whether compiled
+    (0.0, "bf16", False), (0.5, "bf16", False), (0.75, "bf16", False), (0.918, "bf16", False),
+    (0.75, "fp32", False), (0.75, "bf16", True), (0.918, "bf16", True),
+]  # fmt: skip
+WARM = 3  # rounds before those that count: memory is new, and lengths of captions are compiled
 BASE = {"batch": 32, "mask_ratio": 0.75, "image_size": 224, "text_tokens": 20}
 CURVES = {  # of a ViT-B/16 in bf16; what is not named is as in BASE
     "batch": [4, 8, 16, 32, 64], "mask_ratio": [0.0, 0.5, 0.75, 0.9, 0.918],
@@ -50,9 +55,9 @@ CPU = torch.device("cpu")
 # ------------------------------------------------------------------------------------------------
 
 
-def captions(count: int, mean: float = 20.2, deviation: float = 16.3) -> Tensor:
+def captions(count: int, mean: float = 20.2, deviation: float = 16.3, seed: int = 0) -> Tensor:
     """Random words, log-normal lengths, by default CC12M's (its paper's Table 1). (n, 77)."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     spread = math.log(1 + (deviation / mean) ** 2)
     lengths = torch.exp(torch.randn(count, generator=draw) * spread**0.5 - spread / 2) * mean
     lengths = lengths.round().clamp(3, 77).long()
@@ -63,9 +68,11 @@ def captions(count: int, mean: float = 20.2, deviation: float = 16.3) -> Tensor:
 
 
 def our_step(
-    batch: int, mask_ratio: float, image_size: int, tokens: Tensor, bf16: bool, weights: dict
-) -> Callable[[Tensor], float]:
-    """A step as train.py's loop takes it, as a function of the mask's noise (B, N); its loss."""
+    batch: int, mask_ratio: float, image_size: int, bf16: bool, weights: dict,
+    compiled: bool = False,
+) -> Callable[[Tensor, Tensor], float]:  # fmt: skip
+    """A step as train.py's loop takes it, as a function of tokens (B, 77) and the mask's noise
+    (B, N); its loss."""
     mask = ["none"] if not mask_ratio else ["random", "--mask-ratio", str(mask_ratio)]
     config = train.parse(["--model", "ViT-B-16", "--optimizer", "adamw", "--mask", *mask])
     model = glip.GLIP(GLIPConfig.named("ViT-B-16", image_size)).train()
@@ -73,12 +80,13 @@ def our_step(
         model.load_state_dict(weights)
     optimizers = train.make_optimizers(model, config)
     stage = argparse.Namespace(aclip=False, masker=train.masker_of(config))
-    tokens = tokens[:, : int(glip.lengths(tokens).max())]
+    shared = torch.compile(model) if compiled else model
 
-    def step(noise: Tensor) -> float:
+    def step(tokens: Tensor, noise: Tensor) -> float:
         images = pictures(batch, image_size)
+        tokens = tokens[:, : int(glip.lengths(tokens).max())]
         pairs = (images, tokens, noise, torch.zeros(batch, 0), [])
-        loss, *_ = train.compute_gradients(model, model, pairs, stage, config, CPU, bf16)
+        loss, *_ = train.compute_gradients(shared, model, pairs, stage, config, CPU, bf16)
         train.apply_gradients(model, optimizers, 1e-4, 0.0)
         model.clamp_logit_scale()
         return loss.item()
@@ -87,10 +95,10 @@ def our_step(
 
 
 def their_step(
-    batch: int, mask_ratio: float, tokens: Tensor, bf16: bool
-) -> tuple[Callable[[bool], float], dict]:
-    """A step as open_clip's train_one_epoch takes it, without its logging, as a function of whether
-    AdamW is fused; and the weights."""
+    batch: int, mask_ratio: float, bf16: bool, compiled: bool = False
+) -> tuple[Callable[[Tensor, bool], float], dict]:
+    """A step as open_clip's train_one_epoch takes it, without its logging, as a function of tokens
+    (B, 77) and of whether AdamW is fused; and the weights."""
     import open_clip
     from open_clip.loss import ClipLoss
 
@@ -104,11 +112,12 @@ def their_step(
     }
     mean, std = (torch.tensor(c)[:, None, None] for c in (glip.MEAN, glip.STD))
     images, loss_of = (pictures(batch, 224) / 255 - mean) / std, ClipLoss()
+    called = torch.compile(model) if compiled else model
 
-    def step(fused: bool = False) -> float:
+    def step(tokens: Tensor, fused: bool = False) -> float:
         adamw[fused].zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_of(*model(images, tokens)[:3])
+            loss = loss_of(*called(images, tokens)[:3])
         loss.backward()
         adamw[fused].step()
         with torch.no_grad():
@@ -149,36 +158,43 @@ def flops(mask_ratio: float, text: float, image_size: int = 224) -> float:
     return 3 * sum(estimate.forward_flops(model, kept, text))
 
 
-def compare(mask_ratio: float, precision: str, rounds: int) -> dict:
+def compare(mask_ratio: float, precision: str, compiled: bool, rounds: int) -> dict:
     """Steps of both in turn, and products; medians, and of ratios within a round."""
     batch, bf16 = BASE["batch"], precision == "bf16"
-    tokens = captions(batch)
     torch.manual_seed(0)
-    theirs, weights = their_step(batch, mask_ratio, tokens, bf16)
-    ours = our_step(batch, mask_ratio, 224, tokens, bf16, weights)
-    losses = []
-    for step in (theirs, lambda: ours(noise_of(batch, 224))):  # the same patches, by the same draw
-        torch.manual_seed(1)
-        losses.append(step())
-    if not math.isclose(*losses, rel_tol=2e-3 if bf16 else 1e-5):
-        sys.exit(f"{mask_ratio}: the losses are {losses}: their times cannot be compared")
-    rows = []
-    for _ in range(rounds):
+    theirs, weights = their_step(batch, mask_ratio, bf16, compiled)
+    ours = our_step(batch, mask_ratio, 224, bf16, weights, compiled)
+    losses, rows = [], []
+    for round_number in range(WARM + rounds):
+        tokens = captions(batch, seed=round_number)
+
+        def our(tokens: Tensor = tokens) -> float:
+            return ours(tokens, noise_of(batch, 224))
+
+        if not losses:
+            for step in (lambda t=tokens: theirs(t), our):
+                torch.manual_seed(1)  # the same patches, by the same draw
+                losses.append(step())
+            if not math.isclose(*losses, rel_tol=2e-3 if bf16 else 1e-5):
+                sys.exit(f"{mask_ratio}: the losses are {losses}: times cannot be compared")
         rate, _ = estimate.rates(CPU, bf16, 768)
-        rows.append({"ours": seconds(lambda: ours(noise_of(batch, 224))),
-                     "open_clip": seconds(theirs), "products": rate,
-                     "fused": seconds(lambda: theirs(fused=True))})  # fmt: skip
+        rows.append({
+            "products": rate, "ours": seconds(our),
+            "open_clip": seconds(lambda t=tokens: theirs(t)),
+            "fused": seconds(lambda t=tokens: theirs(t, fused=True)),
+            "computed": batch * flops(mask_ratio, glip.lengths(tokens).float().mean().item()),
+        })  # fmt: skip
+    rows = rows[WARM:]
     ratios = sorted(row["open_clip"] / row["ours"] for row in rows)
-    computed = batch * flops(mask_ratio, glip.lengths(tokens).float().mean().item())
     middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     return {
-        "mask_ratio": mask_ratio, "precision": precision, "rounds": rounds,
+        "mask_ratio": mask_ratio, "precision": precision, "compiled": compiled, "rounds": rounds,
         "pairs_per_second": {side: batch / middle[side] for side in ("ours", "open_clip")},
         "times_faster": statistics.median(ratios), "range": [ratios[0], ratios[-1]],
         "times_faster_were_it_fused": statistics.median(r["fused"] / r["ours"] for r in rows),
         "losses": losses, "product_rate": middle["products"],
         "share_of_product_rate": statistics.median(
-            computed / row["ours"] / row["products"] for row in rows),
+            row["computed"] / row["ours"] / row["products"] for row in rows),
     }  # fmt: skip
 
 
@@ -208,12 +224,15 @@ def measure(
     if text:
         tokens = captions(batch, text, 0.0)
     if side == "open_clip":
-        step, _ = their_step(batch, mask_ratio, tokens, bf16)
-    else:
-        ours = our_step(batch, mask_ratio, image_size, tokens, bf16, {})
+        theirs, _ = their_step(batch, mask_ratio, bf16)
 
         def step() -> float:
-            return ours(noise_of(batch, image_size))
+            return theirs(tokens)
+    else:
+        ours = our_step(batch, mask_ratio, image_size, bf16, {})
+
+        def step() -> float:
+            return ours(tokens, noise_of(batch, image_size))
 
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
@@ -232,10 +251,11 @@ KINDS = {  # what a profile's rows are
 def profiled() -> dict[str, float]:
     """Shares of our step at BASE, by kind of work."""
     batch, tokens = BASE["batch"], captions(BASE["batch"])
-    step = our_step(batch, BASE["mask_ratio"], 224, tokens, True, {})
-    step(noise_of(batch, 224))
+    step = our_step(batch, BASE["mask_ratio"], 224, True, {})
+    for _ in range(WARM):
+        step(tokens, noise_of(batch, 224))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        step(noise_of(batch, 224))
+        step(tokens, noise_of(batch, 224))
     own = {row.key.removeprefix("aten::"): row.self_cpu_time_total for row in found.key_averages()}
     total = sum(own.values())
     shares = {kind: sum(own.get(n, 0) for n in names) / total for kind, names in KINDS.items()}
@@ -271,7 +291,9 @@ def draw(found: dict, path: Path) -> None:
     names = {"batch": "pairs in the batch", "mask_ratio": "patches kept, of 196",
              "image_size": "pixels a side", "text_tokens": "tokens of every caption"}  # fmt: skip
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), sharey="row", layout="constrained")
-    rate = statistics.median(case["product_rate"] for case in found["cases"][:-1])
+    rate = statistics.median(
+        case["product_rate"] for case in found["cases"] if case["precision"] == "bf16"
+    )
     for column, (name, rows) in zip(axes.T, found["curves"].items(), strict=True):
         x = [row[name] for row in rows]
         if name == "mask_ratio":
@@ -308,12 +330,13 @@ def main() -> None:
         ))  # fmt: skip
         return
     cases = []
-    for ratio, precision in CASES:
-        cases.append(compare(ratio, precision, options.rounds))
-        cases[-1]["peak"] = {
-            side: in_process(side, precision, mask_ratio=ratio)["peak"]
-            for side in ("ours", "open_clip")
-        }
+    for ratio, precision, compiled in CASES:
+        cases.append(compare(ratio, precision, compiled, options.rounds))
+        if not compiled:
+            cases[-1]["peak"] = {
+                side: in_process(side, precision, mask_ratio=ratio)["peak"]
+                for side in ("ours", "open_clip")
+            }
         print(cases[-1], flush=True)
     curves = {
         name: [in_process("ours", **BASE | {name: x}) for x in values]
@@ -321,7 +344,9 @@ def main() -> None:
     }
     found = {
         "cases": cases, "curves": curves, "profile": profiled(),
-        "on_paper": on_paper(statistics.median(row["share_of_product_rate"] for row in cases[:-1])),
+        "on_paper": on_paper(statistics.median(
+            row["share_of_product_rate"] for row in cases
+            if row["precision"] == "bf16" and not row["compiled"])),
         "command": " ".join(["python tests/benchmark.py", *sys.argv[1:]]),
         "machine": evaluate.machine(CPU),
     }  # fmt: skip
