@@ -33,7 +33,9 @@ PAPER = {
 }  # fmt: skip
 RECIPES = {
     "demo": {},
-    "compare": {"steps": 450, "tune_epochs": 0.5},  # a row of the comparison of masks: 100 s
+    "compare": {  # a row of the comparison of masks: 100 s
+        "batch_size": 256, "steps": 450, "lr": 1e-3, "weight_decay": 0.1, "tune_epochs": 0.5,
+    },
     "cc3m": PAPER,
     "cc12m": PAPER,
     # FLIP (2212.00794), its authors' configuration for ViT-B/16 on LAION-400M: 32 epochs, learning
@@ -106,11 +108,11 @@ class TrainConfig:
 
     # Pre-training
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
-    batch_size: int = 256  # pairs per step, over all processes
-    steps: int = 1250  # updates
+    batch_size: int = 512  # pairs per step, over all processes
+    steps: int = 800  # updates
     epochs: float = 0.0  # passes over the data, instead of steps
-    lr: float = 1e-3  # highest learning rate (Muon's is twice that); then half a cosine to 0
-    weight_decay: float = 0.1  # on matrices only
+    lr: float = 2e-3  # highest learning rate (Muon's is twice that); then half a cosine to 0
+    weight_decay: float = 1.0  # on matrices only
     beta2: float = 0.98  # AdamW's second decay
     warmup: int = 50  # steps of linear warm-up
 

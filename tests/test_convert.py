@@ -529,7 +529,8 @@ def test_open_clip_trains_on_from_our_export_and_we_from_its_checkpoint(folder, 
     theirs = open_clip.create_model(f"local-dir:{folder / 'export'}").train()
     ndim = [[p for p in theirs.parameters() if (p.ndim < 2) == few] for few in (True, False)]
     optimizer = torch.optim.AdamW(
-        [{"params": ndim[0], "weight_decay": 0.0}, {"params": ndim[1], "weight_decay": 0.1}],
+        [{"params": ndim[0], "weight_decay": 0.0},
+         {"params": ndim[1], "weight_decay": config.weight_decay}],
         betas=(0.9, 0.98), eps=1e-6,
     )  # fmt: skip
     (stage,) = train.plan(config, 0, 1)

@@ -4,8 +4,11 @@ import base64
 import html.parser
 import io
 import json
+import platform
 import re
 import signal
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -19,7 +22,7 @@ import page
 import train
 from glip import GLIP, GLIPConfig, InputError
 from tests.test_resume import TORCHRUN, cut_short
-from tests.torture import BASE, finish
+from tests.torture import BASE, ROOT, finish
 
 ADAMW = [*BASE, "--steps", "40", "--optimizer", "adamw", "--clip-grad-norm", "0.5"]
 
@@ -180,3 +183,20 @@ def test_the_estimate_follows_the_settings():
     with pytest.raises(InputError, match="give --data, or a recipe whose data are known"):
         config = train.parse(["--estimate", "h100", "--epochs", "3"])
         estimate.tell(config, [])
+
+
+REUSED = """
+import resource, torch, parallel
+parallel.keep_memory()
+for _ in range(3):
+    torch.ones(int(2.5 * 2**30), dtype=torch.uint8)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
+def test_freed_memory_is_used_again():
+    """Above 2 GiB, too, where a threshold that glibc takes as an int would end."""
+    done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, cwd=ROOT)
+    _, before, after = map(int, done.stdout.split())
+    assert after - before < 100, "new pages were faulted in"
