@@ -294,7 +294,7 @@ def speed_table() -> str:
         ["ViT-B/16, batch 32", "pairs a second", "open_clip 3.3", "times faster",
          "were its AdamW fused", "of the rate of products", "memory of a step", "open_clip's"],
         [[(f"{r['mask_ratio']:.1%} masked, " if r["mask_ratio"] else "no mask, ") + r["precision"]
-          + ", both compiled" * r["compiled"],
+          + ", both compiled" * r.get("compiled", False),
           *(f"{rate:.1f}" for rate in r["pairs_per_second"].values()),
           f"{r['times_faster']:.2f} ({r['range'][0]:.2f}-{r['range'][1]:.2f})",
           f"{r['times_faster_were_it_fused']:.2f}", f"{r['share_of_product_rate']:.0%}",
