@@ -144,7 +144,7 @@ def test_muon_is_torchs_muon():
     torch.manual_seed(0)
     model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 1, 4, 24, 1, 1, 9, 20))
     twin = copy.deepcopy(model)
-    _, ours = train.make_optimizers(model, TrainConfig())
+    _, ours = train.make_optimizers(model, TrainConfig(weight_decay=0.1))
     matrices = [p for n, p in twin.named_parameters() if "resblocks" in n and p.ndim == 2]
     theirs = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
