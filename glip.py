@@ -393,7 +393,7 @@ class ImageTower(nn.Module):
         x = self.project(patchify(images, grid, ids_keep))                     # (B, K, D)
         positions = resample_positions(self.positional_embedding, self.config.grid, grid)
         positions = positions.to(x.dtype)
-        x = x + (positions[1:] if ids_keep is None else positions[1:][ids_keep])
+        x = x + (positions[1:] if ids_keep is None else F.embedding(ids_keep, positions[1:]))
         first = (self.class_embedding.to(x.dtype) + positions[0]).expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], dim=1))
 
@@ -483,7 +483,7 @@ class GLIP(nn.Module):
             packed, read = packed[real.flatten()], ends.cumsum(0) - 1          # (P,), (B,)
         found, device = (read, real, packed, tokens.flatten()[packed]), self.logit_scale.device
         read, real, packed, tokens = (t.to(device, non_blocking=True) for t in found)
-        x = self.token_embedding(tokens) + self.positional_embedding[packed % length]
+        x = self.token_embedding(tokens) + F.embedding(packed % length, self.positional_embedding)
         before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         x = self.ln_final(self.transformer(x, before, Layout(read, real, packed))[:, 0])
         return F.normalize(at_least_fp32(x @ self.text_projection), dim=-1)    # (B, E)

@@ -73,7 +73,7 @@ def test_what_may_differ_and_what_may_not(tmp_path, straight):
     out = tmp_path / "run"
     cut_short(out)
     for flag, value, words in (
-        ("--lr", "0.5", "its --lr was 0.001, not 0.5"), ("--mask", "random", "its --mask was"),
+        ("--lr", "0.5", "its --lr was 0.002, not 0.5"), ("--mask", "random", "its --mask was"),
         ("--resume", "never", "leave --resume out"), ("--seed", "1", "its --seed was 0, not 1"),
     ):  # fmt: skip
         process = start(out, [*BASE, flag, value])
