@@ -23,7 +23,7 @@ proof: setup
 	$(RUN) bench.py
 	$(RUN) bench.py zero-shot --rounds 3
 
-# Training steps beside open_clip's, in turn: about 35 minutes, with nothing else on the machine.
+# Training steps beside open_clip's, in turn: about 40 minutes, with nothing else on the machine.
 bench: setup
 	$(RUN) tests/benchmark.py
 

@@ -392,7 +392,7 @@ class ImageTower(nn.Module):
         """
         x = self.project(patchify(images, grid, ids_keep))                     # (B, K, D)
         positions = resample_positions(self.positional_embedding, self.config.grid, grid)
-        positions = positions.to(x.dtype)
+        positions = positions.to(x.dtype)  # not indexed: an index adds gradients in any order
         x = x + (positions[1:] if ids_keep is None else F.embedding(ids_keep, positions[1:]))
         first = (self.class_embedding.to(x.dtype) + positions[0]).expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], dim=1))
@@ -471,7 +471,7 @@ class GLIP(nn.Module):
         length = tokens.shape[1]
         if length > self.config.context_length:
             raise InputError(f"{length} tokens, the model takes {self.config.context_length}")
-        fixed = torch.compiler.is_exporting() or tokens.is_meta  # sizes do not depend on contents
+        fixed = torch.compiler.is_exporting() or tokens.is_meta  # sizes may not depend on contents
         if not fixed:  # attention is faster in rows of whole vectors
             tokens = F.pad(tokens, (0, -length % 16))
         (_, length), ends = tokens.shape, lengths(tokens)

@@ -298,7 +298,7 @@ def speed_table() -> str:
           *(f"{rate:.1f}" for rate in r["pairs_per_second"].values()),
           f"{r['times_faster']:.2f} ({r['range'][0]:.2f}-{r['range'][1]:.2f})",
           f"{r['times_faster_were_it_fused']:.2f}", f"{r['share_of_product_rate']:.0%}",
-          *([f"{peak / 1e9:.2f} GB" for peak in r["peak"].values()] if "peak" in r else "  ")]
+          *([f"{peak / 1e9:.2f} GB" for peak in r["peak"].values()] if "peak" in r else ["", ""])]
          for r in found["cases"]],
     )  # fmt: skip
     ratios = sorted({row["mask_ratio"] for row in found["on_paper"]})

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -165,24 +166,19 @@ def compare(mask_ratio: float, precision: str, compiled: bool, rounds: int) -> d
     theirs, weights = their_step(batch, mask_ratio, bf16, compiled)
     ours = our_step(batch, mask_ratio, 224, bf16, weights, compiled)
     losses, rows = [], []
+    for step in (theirs, lambda tokens: ours(tokens, noise_of(batch, 224))):
+        torch.manual_seed(1)  # the same patches, by the same draw; compiled, open_clip has others
+        losses.append(step(captions(batch)))
+    if not (compiled or math.isclose(*losses, rel_tol=2e-3 if bf16 else 1e-5)):
+        sys.exit(f"{mask_ratio}: the losses are {losses}: their times cannot be compared")
     for round_number in range(WARM + rounds):
         tokens = captions(batch, seed=round_number)
-
-        def our(tokens: Tensor = tokens) -> float:
-            return ours(tokens, noise_of(batch, 224))
-
-        if not losses:
-            for step in (lambda t=tokens: theirs(t), our):
-                torch.manual_seed(1)  # the same patches, by the same draw
-                losses.append(step())
-            alike = math.isclose(*losses, rel_tol=2e-3 if bf16 else 1e-5)
-            if not (compiled or alike):  # compiled, open_clip draws other patches
-                sys.exit(f"{mask_ratio}: the losses are {losses}: times cannot be compared")
         rate, _ = estimate.rates(CPU, bf16, 768)
         rows.append({
-            "products": rate, "ours": seconds(our),
-            "open_clip": seconds(lambda t=tokens: theirs(t)),
-            "fused": seconds(lambda t=tokens: theirs(t, fused=True)),
+            "products": rate,
+            "ours": seconds(partial(ours, tokens, noise_of(batch, 224))),
+            "open_clip": seconds(partial(theirs, tokens)),
+            "fused": seconds(partial(theirs, tokens, fused=True)),
             "computed": batch * flops(mask_ratio, glip.lengths(tokens).float().mean().item()),
         })  # fmt: skip
     rows = rows[WARM:]
@@ -225,10 +221,8 @@ def measure(
     if text:
         tokens = captions(batch, text, 0.0)
     if side == "open_clip":
-        theirs, _ = their_step(batch, mask_ratio, bf16)
-
-        def step() -> float:
-            return theirs(tokens)
+        theirs, _weights = their_step(batch, mask_ratio, bf16)  # freed, they would be used again
+        step = partial(theirs, tokens)
     else:
         ours = our_step(batch, mask_ratio, image_size, bf16, {})
 
