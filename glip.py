@@ -15,15 +15,11 @@ Shapes: B pairs, N patches of a (rows, columns) grid, K kept patches, T tokens, 
 h heads, E joint width. `mask_ratio` is the share of patches that is removed.
 """
 
-import contextlib
 import gzip
 import html
-import io
-import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -37,6 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from files import (  # noqa: F401 - one name for users, glip
+    append_line,
+    cached,
+    flush_folder,
+    room_for,
+    write_bytes,
+    write_safely,
+)
 from losses import (  # noqa: F401 - one name for users, glip
     LOSSES,
     at_least_fp32,
@@ -510,69 +514,7 @@ class GLIP(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def room_for(path: Path | str) -> Iterator[None]:
-    """Tell of a disk that is full, or closed to us, by one InputError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by either
-        folder = Path(path).parent
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        why = "No space left" if free < 2**26 else f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"{path} cannot be written ({why}); what was there before is as it was: make room, "
-            "or choose another folder"
-        ) from None
-
-
-def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Let `write(file)` fill a temporary file, flush it to disk, and only then give it its name.
-
-    Raises InputError where there is no room; what had the name before is then still there.
-    """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with room_for(path), open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except InputError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    flush_folder(Path(path).parent)
-
-
-def append_line(path: Path | str, record: dict) -> None:
-    """Add a line of JSON to a file; raises InputError where there is no room."""
-    with room_for(path), open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def flush_folder(folder: Path) -> None:
-    """Make names that were given in a folder outlast a loss of power."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
-
-
-def write_bytes(path: Path | str, content: bytes) -> None:
-    """write_safely for content that is at hand."""
-    write_safely(path, lambda file: file.write(content))
-
-
 CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parent / ".cache"))
-
-
-def cached(path: Path, make: Callable[[], dict]) -> dict:
-    """A JSON object from the cache, or made and kept; what something else cut is made anew."""
-    with contextlib.suppress(ValueError, OSError):
-        return json.loads(path.read_text())
-    value = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, json.dumps(value).encode())
-    return value
 
 
 def save_checkpoint(path: Path | str, model: GLIP, **state: object) -> None:
