@@ -81,10 +81,9 @@ def our_step(
         model.load_state_dict(weights)
     optimizers = train.make_optimizers(model, config)
     stage = argparse.Namespace(aclip=False, masker=train.masker_of(config))
-    shared = torch.compile(model) if compiled else model
+    shared, images = torch.compile(model) if compiled else model, pictures(batch, image_size)
 
     def step(tokens: Tensor, noise: Tensor) -> float:
-        images = pictures(batch, image_size)
         tokens = tokens[:, : int(glip.lengths(tokens).max())]
         pairs = (images, tokens, noise, torch.zeros(batch, 0), [])
         loss, *_ = train.compute_gradients(shared, model, pairs, stage, config, CPU, bf16)
