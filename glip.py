@@ -231,36 +231,85 @@ def lengths(tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which of a batch's tokens are there, and which of each row is read, so that a tower computes
-    no others. Tokens come as (B, T, D), or packed as (P, D): without what is behind texts' ends.
-    """
+    """Which tokens of a batch are read, and where texts lie. Pictures come as (B, T, D); texts as
+    (P, D), without fillers, and attend in a table of rows, one behind another where they fit."""
 
     read: Tensor | None = None  # (B,) the class or end tokens' places among B * T, or P; None: all
-    real: Tensor | None = None  # (B, T) bool: tokens of texts, no fillers
-    packed: Tensor | None = None  # (P,) the tokens' places among B * T
+    places: Tensor | None = None  # (P,) the tokens' places in the table
+    owner: Tensor | None = None  # (R, T) whose each of the table's places is; -1: nobody's
 
     def pick(self, x: Tensor) -> Tensor:
         """The tokens that are read. -> (B, 1, D)."""
         return x.flatten(0, -2)[self.read][:, None]
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Tokens -> the table (B, T, D), fillers 0."""
-        if self.packed is None:
+    def spread(self, x: Tensor, last: bool = False) -> Tensor:
+        """Tokens, in the `last` block those that are read -> the table (R, T, D), elsewhere 0."""
+        if self.places is None:
             return x
-        table = x.new_zeros(self.real.numel(), x.shape[-1]).index_put((self.packed,), x)
-        return table.unflatten(0, self.real.shape)
+        places = self.places[self.read] if last else self.places
+        table = x.new_zeros(self.owner.numel(), x.shape[-1])
+        return table.index_put((places,), x.flatten(0, -2)).unflatten(0, self.owner.shape)
 
-    def gather(self, table: Tensor) -> Tensor:
-        """The table (B, T, D) -> tokens, as they came."""
-        return table if self.packed is None else table.flatten(0, 1).index_select(0, self.packed)
+    def gather(self, table: Tensor, last: bool = False) -> Tensor:
+        """The reverse of spread."""
+        if self.places is None:
+            return table
+        if last:
+            return table.flatten(0, 1)[self.places[self.read]][:, None]
+        return table.flatten(0, 1).index_select(0, self.places)
 
 
 ALL = Layout()
 
 
+def fused(device: torch.device) -> bool:
+    """Whether attention is one kernel, which is told of causal texts and wants a row for each; at
+    CLIP's lengths a CPU's takes longer than plain products."""
+    return device.type == "cuda"
+
+
+@torch.compiler.disable  # every batch has other sizes
+def lay_out(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Layout]:
+    """Texts (B, T) without what is behind their ends, as Layout says, on a device.
+
+    Returns their tokens (P,), the position of each in its text (P,), what may attend to what
+    (R, 1, T, T) where no kernel is told, and the layout.
+    """
+    fixed = torch.compiler.is_exporting() or tokens.is_meta  # sizes may not depend on contents
+    if not fixed:  # attention is faster in rows of whole vectors
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % 16))
+    (rows, length), ends = tokens.shape, lengths(tokens)
+    kept = torch.arange(tokens.numel(), device=tokens.device)
+    starts = kept[::length]                                                    # (B,)
+    read = starts + ends - 1                                                   # (B,)
+    if not fixed:
+        kept, read = kept[kept % length < ends.repeat_interleave(length)], ends.cumsum(0) - 1
+    text, position = kept // length, kept % length                             # (P,)
+    if not (fixed or fused(device)):
+        starts, rows = shelved(ends, length)
+    places = starts[text] + position                                           # (P,)
+    owner = text.new_full((rows * length,), -1).index_put((places,), text)
+    owner = owner.unflatten(0, (rows, length))                                 # (R, T)
+    found = (tokens.flatten()[kept], position, read, places, owner)
+    tokens, position, *layout = (t.to(device, non_blocking=True) for t in found)
+    own = owner[:, None, :, None] == owner[:, None, None]                      # (R, 1, T, T)
+    return tokens, position, None if fused(device) else own.tril().to(device), Layout(*layout)
+
+
+def shelved(ends: Tensor, length: int) -> tuple[Tensor, int]:
+    """Texts of some lengths (B,) in rows of one length: where each begins, (B,), and the rows."""
+    starts, place = [], 0
+    for needed in ends.tolist():
+        if place % length + needed > length:  # what does not fit begins the next row
+            place += -place % length
+        starts.append(place)
+        place += needed
+    return ends.new_tensor(starts), -(-place // length)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention. x (B, T, D), allowed (..., T) bool or None -> (B, T, D); in the
-    `last` block only what is read asks -> (B, 1, D)."""
+    """Multi-head self-attention. x (B, T, D) or (P, D), allowed (..., T) bool or None -> the same
+    shape; in the `last` block only what is read asks -> (B, 1, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -275,23 +324,21 @@ class Attention(nn.Module):
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if last:
             (wq, weight), (bq, bias) = (p.tensor_split([x.shape[-1]]) for p in (weight, bias))
-            q = F.linear(layout.pick(x), wq, bq)                               # (B, 1, D)
+            q = layout.spread(F.linear(layout.pick(x), wq, bq), last)          # (B, 1, D)
             k, v = layout.spread(F.linear(x, weight, bias)).chunk(2, dim=-1)   # (B, T, D)
-            allowed = allowed if layout.real is None else layout.real[:, None, None]
         else:
             q, k, v = layout.spread(F.linear(x, weight, bias)).chunk(3, dim=-1)  # (B, T, D)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if x.is_cuda:  # its faster kernel wants to be told that texts are causal
-            causal = layout.real is not None and not last
-            allowed = None if causal else allowed
+        if fused(x.device):
+            causal = layout.places is not None
             y = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal)
-        else:  # at CLIP's lengths the CPU's fused kernel takes longer than plain products
-            logits = (q * q.shape[-1] ** -0.5) @ k.mT                          # (B, h, T, T)
+        else:
+            q, k, v = (t.contiguous() for t in (q * q.shape[-1] ** -0.5, k, v))
+            logits = q @ k.mT                                                  # (B, h, T, T)
             if allowed is not None:
                 logits = logits.masked_fill_(~allowed, -math.inf)
             y = logits.softmax(-1) @ v
-        y = y.transpose(1, 2).flatten(2)
-        return self.out_proj(y if last else layout.gather(y))                  # (B, T, D)
+        return self.out_proj(layout.gather(y.transpose(1, 2).flatten(2), last))  # (B, T, D)
 
     def of_class_token(self, x: Tensor) -> Tensor:
         """How much the first token attends to the others, mean of heads. (B, T, D) -> (B, T-1)."""
@@ -475,21 +522,9 @@ class GLIP(nn.Module):
         length = tokens.shape[1]
         if length > self.config.context_length:
             raise InputError(f"{length} tokens, the model takes {self.config.context_length}")
-        fixed = torch.compiler.is_exporting() or tokens.is_meta  # sizes may not depend on contents
-        if not fixed:  # attention is faster in rows of whole vectors
-            tokens = F.pad(tokens, (0, -length % 16))
-        (_, length), ends = tokens.shape, lengths(tokens)
-        real = torch.arange(length, device=tokens.device) < ends[:, None]      # (B, T)
-        packed, read = torch.arange(real.numel(), device=tokens.device), ends - 1
-        if fixed:
-            read = read + packed[::length]
-        else:
-            packed, read = packed[real.flatten()], ends.cumsum(0) - 1          # (P,), (B,)
-        found, device = (read, real, packed, tokens.flatten()[packed]), self.logit_scale.device
-        read, real, packed, tokens = (t.to(device, non_blocking=True) for t in found)
-        x = self.token_embedding(tokens) + F.embedding(packed % length, self.positional_embedding)
-        before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        x = self.ln_final(self.transformer(x, before, Layout(read, real, packed))[:, 0])
+        tokens, position, allowed, layout = lay_out(tokens, self.logit_scale.device)
+        x = self.token_embedding(tokens) + F.embedding(position, self.positional_embedding)
+        x = self.ln_final(self.transformer(x, allowed, layout)[:, 0])
         return F.normalize(at_least_fp32(x @ self.text_projection), dim=-1)    # (B, E)
 
     def forward(

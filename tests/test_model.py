@@ -120,6 +120,27 @@ def test_zeros_behind_the_end_token_may_be_cut():
     torch.testing.assert_close(model.encode_text(changed), model.encode_text(tokens))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_texts_stand_in_rows_without_meeting(seed):
+    draw = torch.Generator().manual_seed(seed)
+    longest = int(torch.randint(1, 78, (), generator=draw))
+    ends = torch.randint(1, longest + 1, (40,), generator=draw)
+    starts, rows = glip.shelved(ends, longest)
+    places = [range(start, start + n) for start, n in zip(starts.tolist(), ends, strict=True)]
+    assert len(set().union(*places)) == ends.sum()
+    assert all(p[0] // longest == p[-1] // longest for p in places)
+    assert {p[0] // longest for p in places} == set(range(rows))
+
+
+@torch.no_grad()
+def test_texts_that_share_a_row_do_not_see_each_other():
+    model, tokens = tiny(), glip.tokenize(["a dog", "", "two cats", "a fish", "an old red house"])
+    *_, layout = glip.lay_out(tokens[:, :16], torch.device("cpu"))
+    assert len(layout.owner) == 2  # rows
+    alone = [model.encode_text(text[None]) for text in tokens]
+    torch.testing.assert_close(model.encode_text(tokens), torch.cat(alone), atol=1e-6, rtol=0)
+
+
 @torch.no_grad()
 def test_bytes_are_floats_times_255():
     images = (pictures(2, 32) * 255).to(torch.uint8)
@@ -301,8 +322,13 @@ def test_recomputed_blocks_have_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_gradients_are_open_clips_without_what_it_computes_for_nobody():
-    """Every parameter's, in fp64, for texts of 3 to 32 tokens; open_clip computes them all."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_open_clips_without_what_it_computes_for_nobody(fused, monkeypatch):
+    """Every parameter's, in fp64, for texts of 3 to 32 tokens; open_clip computes them all.
+
+    `fused`: as GPUs attend, by torch's kernel and with a row for each text.
+    """
+    monkeypatch.setattr(glip, "fused", lambda device: fused)
     torch.manual_seed(0)
     theirs = open_clip.CLIP(
         10, {"image_size": 32, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8},
