@@ -11,8 +11,8 @@
 Liang & Larson, ECML-PKDD 2024, arXiv 2403.15837. (Not Grounded Language-Image Pre-training.)
 The first three lines are masks.gaussian_scores and sample_mask, beside the rivals' strategies.
 
-Shapes: B pairs, N patches of a (rows, columns) grid, K kept patches, T tokens, D tower width,
-h heads, E joint width. `mask_ratio` is the share of patches that is removed.
+Shapes: B pairs, N patches of a (rows, columns) grid, K kept patches, T tokens of a text, P of all
+texts, D tower width, h heads, E joint width. `mask_ratio` is the share of patches that is removed.
 """
 
 import gzip
@@ -236,7 +236,7 @@ class Layout:
 
     read: Tensor | None = None  # (B,) the class or end tokens' places among B * T, or P; None: all
     places: Tensor | None = None  # (P,) the tokens' places in the table
-    owner: Tensor | None = None  # (R, T) whose each of the table's places is; -1: nobody's
+    table: tuple[int, int] = (0, 0)  # its rows and their length, (R, T)
 
     def pick(self, x: Tensor) -> Tensor:
         """The tokens that are read. -> (B, 1, D)."""
@@ -247,28 +247,27 @@ class Layout:
         if self.places is None:
             return x
         places = self.places[self.read] if last else self.places
-        table = x.new_zeros(self.owner.numel(), x.shape[-1])
-        return table.index_put((places,), x.flatten(0, -2)).unflatten(0, self.owner.shape)
+        table = x.new_zeros(math.prod(self.table), x.shape[-1])
+        return table.index_put((places,), x.flatten(0, -2)).unflatten(0, self.table)
 
     def gather(self, table: Tensor, last: bool = False) -> Tensor:
         """The reverse of spread."""
         if self.places is None:
             return table
-        if last:
-            return table.flatten(0, 1)[self.places[self.read]][:, None]
-        return table.flatten(0, 1).index_select(0, self.places)
+        places = self.places[self.read] if last else self.places
+        found = table.flatten(0, 1).index_select(0, places)
+        return found[:, None] if last else found
 
 
 ALL = Layout()
 
 
 def fused(device: torch.device) -> bool:
-    """Whether attention is one kernel, which is told of causal texts and wants a row for each; at
-    CLIP's lengths a CPU's takes longer than plain products."""
+    """Whether attention is torch's kernel, which is told that texts are causal and needs a row for
+    each. At CLIP's lengths plain products, with several texts a row, are faster on CPUs."""
     return device.type == "cuda"
 
 
-@torch.compiler.disable  # every batch has other sizes
 def lay_out(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Layout]:
     """Texts (B, T) without what is behind their ends, as Layout says, on a device.
 
@@ -284,23 +283,25 @@ def lay_out(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     read = starts + ends - 1                                                   # (B,)
     if not fixed:
         kept, read = kept[kept % length < ends.repeat_interleave(length)], ends.cumsum(0) - 1
-    text, position = kept // length, kept % length                             # (P,)
+    text, position, allowed = kept // length, kept % length, None              # (P,)
     if not (fixed or fused(device)):
-        starts, rows = shelved(ends, length)
+        starts, rows = shelve(ends, length)
     places = starts[text] + position                                           # (P,)
-    owner = text.new_full((rows * length,), -1).index_put((places,), text)
-    owner = owner.unflatten(0, (rows, length))                                 # (R, T)
-    found = (tokens.flatten()[kept], position, read, places, owner)
-    tokens, position, *layout = (t.to(device, non_blocking=True) for t in found)
-    own = owner[:, None, :, None] == owner[:, None, None]                      # (R, 1, T, T)
-    return tokens, position, None if fused(device) else own.tril().to(device), Layout(*layout)
+    if not fused(device):  # a token sees those of its own text, up to itself
+        owner = text.new_full((rows * length,), -1).index_put((places,), text)
+        owner = owner.unflatten(0, (rows, length))                             # (R, T)
+        allowed = (owner[:, None, :, None] == owner[:, None, None]).tril().to(device)
+    found = (tokens.flatten()[kept], position, read, places)
+    tokens, position, read, places = (t.to(device, non_blocking=True) for t in found)
+    return tokens, position, allowed, Layout(read, places, (rows, length))
 
 
-def shelved(ends: Tensor, length: int) -> tuple[Tensor, int]:
-    """Texts of some lengths (B,) in rows of one length: where each begins, (B,), and the rows."""
+def shelve(ends: Tensor, length: int) -> tuple[Tensor, int]:
+    """Texts of some lengths (B,), in their order, in rows of one length: where each begins, (B,),
+    and the number of rows. What does not fit in a row begins the next."""
     starts, place = [], 0
     for needed in ends.tolist():
-        if place % length + needed > length:  # what does not fit begins the next row
+        if place % length + needed > length:
             place += -place % length
         starts.append(place)
         place += needed
@@ -309,7 +310,7 @@ def shelved(ends: Tensor, length: int) -> tuple[Tensor, int]:
 
 class Attention(nn.Module):
     """Multi-head self-attention. x (B, T, D) or (P, D), allowed (..., T) bool or None -> the same
-    shape; in the `last` block only what is read asks -> (B, 1, D)."""
+    shape; in the `last` block only for what is read -> (B, 1, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -325,14 +326,14 @@ class Attention(nn.Module):
         if last:
             (wq, weight), (bq, bias) = (p.tensor_split([x.shape[-1]]) for p in (weight, bias))
             q = layout.spread(F.linear(layout.pick(x), wq, bq), last)          # (B, 1, D)
-            k, v = layout.spread(F.linear(x, weight, bias)).chunk(2, dim=-1)   # (B, T, D)
-        else:
-            q, k, v = layout.spread(F.linear(x, weight, bias)).chunk(3, dim=-1)  # (B, T, D)
+            k, v = layout.spread(F.linear(x, weight, bias)).chunk(2, dim=-1)
+        else:  # (B, T, D); of texts (R, T, D), q of the last block as well
+            q, k, v = layout.spread(F.linear(x, weight, bias)).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         if fused(x.device):
             causal = layout.places is not None
             y = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal)
-        else:
+        else:  # a product copies what is not contiguous, k transposed, which takes longer
             q, k, v = (t.contiguous() for t in (q * q.shape[-1] ** -0.5, k, v))
             logits = q @ k.mT                                                  # (B, h, T, T)
             if allowed is not None:

@@ -209,7 +209,7 @@ def run_stage(
     if state:
         restore(state, stage, network, optimizers)
     if config.compile:
-        shared.compile()
+        compile_network(shared)
     bf16 = evaluate.use_bf16(config.precision, device)
     workers = config.workers
     if workers < 0:
@@ -317,6 +317,12 @@ def backward_cached(
             surrogate.backward()
     visible = None if masks[0][1] is None else torch.cat([mask[1] for mask in masks])
     return loss, scales[0], visible
+
+
+def compile_network(network: nn.Module) -> None:
+    """torch.compile, in place, but for the layout of texts, which has other sizes every time."""
+    glip.lay_out = torch.compiler.disable(glip.lay_out)
+    network.compile()
 
 
 @torch.no_grad()

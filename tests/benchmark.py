@@ -81,12 +81,14 @@ def our_step(
         model.load_state_dict(weights)
     optimizers = train.make_optimizers(model, config)
     stage = argparse.Namespace(aclip=False, masker=train.masker_of(config))
-    shared, images = torch.compile(model) if compiled else model, pictures(batch, image_size)
+    images = pictures(batch, image_size)
+    if compiled:
+        train.compile_network(model)
 
     def step(tokens: Tensor, noise: Tensor) -> float:
         tokens = tokens[:, : int(glip.lengths(tokens).max())]
         pairs = (images, tokens, noise, torch.zeros(batch, 0), [])
-        loss, *_ = train.compute_gradients(shared, model, pairs, stage, config, CPU, bf16)
+        loss, *_ = train.compute_gradients(model, model, pairs, stage, config, CPU, bf16)
         train.apply_gradients(model, optimizers, 1e-4, 0.0)
         model.clamp_logit_scale()
         return loss.item()
@@ -230,8 +232,8 @@ def measure(
 
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
-    took = [seconds(step) for _ in range(4)]
-    return {"seconds": statistics.median(took[1:]), "peak": status("VmHWM") - before}
+    took = [seconds(step) for _ in range(WARM + 5)]
+    return {"seconds": statistics.median(took[WARM:]), "peak": status("VmHWM") - before}
 
 
 KINDS = {  # what a profile's rows are

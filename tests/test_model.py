@@ -125,7 +125,7 @@ def test_texts_stand_in_rows_without_meeting(seed):
     draw = torch.Generator().manual_seed(seed)
     longest = int(torch.randint(1, 78, (), generator=draw))
     ends = torch.randint(1, longest + 1, (40,), generator=draw)
-    starts, rows = glip.shelved(ends, longest)
+    starts, rows = glip.shelve(ends, longest)
     places = [range(start, start + n) for start, n in zip(starts.tolist(), ends, strict=True)]
     assert len(set().union(*places)) == ends.sum()
     assert all(p[0] // longest == p[-1] // longest for p in places)
@@ -135,8 +135,9 @@ def test_texts_stand_in_rows_without_meeting(seed):
 @torch.no_grad()
 def test_texts_that_share_a_row_do_not_see_each_other():
     model, tokens = tiny(), glip.tokenize(["a dog", "", "two cats", "a fish", "an old red house"])
-    *_, layout = glip.lay_out(tokens[:, :16], torch.device("cpu"))
-    assert len(layout.owner) == 2  # rows
+    tokens = tokens[:, :16]
+    *_, layout = glip.lay_out(tokens, torch.device("cpu"))
+    assert layout.table == (2, 16)
     alone = [model.encode_text(text[None]) for text in tokens]
     torch.testing.assert_close(model.encode_text(tokens), torch.cat(alone), atol=1e-6, rtol=0)
 
