@@ -1,7 +1,8 @@
 """What a run will cost, on paper: python train.py --recipe cc12m --estimate h100x8
 
     forward   = (layers - 1) (24 D^2 T + 4 D T^2) a tower of T tokens, width D; its last block, of
-                which one token is read, 4 D^2 T + 20 D^2 + 4 D T; + patches, projections
+                which one token is read, 4 D^2 T + 20 D^2 + 4 D T, of texts 4 D^2 T + 20 D^2 +
+                4 D T^2; + patches, projections
     compute   = 3 forward: the backward pass is two more; + 1 to recompute, + 1 for micro-batches
     memory    = 16 bytes a parameter (weight, gradient, Adam's two), 12 where Muon has one, + 2 for
                 bf16 copies; + (layers - 2/3) (36 D T + 2 h T^2) bytes a pair in bf16, (64 D T +
@@ -115,9 +116,9 @@ def rates(device: torch.device, bf16: bool, width: int, rows: int = 4096) -> tup
     return 2 * x.numel() * 4 * width / product, 3 * 4 * len(a) / best(add)
 
 
-def tower_flops(tokens: float, width: int, layers: int) -> float:
-    """Products of a tower's forward pass for one item."""
-    last = 4 * width**2 * tokens + 20 * width**2 + 4 * width * tokens
+def tower_flops(tokens: float, width: int, layers: int, asking: float = 1) -> float:
+    """Products of a tower's forward pass for one item; `asking`: tokens, in its last block."""
+    last = 4 * width**2 * tokens + 20 * width**2 + 4 * width * tokens * asking
     return (layers - 1) * (24 * width**2 * tokens + 4 * width * tokens**2) + last
 
 
@@ -150,7 +151,7 @@ def forward_flops(model: GLIPConfig, kept: int, text: float) -> tuple[float, flo
     """Products of both towers for one pair: `kept` patches, `text` tokens."""
     image = tower_flops(1 + kept, model.width, model.layers)
     image += 6 * model.patch_size**2 * model.width * kept + 2 * model.width * model.embed_dim
-    words = tower_flops(text, model.text_width, model.text_layers)
+    words = tower_flops(text, model.text_width, model.text_layers, text)
     return image, words + 2 * model.text_width * model.embed_dim
 
 
