@@ -189,8 +189,8 @@ def test_the_estimate_follows_the_settings():
 REUSED = """
 import resource, torch, parallel
 parallel.keep_memory()
-for _ in range(5):
-    torch.ones(int(2.5 * 2**30), dtype=torch.uint8)
+for i in range(5):  # a page less each time: one of the same size may not fit, once it is aligned
+    torch.ones(int(2.5 * 2**30) - 4096 * i, dtype=torch.uint8)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
@@ -201,4 +201,4 @@ def test_freed_memory_is_used_again():
     done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, cwd=ROOT)
     faults = list(map(int, done.stdout.split()))
     new = [after - before for before, after in pairwise(faults)]
-    assert len(new) == 4 and min(new) < 100, "every block had new pages"
+    assert len(new) == 4 and max(new) < 100, "a block had new pages"
