@@ -124,10 +124,13 @@ def samples(
     grid: tuple[int, int],
 ) -> str:  # fmt: skip
     """Pairs as they are trained on, (B, 3, H, W) and (B, T): the picture, its mask, its words."""
+    images, tokens, ids_keep, visible = (
+        x if x is None else x.cpu() for x in (images, tokens, ids_keep, visible)
+    )  # wherever the model computes
     seen = torch.ones(len(images), grid[0] * grid[1], dtype=torch.bool)
     if ids_keep is not None:
         kept = torch.ones_like(ids_keep, dtype=torch.bool) if visible is None else visible
-        seen = torch.zeros_like(seen).scatter(1, ids_keep.cpu(), kept.cpu())
+        seen = torch.zeros_like(seen).scatter(1, ids_keep, kept)
     hidden, figures = masked(images, seen.unflatten(1, grid)), []
     for picture, part, row, length in zip(
         images, hidden, tokens, glip.lengths(tokens), strict=True
