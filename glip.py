@@ -37,6 +37,7 @@ from files import (  # noqa: F401 - one name for users, glip
     append_line,
     cached,
     flush_folder,
+    locked,
     room_for,
     write_bytes,
     write_safely,

@@ -351,6 +351,12 @@ def build(location: str, workers: int) -> dict:
     Parts that an earlier, killed build left are used again; an index that is true already is kept.
     """
     home, paths = index_folder(location), shards_of(location)
+    with glip.locked(home, "indexing"):
+        return build_in(home, location, paths, workers)
+
+
+def build_in(home: Path, location: str, paths: list[str], workers: int) -> dict:
+    """build, in a folder that no other process writes in."""
     parts = home / "parts"
     prints = [fingerprint(path) for path in tqdm(paths, "looking at shards", leave=False)]
     record = read_record(home)
