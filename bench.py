@@ -36,6 +36,7 @@ import webdataset
 from PIL import Image
 
 import benchmarks
+import cli
 import data
 import estimate
 import evaluate
@@ -444,6 +445,7 @@ def measure_probe(count: int, width: int, classes: int, strength: float = 0.01) 
 WHAT = ("data", "zero-shot", "probe", "estimate", "memory", "processes")
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -454,24 +456,20 @@ def main() -> None:
     size = (16_000, 512, 300)
     parser.add_argument("--size", type=int, nargs=3, default=size, help="probe: of what")
     options = parser.parse_args()
-    try:
-        if options.rounds < 1 or options.seconds <= 0 or options.pictures < 5:
-            raise InputError("--rounds and --seconds must be above 0, --pictures 5 or more")
-        if min(options.size) < 2:
-            raise InputError("--size: give pictures, width and classes of 2 at least")
-        found = {
-            "data": lambda: measure(options.rounds, options.seconds),
-            "zero-shot": lambda: measure_zero_shot(options.rounds, options.pictures),
-            "probe": lambda: measure_probe(*options.size),
-            "estimate": lambda: measure_estimate(options.rounds, options.seconds),
-            "memory": measure_memory,
-            "processes": lambda: measure_processes(options.rounds),
-        }[options.what]()
-        found["command"] = f"python {' '.join(['bench.py', *sys.argv[1:]])}"
-        found["machine"] = evaluate.machine(evaluate.pick_device("auto"))
-    except InputError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    if options.rounds < 1 or options.seconds <= 0 or options.pictures < 5:
+        raise InputError("--rounds and --seconds must be above 0, --pictures 5 or more")
+    if min(options.size) < 2:
+        raise InputError("--size: give pictures, width and classes of 2 at least")
+    found = {
+        "data": lambda: measure(options.rounds, options.seconds),
+        "zero-shot": lambda: measure_zero_shot(options.rounds, options.pictures),
+        "probe": lambda: measure_probe(*options.size),
+        "estimate": lambda: measure_estimate(options.rounds, options.seconds),
+        "memory": measure_memory,
+        "processes": lambda: measure_processes(options.rounds),
+    }[options.what]()
+    found["command"] = f"python {' '.join(['bench.py', *sys.argv[1:]])}"
+    found["machine"] = evaluate.machine(evaluate.pick_device("auto"))
     text = json.dumps(found, indent=1) + "\n"
     glip.write_bytes(Path(__file__).parent / f"results/bench-{options.what}.json", text.encode())
     print(text)

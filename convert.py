@@ -26,6 +26,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import cli
 import evaluate
 import glip
 from card import architecture, card, facts
@@ -615,6 +616,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@cli.guarded
 def main() -> None:
     """export, import, info: bad input is one sentence and exit code 2."""
     name, arguments = next(iter(sys.argv[1:2]), ""), sys.argv[2:]
@@ -622,11 +624,7 @@ def main() -> None:
         print(__doc__, file=sys.stdout if name == "--help" else sys.stderr)
         sys.exit(0 if name == "--help" else 2)
     run, config = COMMANDS[name]
-    try:
-        run(tyro.cli(config, args=arguments, prog=f"convert.py {name}"))
-    except InputError as error:
-        print(f"convert.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(tyro.cli(config, args=arguments, prog=f"convert.py {name}"))
 
 
 if __name__ == "__main__":

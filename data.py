@@ -29,6 +29,7 @@ import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import cli
 import pictures
 import shards
 from captions import (  # noqa: F401
@@ -527,26 +528,21 @@ def index(config: IndexConfig) -> dict:
     return record
 
 
+@cli.guarded
 def main() -> None:
     """fetch, snapshot, index: bad input is one sentence and exit code 2."""
     command, arguments = sys.argv[1:2], sys.argv[2:]
-    try:
-        if command == ["fetch"]:
-            import fetch  # needs img2dataset, which is slow to import and lacks Python 3.13
+    if command == ["fetch"]:
+        import fetch  # needs img2dataset, which is slow to import and lacks Python 3.13
 
-            fetch.fetch(tyro.cli(fetch.FetchConfig, args=arguments, prog="data.py fetch"))
-        elif command == ["snapshot"]:
-            snapshot(tyro.cli(SnapshotConfig, args=arguments, prog="data.py snapshot"))
-        elif command == ["index"]:
-            index(tyro.cli(IndexConfig, args=arguments, prog="data.py index"))
-        else:
-            print(__doc__, file=sys.stderr if command != ["--help"] else sys.stdout)
-            sys.exit(0 if command == ["--help"] else 2)
-    except InputError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("data.py: interrupted; give the same command again to go on")
+        fetch.fetch(tyro.cli(fetch.FetchConfig, args=arguments, prog="data.py fetch"))
+    elif command == ["snapshot"]:
+        snapshot(tyro.cli(SnapshotConfig, args=arguments, prog="data.py snapshot"))
+    elif command == ["index"]:
+        index(tyro.cli(IndexConfig, args=arguments, prog="data.py index"))
+    else:
+        print(__doc__, file=sys.stderr if command != ["--help"] else sys.stdout)
+        sys.exit(0 if command == ["--help"] else 2)
 
 
 if __name__ == "__main__":

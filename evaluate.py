@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +34,7 @@ import tyro
 from torch import Tensor
 
 import benchmarks
+import cli
 import data
 import figures
 import glip
@@ -371,7 +371,7 @@ def run_command(options: EvaluateConfig) -> None:
     else:
         run_evaluation(options)
     if problems:
-        raise InputError("\nevaluate.py: ".join(problems))
+        raise InputError(*problems)
 
 
 def open_run(
@@ -405,7 +405,7 @@ def columns_of(
 
 def run_evaluation(options: EvaluateConfig) -> dict:
     """Evaluate a run on its held-out pairs; the content of results.json is returned."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cli.place()[2] > 1:
         raise InputError("several processes are for --zero-shot, --retrieval and --suite alone")
     device = pick_device(options.device)
     run, content, encoder, before, masker = open_run(options, device)
@@ -585,14 +585,10 @@ def describe(results: dict) -> str:
     return "\n".join(lines)
 
 
+@cli.guarded
 def main() -> None:
     """The command line: bad input is one sentence and exit code 2."""
-    try:
-        run_command(tyro.cli(EvaluateConfig, description=__doc__))
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(tyro.cli(EvaluateConfig, description=__doc__))
 
 
 if __name__ == "__main__":

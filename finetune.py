@@ -17,7 +17,6 @@ and the accuracy of these weights into the run's results.json, for evaluate.py -
 
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -39,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import benchmarks
+import cli
 import evaluate
 import glip
 from evaluate import Encoder, machine, pick_device
@@ -340,13 +340,10 @@ def save(out: Path, model: GLIP, weights: dict, classes: list[str]) -> None:
     glip.save_checkpoint(out / "model.pt", model, head=head, classes=classes)
 
 
+@cli.guarded
 def main() -> None:
     """The command line: bad input is one sentence and exit code 2."""
-    try:
-        run_fine_tuning(tyro.cli(FineTuneConfig, description=__doc__))
-    except InputError as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_fine_tuning(tyro.cli(FineTuneConfig, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import cli
 from glip import InputError
 
 
@@ -60,10 +61,10 @@ def keep_memory() -> None:
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     """Join torchrun's processes if there are any: (rank, world, device)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = cli.place()
     device = pick_device(device)
     if device.type == "cuda":
-        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        there = torch.cuda.device_count()
         if local >= there:
             raise InputError(f"{there} GPUs here: give torchrun --nproc_per_node {there} at most")
         device = torch.device("cuda", local)
@@ -71,11 +72,9 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     if world > 1:  # the others wait while the first decodes, checks pictures or evaluates
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
-    try:
-        yield int(os.environ.get("RANK", 0)), world, device
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    yield rank, world, device
+    if world > 1:  # after an error the group stays, so that others do not fail before it is told
+        dist.destroy_process_group()
 
 
 def spread(

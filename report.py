@@ -10,7 +10,6 @@ Published numbers, with their sources, are in results/paper.json.
 import json
 import re
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 import benchmarks
+import cli
 import glip
 import sweep
 import train
@@ -567,12 +567,12 @@ class ReportConfig:
     latex: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # ... for a LaTeX document
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     options = tyro.cli(ReportConfig, description=__doc__)
     if options.latex and not options.paper:
-        print("report.py: --latex goes with --paper: give both", file=sys.stderr)
-        sys.exit(2)
+        raise glip.InputError("--latex goes with --paper: give both")
     if options.paper:
         draw = latex if options.latex else markdown
         if options.latex:

@@ -33,6 +33,7 @@ import evaluate
 import glip
 import page
 import parallel
+from cli import Stopped
 from data import Batches
 from glip import GLIP, GLIPConfig, InputError, Masker
 from recipes import MACHINE, TrainConfig, flag_of
@@ -61,7 +62,6 @@ class Stage:
 # Checkpoints, and going on from them
 # ------------------------------------------------------------------------------------------------
 
-STOPPED = 75  # the exit code of a run that was asked to stop and can be resumed
 FREE = MACHINE | {"max_bad"}  # what may differ when a run is resumed
 asked_to_stop = []  # signals that came
 
@@ -82,10 +82,6 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and saved."""
 
 
 def stamp_of(pairs: object) -> str:
@@ -292,7 +288,9 @@ class Report:
             self.bar.close()
             if self.world > 1:
                 dist.barrier()  # torchrun ends the others soon after the first leaves
-            raise Stopped(f"{self.stage.name} step {done}")
+            raise Stopped(
+                f"stopped after {self.stage.name} step {done}, saved; the same command goes on"
+            )
         if last:
             self.bar.close()
             if self.quarantined and self.rank == 0:
@@ -449,7 +447,7 @@ def command() -> str:
     """The command line that made this run, without folders of this machine."""
     folders = r"(^|=)(\w+:/)?/\S*/(?=.)"
     words = [Path(sys.argv[0]).name, *(re.sub(folders, r"\1", w) for w in sys.argv[1:])]
-    world, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world, local = (int(os.environ.get(name) or 0) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = f"--nnodes {world // local} " if local and world > local else ""
     launcher = f"torchrun {nodes}--nproc_per_node {local or world}" if world else "python"
     return f"{launcher} {shlex.join(words)}"

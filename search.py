@@ -20,6 +20,7 @@ from tqdm import tqdm
 import figures
 import glip
 import pictures
+from cli import printable
 from figures import shorten
 from glip import InputError
 
@@ -65,11 +66,6 @@ def save(figure: object, path: Path) -> None:
         warnings.filterwarnings("ignore", "Glyph")  # the font lacks letters of a file's name
         glip.write_safely(path, lambda file: figure.savefig(file, format="png"))
     print(f"wrote {path}")
-
-
-def printable(text: str | Path) -> str:
-    """A file's name may hold anything; what a terminal obeys or cannot show becomes a "?"."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from typing import Annotated
 import torch
 import tyro
 
+import cli
 import data
 import evaluate
 import glip
@@ -260,42 +261,39 @@ def run(name: str, flags: tuple[str, ...], threads: int, more: tuple[str, ...] =
     return None
 
 
+@cli.guarded
 def main() -> None:
     """The command line."""
     options = tyro.cli(SweepConfig, description=__doc__)
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     path = RESULTS / "cost.json"
     cost = json.loads(path.read_text()) if path.exists() else None
-    try:
-        unknown = [mask for mask in options.masks if mask not in (*glip.MASKS, SMALL)]
-        if unknown:
-            choices = ", ".join((*glip.MASKS, f"'{SMALL}'"))
-            raise InputError(f"--masks {unknown[0]}: choose from {choices}")
-        if not options.list:
-            commit = evaluate.machine(torch.device("cpu"))["commit"]
-            if not commit or commit.endswith("-dirty"):
-                raise InputError("results name the commit they come from: commit your changes")
-            for name in (HOME, *AWAY):  # decode once, before runs share the cache
-                data.load(name, glip.SIZES[train.TrainConfig().model][0])
-        if not options.list or not cost:
-            cost = complete_cost(cost, threads)
-            glip.write_bytes(path, (json.dumps(cost, indent=1) + "\n").encode())
-        wanted = options.masks or (*glip.MASKS, SMALL)
-        runs = [*planned(cost), *questions()]
-        runs = {run.name: (run.flags, run.more) for run in runs if run.mask in wanted}
-        if options.list:
-            for name, (flags, _) in runs.items():
-                there = (RESULTS / f"{name}.json").exists()
-                print("done   " if there else "missing", "python train.py", *flags)
-            return
-        with ThreadPoolExecutor(options.jobs) as pool:
-            done = pool.map(lambda name: run(name, runs[name][0], threads, runs[name][1]), runs)
-            failed = [problem for problem in done if problem]
-        if failed:
-            raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
-    except InputError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    unknown = [mask for mask in options.masks if mask not in (*glip.MASKS, SMALL)]
+    if unknown:
+        choices = ", ".join((*glip.MASKS, f"'{SMALL}'"))
+        raise InputError(f"--masks {unknown[0]}: choose from {choices}")
+    if not options.list:
+        commit = evaluate.machine(torch.device("cpu"))["commit"]
+        if not commit or commit.endswith("-dirty"):
+            raise InputError("results name the commit they come from: commit your changes")
+        for name in (HOME, *AWAY):  # decode once, before runs share the cache
+            data.load(name, glip.SIZES[train.TrainConfig().model][0])
+    if not options.list or not cost:
+        cost = complete_cost(cost, threads)
+        glip.write_bytes(path, (json.dumps(cost, indent=1) + "\n").encode())
+    wanted = options.masks or (*glip.MASKS, SMALL)
+    runs = [*planned(cost), *questions()]
+    runs = {run.name: (run.flags, run.more) for run in runs if run.mask in wanted}
+    if options.list:
+        for name, (flags, _) in runs.items():
+            there = (RESULTS / f"{name}.json").exists()
+            print("done   " if there else "missing", "python train.py", *flags)
+        return
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = pool.map(lambda name: run(name, runs[name][0], threads, runs[name][1]), runs)
+        failed = [problem for problem in done if problem]
+    if failed:
+        raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
 
 
 if __name__ == "__main__":

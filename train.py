@@ -17,7 +17,6 @@ cause, quarantine.jsonl (pictures that could not be read) and bad-batch.json.
 import json
 import math
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from timm.optim import Muon
 from torch import Tensor, nn
 
 import aclip
+import cli
 import data
 import estimate
 import evaluate
@@ -45,10 +45,8 @@ from recipes import (  # noqa: F401 - one name for users, train
     run_name,
 )
 from runs import (
-    STOPPED,
     Report,
     Stage,
-    Stopped,
     cut_log,
     last_state,
     listening,
@@ -213,7 +211,7 @@ def run_stage(
     bf16 = evaluate.use_bf16(config.precision, device)
     workers = config.workers
     if workers < 0:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         workers = 0 if config.data[0] in EMBEDDED else max(1, min(8, cores))
     batches = data.loader(stage.batches, start, stage.steps, workers, pin=device.type == "cuda")
     batches = parallel.ahead(batches, device)
@@ -493,27 +491,17 @@ def diagnosis(
     return f"{told}: it falls too slowly; raise --lr, or lower --mask-ratio"
 
 
+@cli.guarded
 def main() -> None:
     """The command line: bad input is one sentence and exit code 2, a signal's stop STOPPED."""
-    try:
-        config = parse()
-        if config.estimate:
-            check(config, estimate.count_of(config.estimate))
-            print(estimate.tell(config, plan(config, 0, 1) if config.data else []))
-        elif config.overfit:
-            overfit(config)
-        else:
-            train(config)
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: stopped after {stopped}, saved; the same command goes on")
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
+    config = parse()
+    if config.estimate:
+        check(config, estimate.count_of(config.estimate))
+        print(estimate.tell(config, plan(config, 0, 1) if config.data else []))
+    elif config.overfit:
+        overfit(config)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

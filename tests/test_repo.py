@@ -23,9 +23,10 @@ from tests.test_train import command
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
-    "losses", "masks", "files", "glip", "parallel", "significance", "metrics", "aclip", "embedded",
-    "shards", "pictures", "fetch", "captions", "data", "benchmarks", "probe", "figures", "search",
-    "evaluate", "card", "recipes", "page", "runs", "estimate", "convert", "train", "finetune",
+    "losses", "masks", "cli", "files", "glip", "parallel", "significance", "metrics", "aclip",
+    "embedded", "shards", "pictures", "fetch", "captions", "data", "benchmarks", "probe", "figures",
+    "search", "evaluate", "card", "recipes", "page", "runs", "estimate", "convert", "train",
+    "finetune",
 ]  # fmt: skip
 CHAIN = [  # each does import the one before it
     "masks", "glip", "shards", "pictures", "captions", "data", "probe", "evaluate", "train",

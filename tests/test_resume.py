@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 import shards
-import train
 from tests.test_shards import make_shards
 from tests.torture import (
     BASE,
@@ -120,7 +120,7 @@ def test_a_signal_saves_and_the_workers_let_it(tmp_path, number):
     wait_for_checkpoint(out, process)
     end(process, number)
     told = process.communicate(timeout=60)[0]
-    assert process.returncode == train.STOPPED, told[-2000:]
+    assert process.returncode == cli.STOPPED, told[-2000:]
     assert "stopped after pretrain step" in told and "Traceback" not in told
     step = torch.load(out / "latest.pt", weights_only=True)["step"]
     assert f"stopped after pretrain step {step}," in told

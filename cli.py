@@ -1,0 +1,108 @@
+"""What every script does with an error: one sentence, printed once, and an exit code."""
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from masks import InputError
+
+STOPPED = 75  # the exit code of a run that was asked to stop and can be resumed
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and saved."""
+
+
+def printable(text: object) -> str:
+    """Text in which what a terminal obeys or cannot show is a "?": names may hold anything."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def say(text: str) -> None:
+    """Print lines of text that may hold names from elsewhere."""
+    print("\n".join(map(printable, text.split("\n"))))
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes), as torchrun tells them."""
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if world == "1":
+        return 0, 0, 1
+    numbers = {"LOCAL_RANK": "0", "MASTER_PORT": "", "RANK": "", "WORLD_SIZE": ""}
+    numbers |= {name: os.environ[name] for name in numbers if os.environ.get(name)}
+    wrong = [name for name, value in numbers.items() if not value.isdecimal()]
+    if wrong or not os.environ.get("MASTER_ADDR"):
+        raise InputError(
+            f"the environment says WORLD_SIZE={world}, but its {(*wrong, 'MASTER_ADDR')[0]} tells "
+            "of no process: start several with torchrun, or unset WORLD_SIZE"
+        )
+    return int(numbers["RANK"]), int(numbers["LOCAL_RANK"]), int(world)
+
+
+def guarded(main: Callable[[], None]) -> Callable[[], None]:
+    """A script's `main` whose errors are told in one sentence; --debug adds the traceback."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        debug = "--debug" in sys.argv
+        sys.argv = [word for word in sys.argv if word != "--debug"]
+        try:
+            main()
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would be a traceback
+            code, sentences = told(error)
+            lines = [f"{Path(sys.argv[0]).name}: {sentence}" for sentence in sentences]
+            lines = traceback.format_exc().splitlines() * debug + lines
+            print_once("\n".join(map(printable, lines)))
+            sys.exit(code)
+
+    return run
+
+
+def told(error: BaseException) -> tuple[int, list[str]]:
+    """(exit code, sentences) for an error; an InputError holds one sentence or more."""
+    kind, first = type(error).__name__, next(iter(str(error).splitlines()), "")
+    if isinstance(error, InputError):
+        return 2, list(error.args)
+    if isinstance(error, Stopped):
+        return STOPPED, [first]
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ["interrupted; the same command goes on from what was kept"]
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
+    if isinstance(error, MemoryError) or "memory" in first or "killed by signal" in first:
+        return 2, [f"{kind}: {first}; if memory is short, lower --batch-size or --workers"]
+    return 1, [
+        f"{kind}: {first}; nanoGLIP did not foresee this: please report it with the command (with "
+        "--debug it shows the traceback)"
+    ]
+
+
+def print_once(text: str) -> None:
+    """Print to stderr before any process leaves, for torchrun then ends the others; one prints.
+
+    The processes meet in the store of their launcher, which is there before they have a group.
+    """
+    store, wait = None, timedelta(seconds=10)
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        with contextlib.suppress(KeyError, ValueError, RuntimeError):  # no store: each prints
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+            store = dist.TCPStore(host, port, is_master=False, timeout=wait)
+            store = dist.PrefixStore(f"error{attempt}", store)
+            if store.add("processes", 1) > 1:
+                store.wait(["printed"], wait)
+                return
+    print(text, file=sys.stderr, flush=True)
+    if store is not None:
+        with contextlib.suppress(RuntimeError):
+            store.set("printed", "yes")

@@ -1,0 +1,133 @@
+"""Every script ends in one sentence, whatever happens, and on however many processes."""
+
+import signal
+import sys
+
+import pytest
+import torch
+
+import bench
+import cli
+import convert
+import data
+import evaluate
+import finetune
+import parallel
+import report
+import sweep
+import train
+from glip import InputError
+from tests.test_resume import TORCHRUN
+from tests.test_train import command
+
+
+def ended(monkeypatch, capsys, error, *words):
+    """(exit code, lines on stderr) of a script in which something is raised."""
+
+    @cli.guarded
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("give --x"), 2, "give --x"),
+        (cli.Stopped("stopped after step 3"), cli.STOPPED, "stopped after step 3"),
+        (KeyError("stage"), 1, "KeyError: 'stage'; nanoGLIP did not foresee this: please report"),
+        (OSError(36, "File name too long", "xx"), 2, "xx: File name too long; check the name"),
+        (torch.OutOfMemoryError("CUDA out of memory\nTry"), 2, "OutOfMemoryError: CUDA out"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_is_one_sentence(monkeypatch, capsys, error, code, words):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        found, lines = ended(monkeypatch, capsys, error)
+        if isinstance(error, KeyboardInterrupt):  # pressed once more while the process ends
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == code and len(lines) == 1
+    assert lines[0].startswith(f"train.py: {words}")
+
+
+def test_debug_adds_the_traceback_and_no_script_sees_the_flag(monkeypatch, capsys):
+    code, lines = ended(monkeypatch, capsys, KeyError("stage"), "--debug", "--steps", "3")
+    assert code == 1 and lines[0].startswith("Traceback") and lines[-1].startswith("train.py: Key")
+    assert sys.argv[1:] == ["--steps", "3"]
+
+
+def test_a_terminal_obeys_nothing_in_a_sentence(monkeypatch, capsys):
+    wild = "a\x1b[31mb\ntrain.py: all is well\r\x9b\udcff\u202ec"
+    for error in (InputError(wild, "two"), OSError(2, "No such file", wild)):
+        _, lines = ended(monkeypatch, capsys, error)
+        assert len(lines) == len(error.args) if isinstance(error, InputError) else 1
+        assert all(line.isprintable() and line.startswith("train.py: ") for line in lines)
+    cli.say("one\x1b[2J\ntwo")
+    assert capsys.readouterr().out == "one?[2J\ntwo\n"
+
+
+def test_every_script_has_the_handler():
+    for script in (bench, convert, data, evaluate, finetune, report, sweep, train):
+        assert script.main.__wrapped__.__module__ == script.__name__
+
+
+NUMBERS = {
+    "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "9",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, (1, 1, 2)), ({"LOCAL_RANK": None}, (1, 0, 2)), ({"WORLD_SIZE": None}, (0, 0, 1)),
+        ({"WORLD_SIZE": ""}, (0, 0, 1)), ({"WORLD_SIZE": "1"}, (0, 0, 1)),
+        ({"RANK": None}, "RANK"), ({"RANK": ""}, "RANK"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR"), ({"MASTER_PORT": "-1"}, "MASTER_PORT"),
+    ],
+)  # fmt: skip
+def test_a_half_set_environment_is_told(monkeypatch, changed, found):
+    for name, value in (NUMBERS | changed).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    if isinstance(found, tuple):
+        assert cli.place() == found
+        return
+    with pytest.raises(InputError, match=f"{found} tells of no process: start .* torchrun"), \
+            parallel.processes("cpu"):  # fmt: skip
+        raise AssertionError
+
+
+FAILS = """
+import sys, time
+import cli, parallel
+from masks import InputError
+@cli.guarded
+def main():
+    when, who = sys.argv[1:]
+    rank = cli.place()[0]
+    if when == "before" and str(rank) in who:
+        raise InputError(f"wrong on {rank}")
+    with parallel.processes("cpu") as (rank, world, device):
+        if str(rank) in who:
+            raise InputError(f"wrong on {rank}")
+        parallel.dist.barrier()
+        time.sleep(60)
+main()
+"""
+
+
+@pytest.mark.parametrize(("when", "who"), [("before", "01"), ("before", "1"), ("within", "1")])
+def test_the_sentence_is_there_on_several_processes(tmp_path, when, who):
+    """Whether all fail or one that is not the first, with a group of processes or without."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    done = command(*TORCHRUN, str(tmp_path / "fails.py"), when, who)
+    told = [line for line in done.stderr.splitlines() if line.startswith("fails.py: ")]
+    assert done.returncode != 0 and len(told) == 1 and told[0][:-1] == "fails.py: wrong on "
