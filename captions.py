@@ -58,7 +58,7 @@ class TextMask:
             "word_shares": lambda: per_token(
                 captions, length, lambda text: [self.shares.get(w, 0.0) for w in words(text)]
             ),
-            "word_classes": lambda: per_token(captions, length, word_classes),
+            "word_ranks": lambda: per_token(captions, length, word_ranks),
         }
         inputs = {name: supply() for name, supply in supplies.items() if name in self.inputs}
         noise = noise[:, :length]
@@ -116,16 +116,29 @@ def captions_key(pairs: Emoji | Source) -> str:
     return hashlib.sha256(stamp.encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=100_000)
-def word_classes(text: str) -> tuple[int, ...]:
-    """0 noun, 1 adjective, 2 other, for each word; tagged by textblob, whose lexicon is in it."""
+CLASSES = ("NN", "JJ", "VB")  # nouns, adjectives, verbs: how their tags begin
+
+
+def word_classes(text: str) -> list[int]:
+    """0 noun, 1 adjective, 2 verb, 3 other, for each word, by textblob's own lexicon."""
     from textblob.en import tag
 
     found = words(text)
     tags = tag(" ".join(found), tokenize=False) if found else []
     if len(tags) != len(found):  # it split or joined one: each for itself
         tags = [tag(word, tokenize=False)[0] for word in found]
-    return tuple(0 if k.startswith("NN") else 1 if k.startswith("JJ") else 2 for _, k in tags)
+    return [CLASSES.index(k[:2]) if k[:2] in CLASSES else len(CLASSES) for _, k in tags]
+
+
+@lru_cache(maxsize=100_000)
+def word_ranks(text: str) -> tuple[int, ...]:
+    """Each word's place in syntax_text's order of choice: by class, equal ones as they stand.
+
+    CLIPA sorts by np.argsort's default, in which the order of equals is left to the machine.
+    """
+    classes = word_classes(text)
+    order = sorted(range(len(classes)), key=classes.__getitem__)
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 # ------------------------------------------------------------------------------------------------

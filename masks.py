@@ -546,12 +546,14 @@ def frequency_text(
     return noise - (1 - (text_threshold / word_shares.clamp(min=1e-12)).sqrt()).clamp(min=0)
 
 
-def syntax_text(noise: Tensor, lengths: Tensor, word_classes: Tensor) -> Tensor:
-    """CLIPA's syntax mask (2305.07017, on text tokens): nouns stay, then adjectives, then others.
+def syntax_text(noise: Tensor, lengths: Tensor, word_ranks: Tensor, keep: int) -> Tensor:
+    """CLIPA's syntax mask, as its code has it: `keep` words are chosen, then cut to `keep` tokens.
 
-    word_classes (B, T): 0 noun, 1 adjective, 2 other; inside a class the noise decides.
+    word_ranks (B, T): each token's word in the order of choice, from 0; nouns come first, then
+    adjectives, verbs and others. No noise: a caption is shortened in the same way every time.
     """
-    return noise - word_classes
+    place = torch.arange(noise.shape[1], device=noise.device)
+    return -(place + noise.shape[1] * (word_ranks >= keep)).to(noise)
 
 
 TEXT_MASKS = {
