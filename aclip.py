@@ -7,9 +7,9 @@
 `train.py --mask attentive` alone is one view and the contrastive loss; `--aclip` is all of this.
 Where we differ from the published code: heads have two layers, with LayerNorm for BatchNorm, so
 that results do not depend on the number of processes; the teacher is the image tower and one head,
-with no text tower; views are crops of the training picture (of your own pictures: a crop already),
-without colour augmentation; patches are kept one by one, not in cells of 2 x 2. The patch
-projection is frozen as in theirs, until the unmasked tuning, which they have not.
+with no text tower, and it looks at the whole picture, not at a random part round both views; views
+are resampled from it, without colour augmentation; patches are kept one by one, not in cells of
+2 x 2. The patch projection is frozen as in theirs, until the unmasked tuning, which they have not.
 """
 
 import copy
@@ -23,7 +23,6 @@ from masks import move_towards, scaled
 
 HIDDEN, OUT = 4096, 256  # the heads' widths
 TEMPERATURE, BYOL_WEIGHT = 0.1, 2.0
-VIEW_SCALE = (0.5, 1.0)  # share of the picture's area that a view covers
 VIEW_DRAWS = 8  # numbers that two crops use
 
 
@@ -65,32 +64,35 @@ def head(width: int, out: int) -> nn.Sequential:
 
 def aclip_loss(
     network: nn.Module, aclip: AClip, masker: Masker, images: Tensor, tokens: Tensor,
-    noise: Tensor, draws: Tensor,
+    noise: Tensor, draws: Tensor, scale: tuple[float, float],
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
     """The whole loss of a batch, logit_scale, and None: no patch is hidden.
 
-    images (B, 3, H, W), tokens (B, T), noise (B, N), draws (B, VIEW_DRAWS). `network` is `aclip`,
-    in DistributedDataParallel if there are several processes.
+    images (B, 3, H, W): whole pictures, squeezed into the square; tokens (B, T), noise (B, N),
+    draws (B, VIEW_DRAWS + 1): the last is a picture's width / height before. `scale`: smallest and
+    largest share of the area that a view covers. `network` is `aclip`, in DistributedDataParallel
+    if there are several processes.
     """
     config = aclip.model.config
     with torch.no_grad():
         small = scaled(images, masker.teacher_scale)
         maps, target = masker.teacher.attend(small, features=True)             # (B, R, C), (B, D)
         target = aclip.target(target)
-        boxes = [crop_boxes(half) for half in draws.chunk(2, dim=1)]
+        *halves, aspect = draws.split(VIEW_DRAWS // 2, dim=1)
+        boxes = [crop_boxes(half, aspect[:, 0], scale) for half in halves]
         views = torch.cat([crop(scaled(images, 1.0), box, config.pixels) for box in boxes])
         attention = torch.cat([crop(maps[:, None], box, config.grid) for box in boxes])
         ids_keep, visible = masker(
             views, noise.repeat(2, 1), aclip.model.visual, attention=attention.flatten(1)
         )
-    image_features, text_features, scale, contrast, predicted = network(
+    image_features, text_features, logit_scale, contrast, predicted = network(
         views, tokens, ids_keep, visible
     )
     first, second = image_features.chunk(2)
-    contrastive = (clip_loss(first, text_features, scale)
-                   + clip_loss(second, text_features, scale)) / 2  # fmt: skip
+    contrastive = (clip_loss(first, text_features, logit_scale)
+                   + clip_loss(second, text_features, logit_scale)) / 2  # fmt: skip
     images_alone = simclr_loss(*contrast.chunk(2)) + BYOL_WEIGHT * byol_loss(predicted, target)
-    return contrastive + images_alone, scale, None
+    return contrastive + images_alone, logit_scale, None
 
 
 def simclr_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -113,10 +115,14 @@ def byol_loss(predicted: Tensor, target: Tensor) -> Tensor:
     return (2 - 2 * F.cosine_similarity(at_least_fp32(predicted), target, dim=-1)).mean()
 
 
-def crop_boxes(draws: Tensor) -> Tensor:
-    """Random boxes, aspect 3/4 to 4/3: (top, left, height, width), shares. (B, 4) -> (B, 4)."""
-    area = VIEW_SCALE[0] + draws[:, 0] * (VIEW_SCALE[1] - VIEW_SCALE[0])
-    aspect = (3 / 4) ** (1 - 2 * draws[:, 1])
+def crop_boxes(draws: Tensor, aspect: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Random boxes (top, left, height, width), shares of a picture's sides. (B, 4) -> (B, 4).
+
+    Their own width / height, in pixels of a picture whose is `aspect` (B,), is 3/4 to 4/3; what
+    would be wider or higher than the picture is cut.
+    """
+    area = scale[0] + draws[:, 0] * (scale[1] - scale[0])
+    aspect = (3 / 4) ** (1 - 2 * draws[:, 1]) / aspect
     height, width = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
     top, left = draws[:, 2] * (1 - height), draws[:, 3] * (1 - width)
     return torch.stack([top, left, height, width], dim=1)

@@ -574,8 +574,9 @@ def import_(options: ImportConfig) -> None:
     with glip.room_for(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
     record = TrainConfig(
-        mask="none", mask_ratio=0.0, steps=0, tune_epochs=0.0, model=architecture(config)
-    )
+        mask="none", mask_ratio=0.0, steps=0, tune_epochs=0.0, model=architecture(config),
+        context_length=config.context_length,
+    )  # fmt: skip
     glip.save_checkpoint(
         options.out / "model.pt", model, stage="import", step=0, steps={}, seconds={}, world=1,
         bf16=False, mask=Masker().state(), config=asdict(record),

@@ -49,7 +49,7 @@ from embedded import (  # noqa: F401 - one name for users, data
     Emoji,
     photographs,
 )
-from glip import DRAWS, GLIPConfig, InputError, lengths, noise
+from glip import DRAWS, GLIPConfig, InputError, cut_tokens, lengths, noise
 from pictures import HeldOut, Mixed, Pictures, Shards, Source, read_picture  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------
@@ -66,13 +66,14 @@ def load(
     held_out: str = HELD_OUT,
     weights: Sequence[float] = (),
     max_bad: float = MAX_BAD,
+    crop_scale: tuple[float, float] = pictures.CROP_SCALE,
 ) -> tuple[Emoji | Source, Emoji | HeldOut]:
     """Open data: (training pairs, held-out pairs). Raises InputError for what is not there.
 
     For emoji the held-out pairs are another vendor's pictures (and other backgrounds); to hold out
     another than Twitter, for validation, leaves both out of training. Of each other source they are
     one picture in twenty, at most pictures.MAX_HELD_OUT, the same in every run. Of several sources
-    an epoch has `weights` passes.
+    an epoch has `weights` passes. Training crops of them cover `crop_scale` of a picture's area.
     """
     names = [data] if isinstance(data, str) else list(data)
     embedded = [name for name in names if name in EMBEDDED]
@@ -92,6 +93,7 @@ def load(
     opened = [open_source(name, image_size) for name in names]
     train, test = [source for source, _ in opened], [source for _, source in opened]
     for source, other in opened:
+        source.crop_scale = tuple(crop_scale)
         if other is not source:
             source.probe(max_bad)
     good = [source.probe(max_bad) for source in test]
@@ -401,31 +403,38 @@ class Batches(Dataset):
     """Item `step`: this process's share of the global batch, a pure function of the step.
 
     images (B, 3, S, S) bytes, tokens (B, T) cut to the longest caption, mask noise (B, N) fp32,
-    `extra` more numbers (B, extra) for what a stage draws beside, and the bad pictures that others
-    stand in for, as [source, where, reason].
+    (B, 0), and the bad pictures that others stand in for, as [source, where, reason].
+
+    A stage that cuts views out of pictures gets them whole, and in place of (B, 0) `views` random
+    numbers and the width / height that each picture had before, (B, views + 1).
     """
 
     def __init__(
         self, pairs: Emoji | Source, order: Order, config: GLIPConfig, rank: int, world: int,
-        text_mask: "TextMask | None" = None, extra: int = 0,
+        text_mask: "TextMask | None" = None, views: int = 0,
     ) -> None:  # fmt: skip
-        self.pairs, self.order, self.text_mask, self.extra = pairs, order, text_mask, extra
-        self.patches = config.grid[0] * config.grid[1]
+        self.pairs, self.order, self.text_mask, self.views = pairs, order, text_mask, views
+        self.patches, self.context_length = config.grid[0] * config.grid[1], config.context_length
         self.rank, self.share = rank, order.batch_size // world
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[str]]]:
         start = self.rank * self.share
         ids = self.order.batch(step)[start : start + self.share]
         position = step * self.order.batch_size + start
-        ids, images, bad = self.pairs.read(ids, self.noise("augment", position, DRAWS).numpy())
+        aspects = np.ones(self.share, np.float32) if self.views else None
+        draws = self.noise("augment", position, DRAWS).numpy()
+        ids, images, bad = self.pairs.read(ids, draws, aspects)
         if self.text_mask:
-            draws = self.noise("text mask", position, LONGEST)
-            tokens = self.text_mask(self.pairs.texts(ids), draws)
+            words = self.noise("text mask", position, LONGEST)
+            tokens = self.text_mask(self.pairs.texts(ids), words)
         else:
-            tokens = self.pairs.tokens(ids)
+            tokens = cut_tokens(self.pairs.tokens(ids), self.context_length)
         tokens = tokens[:, : int(lengths(tokens).max())]
         masks = self.noise("mask", position, self.patches)
-        return images, tokens, masks, self.noise("extra", position, self.extra), bad
+        views = self.noise("extra", position, self.views)
+        if aspects is not None:
+            views = torch.cat([views, torch.from_numpy(aspects)[:, None]], dim=1)
+        return images, tokens, masks, views, bad
 
     def noise(self, purpose: str, position: int, n: int) -> Tensor:
         """This process's numbers for a purpose, from a position on: (B, n)."""

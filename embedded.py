@@ -162,8 +162,12 @@ class Emoji:
         """Token ids of names, (B, T)."""
         return tokenize(self.texts(ids))
 
-    def read(self, ids: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, Tensor, list]:
+    def read(
+        self, ids: np.ndarray, draws: np.ndarray, aspects: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Tensor, list]:
         """As pictures.Source reads: ids, images, and what was bad, which nothing is here."""
+        if aspects is not None:
+            aspects[:] = 1
         return ids, self.render(ids, draws), []
 
     def render(self, ids: np.ndarray, draws: np.ndarray | None) -> Tensor:

@@ -214,13 +214,15 @@ def tell(config: TrainConfig, stages: list) -> str:
     for name in ("pretrain", "tune") if config.tune_epochs else ("pretrain",):
         first = name == "pretrain"
         size = (config.image_size if first else config.tune_image_size or config.image_size) or None
-        model, batch = GLIPConfig.named(config.model, size), config.batch_size
+        model = GLIPConfig.named(config.model, size, config.context_length)
+        batch = config.batch_size
         epochs, steps = config.epochs, config.steps
         if not first:
             batch, epochs = config.tune_batch_size, config.tune_epochs
         known = [stage for stage in stages if stage.name == name]
         if known:
-            steps, text, source = known[0].steps, longest(known[0]), "in these data"
+            text = min(longest(known[0]), model.context_length)
+            steps, source = known[0].steps, "in these data"
         else:
             text, source = model.context_length, "at most"
             steps = round(epochs * (PAIRS.get(config.recipe, 0) // batch)) if epochs else steps

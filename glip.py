@@ -106,11 +106,15 @@ class GLIPConfig:
     quick_gelu: bool = False  # x sigmoid(1.702 x) in GELU's place, as in OpenAI's weights
 
     @staticmethod
-    def named(model: str, image_size: int | tuple[int, int] | None = None) -> "GLIPConfig":
+    def named(
+        model: str, image_size: int | tuple[int, int] | None = None, context_length: int = 77
+    ) -> "GLIPConfig":
         """The configuration of a row of SIZES, at its own or another image size (pixels)."""
         if model not in SIZES:
             raise InputError(f"unknown model '{model}': choose one of {', '.join(SIZES)}")
-        return GLIPConfig(image_size or SIZES[model][0], *SIZES[model][1:])
+        return GLIPConfig(
+            image_size or SIZES[model][0], *SIZES[model][1:], context_length=context_length
+        )
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -190,6 +194,13 @@ def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
         ids = [START, *encode(text)[: context_length - 2], END]
         row[: len(ids)] = torch.tensor(ids)
     return tokens
+
+
+def cut_tokens(tokens: Tensor, context_length: int) -> Tensor:
+    """What tokenize() makes of the same texts at a shorter context_length. (n, T) -> (n, <= T)."""
+    cut = tokens[:, :context_length].clone()
+    cut[:, -1] = cut[:, -1].where(lengths(tokens) <= context_length, END)
+    return cut
 
 
 @lru_cache(maxsize=100_000)

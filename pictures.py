@@ -34,7 +34,7 @@ from shards import Index
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PIXEL_CAP = 2**26  # pixels of a picture: a header that claims more is a bomb until proven otherwise
-CROP_SCALE = (0.5, 1.0)  # share of the area that a training crop covers, as in the paper
+CROP_SCALE = (0.5, 1.0)  # share of the area that a training crop covers, in GLIP's paper
 DRAWS = 8  # random numbers that one augmented picture may use
 
 
@@ -113,11 +113,13 @@ def read_picture(path: Path | str, side: int) -> Image.Image:
         raise InputError(f"{path}: not a readable picture ({error})") from None
 
 
-def random_crop(width: int, height: int, draw: np.ndarray) -> tuple[int, int, int, int]:
-    """Random-resized crop: area share in CROP_SCALE, aspect 3/4 to 4/3; three tries, then cut."""
+def random_crop(
+    width: int, height: int, draw: np.ndarray, scale: tuple[float, float] = CROP_SCALE
+) -> tuple[int, int, int, int]:
+    """Random-resized crop: area share in `scale`, aspect 3/4 to 4/3; three tries, then cut."""
     draw = draw.tolist()  # Python's numbers are faster, one at a time
     for share, shape in (draw[:2], draw[4:6], draw[6:8]):
-        area = width * height * (CROP_SCALE[0] + share * (CROP_SCALE[1] - CROP_SCALE[0]))
+        area = width * height * (scale[0] + share * (scale[1] - scale[0]))
         aspect = (3 / 4) ** (1 - 2 * shape)
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if w <= width and h <= height:
@@ -132,9 +134,11 @@ def resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
     return F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0]
 
 
-def cropped(pixels: np.ndarray, draw: np.ndarray, side: int) -> Tensor:
+def cropped(
+    pixels: np.ndarray, draw: np.ndarray, side: int, scale: tuple[float, float]
+) -> Tensor:
     """A random crop, resized: torchvision's RandomResizedCrop. (h, w, 3) -> (3, S, S) bytes."""
-    left, top, width, height = random_crop(pixels.shape[1], pixels.shape[0], draw)
+    left, top, width, height = random_crop(pixels.shape[1], pixels.shape[0], draw, scale)
     return resize(pixels[top : top + height, left : left + width], side, side)
 
 
@@ -163,13 +167,15 @@ PROBED = 200  # pictures that are decoded before anything starts
 class Source:
     """Numbered captioned pictures; `held` (H,): ids that are held out, in ascending order.
 
-    `left_out`: rows of the data, as given, that have no number here.
+    `left_out`: rows of the data, as given, that have no number here. `crop_scale`: smallest and
+    largest share of the area that a training crop covers.
     """
 
     name: str
     image_size: int
     held: np.ndarray
     left_out = np.empty(0, int)
+    crop_scale = CROP_SCALE
     counts: dict[str, int]
 
     def __len__(self) -> int:
@@ -203,19 +209,27 @@ class Source:
             i, place = (i + 1) % len(self), place + 1
         return i
 
-    def image(self, content: bytes | Exception, draw: np.ndarray | None) -> Tensor:
-        """One picture from its bytes, (3, S, S) bytes. Raises BadPicture."""
+    def image(
+        self, content: bytes | Exception, draw: np.ndarray | None, aspect: np.ndarray | None = None
+    ) -> Tensor:
+        """One picture from its bytes, (3, S, S) bytes, as read() says. Raises BadPicture."""
         if isinstance(content, Exception):
             raise BadPicture(f"{type(content).__name__}: {content}"[:100])
         pixels = decode(content, self.image_size)
+        if aspect is not None:
+            aspect[:] = pixels.shape[1] / pixels.shape[0]
+            return resize(pixels, self.image_size, self.image_size)
         if draw is None:
             return centred(pixels, self.image_size)
-        return cropped(pixels, draw, self.image_size)
+        return cropped(pixels, draw, self.image_size, self.crop_scale)
 
     def read(
-        self, ids: np.ndarray, draws: np.ndarray | None
+        self, ids: np.ndarray, draws: np.ndarray | None, aspects: np.ndarray | None = None
     ) -> tuple[np.ndarray, Tensor, list[list[str]]]:
         """ids (B,), draws (B, DRAWS) -> ids after replacement, images (B, 3, S, S), bad ones.
+
+        Pictures are cropped by the draws; without draws they are centred squares. If `aspects` (B,)
+        is given, they are whole, squeezed into the square, and their width / height is put there.
 
         A bad one is [source, where, reason]. After a hundred bad ones in a row the picture is
         black, and it is for --max-bad to stop the run.
@@ -226,7 +240,9 @@ class Source:
             first = len(bad)
             while True:
                 try:
-                    images[k] = self.image(content, None if draws is None else draws[k])
+                    draw = None if draws is None else draws[k]
+                    aspect = None if aspects is None else aspects[k : k + 1]
+                    images[k] = self.image(content, draw, aspect)
                     break
                 except BadPicture as error:
                     bad.append([self.name, self.where(ids[k]), str(error)])
@@ -481,14 +497,17 @@ class Mixed(Source):
         ]
 
     def read(
-        self, ids: np.ndarray, draws: np.ndarray | None
+        self, ids: np.ndarray, draws: np.ndarray | None, aspects: np.ndarray | None = None
     ) -> tuple[np.ndarray, Tensor, list[list[str]]]:
         ids, bad = np.array(ids), []
         images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
         for source, start, places in self.parts(ids):
             own = None if draws is None else draws[places]
-            found, images[places], more = source.read(ids[places] - start, own)
+            shape = None if aspects is None else aspects[places]  # a copy
+            found, images[places], more = source.read(ids[places] - start, own, shape)
             ids[places] = found + start
+            if aspects is not None:
+                aspects[places] = shape
             bad += more
         return ids, images, bad
 

@@ -24,12 +24,13 @@ from glip import GLIPConfig, InputError, Masker
 
 # The GLIP authors' README. What it leaves open is filled with open_clip's defaults (warm-up, weight
 # decay, context of 77) or, for the tuning's warm-up, with ours. Their batch of 1,280 is stated for
-# 50 % alone; crops cover 50 to 100 % of a picture (pictures.CROP_SCALE).
+# 50 % alone. GLIP, Cluster Masking and A-CLIP were trained in fp16 with a scaled loss, CLIPA in
+# bf16; here it is bf16 or fp32.
 PAPER = {
-    "data": (), "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0, "batch_size": 1280,
-    "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98, "warmup": 10_000,
-    "tune_epochs": 1.0, "tune_batch_size": 640, "tune_lr": 1e-5, "tune_warmup": 1_000,
-    "teacher_momentum": 0.996, "text_threshold": 1e-6, "log_every": 100,
+    "data": (), "crop_scale": (0.5, 1.0), "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0,
+    "batch_size": 1280, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98,
+    "warmup": 10_000, "tune_epochs": 1.0, "tune_batch_size": 640, "tune_lr": 1e-5,
+    "tune_warmup": 1_000, "teacher_momentum": 0.996, "text_threshold": 1e-6, "log_every": 100,
 }  # fmt: skip
 RECIPES = {
     "demo": {},
@@ -40,30 +41,35 @@ RECIPES = {
     "cc12m": PAPER,
     # FLIP (2212.00794), its authors' configuration for ViT-B/16 on LAION-400M: 32 epochs, learning
     # rates per 256 pairs brought to the batch, warm-ups of 40 and 20 epochs of ImageNet's length.
-    # It flips pictures, which is not done here.
+    # Not done here: it flips pictures; its image positions are sines, its image feature is the mean
+    # of all tokens; its text tower is not causal, reads 32 WordPiece tokens (here 32 of CLIP's) and
+    # is read at the first; weight decay spares its positions.
     "flip": PAPER | {
-        "mask": "random", "epochs": 32.0, "batch_size": 65_536, "lr": 1.024e-3, "beta2": 0.95,
-        "warmup": 782, "tune_epochs": 0.32, "tune_batch_size": 65_536, "tune_lr": 1.024e-5,
-        "tune_warmup": 391,
+        "mask": "random", "context_length": 32, "epochs": 32.0, "batch_size": 65_536,
+        "lr": 1.024e-3, "beta2": 0.95, "warmup": 782, "tune_epochs": 0.32,
+        "tune_batch_size": 65_536, "tune_lr": 1.024e-5, "tune_warmup": 391,
     },
     # Cluster Masking (2405.08815), its README's command for CC12M; it is not tuned.
     "cluster-masking": PAPER | {
-        "mask": "cluster", "min_mask_ratio": 0.3, "epochs": 32.0, "batch_size": 2048, "lr": 5e-4,
-        "warmup": 2000, "tune_epochs": 0.0,
+        "mask": "cluster", "min_mask_ratio": 0.3, "crop_scale": (0.9, 1.0), "epochs": 32.0,
+        "batch_size": 2048, "lr": 5e-4, "warmup": 2000, "tune_epochs": 0.0,
     },
-    # A-CLIP (2212.08653) on YFCC-15M: 25 epochs, one of warm-up (3,600 steps are about that); its
-    # schedule ends at 1e-5, ours at 0; colour augmentation is left out. It is not tuned.
+    # A-CLIP (2212.08653) on YFCC-15M: 25 epochs, one of warm-up (3,600 steps are about that). It is
+    # not tuned. Not done here: colour is augmented (jitter, grey, blur, solarise); ImageNet's mean
+    # and deviation; AdamW's eps of 1e-8 (ours 1e-6); a schedule from 1e-6 and down to 1e-5 (ours
+    # ends at 0); evaluation of the teacher, not of the model itself. See also aclip.py.
     "a-clip": PAPER | {
         "mask": "attentive", "aclip": True, "epochs": 25.0, "batch_size": 4096, "lr": 5e-4,
         "weight_decay": 0.5, "warmup": 3600, "tune_epochs": 0.0,
     },
-    # CLIPA (2305.07017), B/16 at 112 pixels and 16 text tokens on LAION-400M. Its crops cover 40 to
-    # 100 %, ours 50; its positions are sines; `syntax` is its best text reduction.
+    # CLIPA (2305.07017), B/16 at 112 pixels and 16 text tokens on LAION-400M. Its text tower has 16
+    # positions in both stages and in evaluation: captions and prompts are cut. Not done here: its
+    # image positions are sines, and learned in the tuning alone.
     "clipa": PAPER | {
-        "mask": "none", "mask_ratio": 0.0, "image_size": 112, "text_mask": "syntax",
-        "text_tokens": 16, "epochs": 6.0, "batch_size": 65_536, "lr": 2.048e-3, "beta2": 0.95,
-        "warmup": 782, "tune_image_size": 224, "tune_epochs": 0.33, "tune_batch_size": 8192,
-        "tune_lr": 2.56e-5, "tune_warmup": 3072,
+        "mask": "none", "mask_ratio": 0.0, "image_size": 112, "context_length": 16,
+        "crop_scale": (0.4, 1.0), "epochs": 6.0, "batch_size": 65_536, "lr": 2.048e-3,
+        "beta2": 0.95, "warmup": 782, "tune_image_size": 224, "tune_epochs": 0.33,
+        "tune_batch_size": 8192, "tune_lr": 2.56e-5, "tune_warmup": 3072,
     },
 }  # fmt: skip
 
@@ -81,6 +87,7 @@ class TrainConfig:
     sampling_share: float = 0.5  # share of the pairs that such an epoch has
     sampling_power: float = 0.2  # clusters: n pairs of a cluster count as n^power
     clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # own pictures: share of the area in a random crop
     max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
@@ -104,6 +111,7 @@ class TrainConfig:
     # Model
     model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # a row of glip.SIZES
     image_size: int = 0  # pixels a side (0: the model's own)
+    context_length: int = 77  # tokens that the text tower reads, start and end included
     init: str = ""  # run or .pt file whose weights to start from (none: new ones)
 
     # Pre-training
@@ -180,7 +188,10 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     if not config.tune_epochs:
         for flag in sorted(name for name in given if name[:5] == "tune_" and name != "tune_epochs"):
             raise InputError(f"{flag_of(flag)} does nothing without tuning: --tune-epochs is 0")
-    for flag in sorted(given & {"data_weights", "sampling", "max_bad"}):
+    pictures_only = {"data_weights", "sampling", "max_bad"}
+    if not config.aclip:  # whose views are such crops of every picture
+        pictures_only |= {"crop_scale"}
+    for flag in sorted(given & pictures_only):
         if not own:
             raise InputError(f"{flag_of(flag)} is for pictures of your own: give their --data")
     if config.mask == "none":
@@ -255,6 +266,11 @@ def check(config: TrainConfig, world: int) -> None:
     for name in ("sampling_share", "max_bad"):
         if not 0 < getattr(config, name) <= 1:
             raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside (0, 1]")
+    if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+        raise InputError(
+            f"--crop-scale {' '.join(map(str, config.crop_scale))}: give the smallest and the "
+            "largest share of the area, above 0 and up to 1"
+        )
     if not 0 <= config.sampling_power <= 1:
         raise InputError(f"--sampling-power {config.sampling_power} is outside [0, 1]")
     if not 0 <= config.beta2 < 1:
@@ -268,8 +284,13 @@ def check(config: TrainConfig, world: int) -> None:
         raise InputError(f"--teacher-scale {config.teacher_scale} is outside (0, 1]")
     if (config.text_mask != "none") != (config.text_tokens > 0):
         raise InputError("a text mask is --text-mask with --text-tokens, 3 or more: give both")
-    if config.text_mask != "none" and not 3 <= config.text_tokens <= CONTEXT:
-        raise InputError(f"--text-tokens {config.text_tokens} is outside [3, {CONTEXT}]")
+    if not 3 <= config.context_length <= CONTEXT:
+        raise InputError(f"--context-length {config.context_length} is outside [3, {CONTEXT}]")
+    if config.text_mask != "none" and not 3 <= config.text_tokens <= config.context_length:
+        raise InputError(
+            f"--text-tokens {config.text_tokens} is outside [3, {config.context_length}], "
+            "up to --context-length"
+        )
     for size in (config.image_size, config.tune_image_size):
         grid = GLIPConfig.named(config.model, size or None).grid
         glip.num_keep(grid[0] * grid[1], config.mask_ratio)

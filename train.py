@@ -120,7 +120,7 @@ def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tu
     def opened() -> tuple:
         return data.load(
             config.data, image_size, config.vendors, config.held_out, config.data_weights,
-            config.max_bad,
+            config.max_bad, config.crop_scale,
         )
 
     pairs, problem = None, [None]
@@ -144,7 +144,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
         name: str, masker: Masker, batch_size: int, steps: int, epochs: float, lr: float,
         warmup: int, size: int,
     ) -> Stage:  # fmt: skip
-        model = GLIPConfig.named(config.model, size or None)
+        model = GLIPConfig.named(config.model, size or None, config.context_length)
         if model.image_size not in opened:
             opened[model.image_size] = open_data(config, model.image_size, rank, world)
         train, test = opened[model.image_size]
@@ -170,8 +170,8 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 + f"; sampling {config.sampling}" * (chances is not None)
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
-        extra = aclip.VIEW_DRAWS if first and config.aclip else 0
-        batches = Batches(train, order, model, rank, world, text_mask, extra)
+        views = aclip.VIEW_DRAWS if first and config.aclip else 0
+        batches = Batches(train, order, model, rank, world, text_mask, views)
         return Stage(
             name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
         )
@@ -267,7 +267,7 @@ def compute_gradients(
         else:
             if stage.aclip:
                 loss, scale, visible = aclip.aclip_loss(
-                    shared, network, stage.masker, images, tokens, noise, extra
+                    shared, network, stage.masker, images, tokens, noise, extra, config.crop_scale
                 )
             else:
                 ids_keep, visible = stage.masker(images, noise, network.visual)
@@ -371,7 +371,7 @@ def first_model(config: TrainConfig, wanted: GLIPConfig, state: dict) -> GLIP:
         if value != getattr(wanted, name):
             raise InputError(
                 f"--init {path}: its {name} is {value}, this run's is {getattr(wanted, name)}: "
-                "choose the --model and --loss that it was trained with"
+                "choose the --model, --context-length and --loss that it was trained with"
             )
     return glip.resized(model, wanted.image_size)
 

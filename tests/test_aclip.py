@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import aclip
 from glip import GLIP, GLIPConfig, Masker, clip_loss
 
+SCALE = (0.5, 1.0)
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
 
 
@@ -24,12 +25,19 @@ def test_a_crop_is_torchs_resize_of_the_box():
     torch.testing.assert_close(found[1], whole[0])
 
 
-def test_boxes_lie_in_the_picture_and_cover_half_of_it_or_more():
-    top, left, height, width = aclip.crop_boxes(torch.rand(5000, 4)).unbind(1)
+@pytest.mark.parametrize("shape", [1.0, 1.5, 2 / 3])
+def test_views_are_random_resized_crops_of_the_picture(shape):
+    """Area and aspect in the pixels of a picture whose width / height is `shape`."""
+    boxes = aclip.crop_boxes(torch.rand(5000, 4), torch.full((5000,), shape), SCALE)
+    top, left, height, width = boxes.unbind(1)
     assert top.min() >= 0 and left.min() >= 0
     assert (top + height).max() <= 1 + 1e-6 and (left + width).max() <= 1 + 1e-6
-    area = height * width
-    assert area.min() > 0.5 * 0.85 and area.mean() == pytest.approx(0.73, abs=0.03)
+    area, inside = height * width, (height < 1) & (width < 1)
+    assert area.min() > 0.5 - 1e-6 and area[inside].min() < 0.52
+    aspect = (shape * width / height)[inside]
+    assert aspect.min() > 3 / 4 - 1e-5 and aspect.max() < 4 / 3 + 1e-5 and len(aspect) > 1000
+    if shape == 1:
+        assert area.mean() == pytest.approx(0.73, abs=0.03)
 
 
 def test_simclr_is_a_plain_loop():
@@ -58,19 +66,21 @@ def parts():
     masker.follow(network.model.visual, 0.9)
     images, tokens = torch.rand(4, 3, 32, 32), torch.randint(0, 49, (4, 6))
     tokens[:, -1] = 49
-    return network, masker, images, tokens, torch.rand(4, 16), torch.rand(4, aclip.VIEW_DRAWS)
+    return network, masker, images, tokens, torch.rand(4, 16), torch.cat([
+        torch.rand(4, aclip.VIEW_DRAWS), torch.tensor([[1.0], [1.5], [0.5], [2.0]])
+    ], dim=1)  # fmt: skip
 
 
 def test_the_loss_is_the_sum_that_the_paper_gives():
     """Each term once more, from features made here."""
     network, masker, images, tokens, noise, draws = parts()
-    loss, scale, _ = aclip.aclip_loss(network, network, masker, images, tokens, noise, draws)
+    loss, scale, _ = aclip.aclip_loss(network, network, masker, images, tokens, noise, draws, SCALE)
     model = network.model
     with torch.no_grad():
         attention, teacher = masker.teacher.attend(images, features=True)
         views, kept = [], []
-        for half in (draws[:, :4], draws[:, 4:]):
-            box = aclip.crop_boxes(half)
+        for half in (draws[:, :4], draws[:, 4:8]):
+            box = aclip.crop_boxes(half, draws[:, 8], SCALE)
             views.append(aclip.crop(images, box, (32, 32)))
             kept.append(aclip.crop(attention[:, None], box, (4, 4)).flatten(1).topk(8).indices)
         a, b = (model.encode_image(v, k) for v, k in zip(views, kept, strict=True))
@@ -85,7 +95,7 @@ def test_the_loss_is_the_sum_that_the_paper_gives():
 
 def test_all_but_the_teacher_and_the_patch_projection_learn():
     network, masker, *batch = parts()
-    aclip.aclip_loss(network, network, masker, *batch)[0].backward()
+    aclip.aclip_loss(network, network, masker, *batch, SCALE)[0].backward()
     for name, p in network.named_parameters():
         still = name.startswith("target") or name == "model.visual.conv1.weight"
         assert (p.grad is None) == still, name

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tarfile
 import zlib
 from functools import partial
 from importlib.util import find_spec
@@ -16,10 +17,13 @@ from PIL import Image
 from scipy.stats import kstest
 from torchvision.transforms import RandomResizedCrop
 
+import aclip
 import data
 import embedded
 import glip
 import pictures
+import shards
+import train
 from data import Batches, ConceptOrder
 from glip import GLIPConfig, InputError
 
@@ -315,6 +319,59 @@ def test_rendered_crops_lie_in_the_picture(tmp_path, cache):
     exif[0x0112] = 6  # to be shown rotated
     Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
     assert data.read_picture(tmp_path / "turned.jpg", 20).size == (30, 60)
+
+
+def make_ramps(folder, count=40):
+    """Pictures whose red says how far right a pixel is, whose green how far down."""
+    folder.mkdir()
+    for i in range(count):
+        width, height = ((60, 40), (40, 60), (48, 48))[i % 3]
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[..., 0] = np.linspace(0, 255, width)
+        pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+        (folder / f"{i:03}.txt").write_text(f"picture number {i}\n")
+    return folder
+
+
+def test_the_crop_scale_reaches_folders_and_shards_in_a_worker(tmp_path, cache):
+    folder, packed = make_ramps(tmp_path / "own"), tmp_path / "packed"
+    packed.mkdir()
+    with tarfile.open(packed / "0.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            member = tarfile.TarInfo(path.name)
+            member.size = path.stat().st_size
+            with open(path, "rb") as file:
+                tar.addfile(member, file)
+    shards.build(str(packed), 1)
+    names = [str(folder), str(packed)]
+    for low, high in ((0.1, 0.15), (0.5, 1.0)):
+        scale = {} if high == 1 else {"crop_scale": (low, high)}
+        train, _ = data.load(names, 32, **scale)
+        batches = Batches(train, data.make_order(train, 60, 0, "x"), NANO, 0, 1)
+        ((images, *_),) = data.loader(batches, 0, 1, 1, False)
+        spread = images[:, :2].flatten(2).float().aminmax(dim=2)
+        area = ((spread.max - spread.min) / 255).prod(dim=1)  # of the crop, over the picture's
+        assert low - 0.03 < area.quantile(0.1) and area.quantile(0.9) < high + 0.03
+
+
+def test_views_are_cut_from_whole_pictures_and_tuning_from_crops(tmp_path, cache):
+    folder = make_ramps(tmp_path / "own")
+    config = train.parse([
+        "--mask", "attentive", "--aclip", "--data", str(folder), "--image-size", "32",
+        "--batch-size", "8", "--tune-batch-size", "8", "--crop-scale", "0.1", "0.2",
+    ])  # fmt: skip
+    pretrain, tune = train.plan(config, 0, 1)
+    images, _, _, views, _ = pretrain.batches[0]
+    pairs = pretrain.batches.pairs
+    for i, image, aspect in zip(pretrain.batches.order.batch(0), images, views[:, -1], strict=True):
+        whole = Image.open(pairs.paths[i])
+        wanted = np.asarray(whole.resize((32, 32), Image.Resampling.BICUBIC))
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 2
+        assert aspect == pytest.approx(whole.width / whole.height)
+    assert views.shape == (8, aclip.VIEW_DRAWS + 1)
+    cropped, _, _, views, _ = tune.batches[0]
+    assert views.shape == (8, 0) and (cropped[:, 0].flatten(1).float().std(dim=1) < 50).all()
 
 
 def test_crops_equal_torchvisions(tmp_path, cache):

@@ -47,6 +47,7 @@ def test_truncation_keeps_the_end_token(length):
     ours = glip.tokenize(NASTY, length)
     assert torch.equal(ours, SimpleTokenizer()(NASTY, context_length=length))
     assert ((ours == glip.END).sum(1) >= 1).all() and (ours[:, 0] == glip.START).all()
+    assert torch.equal(ours, glip.cut_tokens(glip.tokenize(NASTY), length))
 
 
 def test_one_string_is_a_batch_of_one():

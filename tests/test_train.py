@@ -261,6 +261,28 @@ def test_the_loop_masks_as_told_then_tunes_without_a_mask(tmp_path, monkeypatch)
     assert 0 <= scale <= math.log(100) + 1e-6  # a learning rate of 5 throws it out otherwise
 
 
+def test_a_shorter_context_holds_in_both_stages_and_in_evaluation(tmp_path, monkeypatch):
+    """As CLIPA's B/16: no text has more tokens than the tower has positions, and each its end."""
+    read, encode_text = [], glip.GLIP.encode_text
+
+    def watched(self, tokens):
+        read.append((self.training, *tokens.shape, bool((tokens == glip.END).any(dim=1).all())))
+        return encode_text(self, tokens)
+
+    monkeypatch.setattr(glip.GLIP, "encode_text", watched)
+    config = replace(
+        TrainConfig(), context_length=5, batch_size=16, tune_batch_size=512, steps=2, image_size=16,
+        tune_epochs=0.1, eval_every=1000, precision="fp32", out=str(tmp_path / "run"),
+    )  # fmt: skip
+    train.train(config)
+    model, found = glip.load_model(tmp_path / "run/model.pt")
+    assert found.context_length == len(model.positional_embedding) == 5
+    assert {row[:2] for row in read if row[0]} == {(True, 16), (True, 512)}
+    assert len([row for row in read if not row[0]]) >= 2  # an evaluation at the end of each stage
+    assert all(length <= 5 and ended for _, _, length, ended in read)
+    assert train.parse(["--recipe", "clipa"]).context_length == 16
+
+
 def test_torchrun_gives_the_single_process_run(run, tmp_path):
     out, _ = run
     words = [*SMALL, "--steps", "30", "--tune-epochs", "0.02", "--out", str(tmp_path / "two")]
@@ -397,6 +419,11 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--text-mask", "random"], "--text-mask with --text-tokens"),
         (["--text-tokens", "8"], "--text-mask with --text-tokens"),
         (["--text-mask", "random", "--text-tokens", "2"], "--text-tokens 2 is outside [3, 77]"),
+        (["--data", "x", "--crop-scale", "0.9", "0.4"], "--crop-scale 0.9 0.4: give the smallest"),
+        (["--data", "x", "--crop-scale", "0", "1"], "--crop-scale 0.0 1.0: give the smallest"),
+        (["--crop-scale", "0.9", "1"], "--crop-scale is for pictures of your own"),
+        (["--context-length", "78"], "--context-length 78 is outside [3, 77]"),
+        (["--context-length", "8", "--text-mask", "random", "--text-tokens", "9"], "[3, 8]"),
         (["--text-threshold", "1"], "--text-threshold does nothing under --mask gaussian"),
     ],
 )
