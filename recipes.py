@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -74,25 +74,36 @@ RECIPES = {
 }  # fmt: skip
 
 
+# The settings by subject, in the order in which a run's name tells them.
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """Pre-train a CLIP model under a mask, then tune it without."""
+class Recipe:
+    """Where the defaults below come from."""
 
-    recipe: Literal[tuple(RECIPES)] = "demo"  # a named set of the settings below
+    recipe: Literal[tuple(RECIPES)] = "demo"  # a named set of settings; flags given by hand win
 
-    # Data
+
+@dataclass(frozen=True)
+class Data:
+    """Pairs of pictures and captions."""
+
     data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
     data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
     sampling: Literal[("all", *SAMPLINGS)] = "all"  # which pairs an epoch of pre-training has
-    sampling_share: float = 0.5  # share of the pairs that such an epoch has
+    sampling_share: float = 0.5  # share of the pairs that such an epoch has, in (0, 1]
     sampling_power: float = 0.2  # clusters: n pairs of a cluster count as n^power
     clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
-    crop_scale: tuple[float, float] = (0.5, 1.0)  # own pictures: share of the area in a random crop
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # own pictures, views: share of the area of a crop
     max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
 
-    # Mask
+
+@dataclass(frozen=True)
+class Mask:
+    """Patches that pre-training removes from pictures."""
+
     mask: Literal[tuple(glip.MASKS)] = "gaussian"  # which patches are kept
     mask_ratio: float = 0.75  # share of patches removed, in [0, 1)
     sigma: float | tuple[float, float] = 0.2  # variance on [-1, 1], or two: of rows, of columns
@@ -103,61 +114,101 @@ class TrainConfig:
     teacher_momentum: float = 0.9  # attentive: of the moving average at the start; 1 at the end
     aclip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # attentive: A-CLIP's other losses
 
-    # Words
-    text_mask: Literal[("none", *glip.TEXT_MASKS)] = "none"  # which words are kept in pre-training
-    text_tokens: int = 0  # length of a caption under a text mask, start and end included
+
+@dataclass(frozen=True)
+class Words:
+    """Words that pre-training removes from captions."""
+
+    text_mask: Literal[("none", *glip.TEXT_MASKS)] = "none"  # which words are kept
+    text_tokens: int = 0  # tokens that they leave of a caption, start and end included
     text_threshold: float = 1e-4  # frequency, sampling words: smaller shares count as rare
 
-    # Model
-    model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # a row of glip.SIZES
+
+@dataclass(frozen=True)
+class Model:
+    """The two towers."""
+
+    model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # open_clip's name, or a smaller one
     image_size: int = 0  # pixels a side (0: the model's own)
     context_length: int = 77  # tokens that the text tower reads, start and end included
     init: str = ""  # run or .pt file whose weights to start from (none: new ones)
 
-    # Pre-training
+
+@dataclass(frozen=True)
+class Schedule:
+    """Pre-training."""
+
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
     batch_size: int = 512  # pairs per step, over all processes
     steps: int = 800  # updates
     epochs: float = 0.0  # passes over the data, instead of steps
-    lr: float = 2e-3  # highest learning rate (Muon's is twice that); then half a cosine to 0
-    weight_decay: float = 1.0  # on matrices only
+    lr: float = 2e-3  # peak learning rate (Muon's is twice that); half a cosine takes it to 0
+    weight_decay: float = 1.0  # of matrices; vectors and scalars have none
     beta2: float = 0.98  # AdamW's second decay
     warmup: int = 50  # steps of linear warm-up
 
-    # Unmasked tuning, with a fresh optimizer and schedule
-    tune_epochs: float = 1.0  # passes over the data (0: none)
+
+@dataclass(frozen=True)
+class Tuning:
+    """Unmasked tuning, which follows with a fresh optimizer and schedule."""
+
+    tune_epochs: float = 1.0  # passes over the data (0: no tuning)
     tune_batch_size: int = 256  # pairs per step, over all processes
-    tune_lr: float = 3e-4  # highest learning rate
+    tune_lr: float = 3e-4  # peak learning rate
     tune_warmup: int = 5  # steps of linear warm-up
     tune_image_size: int = 0  # pixels a side (0: as in pre-training)
 
-    # Loss
-    loss: Literal[tuple(glip.LOSSES)] = "clip"  # which text is it, or (siglip) is this its text
-    clip_grad_norm: float = 0.0  # longest gradient (0: any)
 
-    # Machine
+@dataclass(frozen=True)
+class Loss:
+    """What both stages minimise, and the seed of all that is random in them."""
+
+    loss: Literal[tuple(glip.LOSSES)] = "clip"  # clip: softmax over the batch; siglip: sigmoids
+    clip_grad_norm: float = 0.0  # norm at which gradients are clipped (0: none)
     seed: int = 0  # of weights, order, augmentation and masks
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, memory and processes."""
+
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
     micro_batch: int = 0  # pairs of a process whose activations exist at once (0: all)
-    recompute: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # blocks twice, to save memory
-    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # with torch.compile
-    shard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # divide the state (FSDP2)
+    recompute: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # activation checkpointing
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # use torch.compile
+    shard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # shard weights and state (FSDP2)
     workers: int = -1  # data processes each (-1: 0 for embedded data, else the cores, at most 8)
 
-    # Instead of a run
-    estimate: str = ""  # say what it would cost on a machine: here, h100x8, ...
-    overfit: int = 0  # learn this many pairs by heart: a loss near 0, or what is wrong
 
-    # Output
+@dataclass(frozen=True)
+class Preview:
+    """In place of a run: an answer, and then stop."""
+
+    estimate: str = ""  # print the time and memory of the run on a machine: here, h100x8, ...
+    overfit: int = 0  # train on this many pairs until the loss is near 0, or say what is wrong
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run writes."""
+
     out: str = ""  # folder of the run (default: runs/, named by what differs from the recipe)
     log_every: int = 10  # steps between records in log.jsonl
     eval_every: int = 0  # steps between evaluations (0: four in a stage)
     save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where --out holds this run, unfinished
-    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # records for it, too
+    resume: Literal["auto", "never"] = "auto"  # auto: continue an unfinished run in --out
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # write its records, too
 
 
+@dataclass(frozen=True)
+class TrainConfig(
+    Output, Preview, Machine, Loss, Tuning, Schedule, Model, Words, Mask, Data, Recipe
+):  # the fields of the last base come first
+    """Pre-train a CLIP model under a mask, then tune it without."""
+
+
+GROUPS = TrainConfig.__bases__[::-1]
 MACHINE = {  # what no result depends on
     "device", "workers", "out", "log_every", "eval_every", "save_every", "resume", "micro_batch",
     "recompute", "compile", "shard", "tensorboard", "estimate", "overfit",
@@ -173,7 +224,13 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     with contextlib.suppress(argparse.ArgumentError):  # tyro tells it better
         recipe = first.parse_known_args(arguments)[0].recipe
     default = TrainConfig(recipe, **RECIPES[recipe]) if recipe in RECIPES else TrainConfig()
-    config = tyro.cli(TrainConfig, args=arguments, default=default)
+    grouped = make_dataclass("Grouped", [(group.__name__.lower(), group) for group in GROUPS])
+    found = tyro.cli(
+        grouped, args=arguments, description=TrainConfig.__doc__,
+        default=grouped(*(group(*values_of(default, group)) for group in GROUPS)),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
+    config = TrainConfig(*(value for part in vars(found).values() for value in vars(part).values()))
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in arguments if a.startswith("--")}
     if {"steps", "epochs"} <= given:
         raise InputError("--steps and --epochs both set the length: give one of them")
@@ -211,6 +268,11 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
                 f"{config.text_mask} --sampling {config.sampling}: leave it out"
             )
     return config
+
+
+def values_of(config: TrainConfig, group: type) -> list:
+    """A configuration's values for the fields of one of GROUPS."""
+    return [getattr(config, field.name) for field in fields(group)]
 
 
 FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,20 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.model, config.mask, config.sigma) == ("ViT-B-16", "gaussian", 0.2)
     assert (config.epochs, config.batch_size, config.lr) == (30, 1280, 1e-3)
     assert (config.tune_epochs, config.tune_batch_size, config.tune_lr) == (1, 640, 1e-5)
+
+
+def test_help_has_every_flag_once_under_its_subject(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    told = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    _, *parts = re.split(r"^\W*(\w+) options\b", told, flags=re.MULTILINE)
+    found = [(flag, subject) for subject, text in zip(parts[::2], parts[1::2], strict=True)
+             for flag in re.findall(r"^[ │]{1,3}--(\w[\w-]*)", text, re.MULTILINE)]  # fmt: skip
+    names = [field.name.replace("_", "-") for field in fields(TrainConfig)]
+    assert sorted(flag for flag, _ in found) == sorted(names)
+    assert {"data", "mask", "words", "model", "schedule", "machine", "output"} < set(parts[::2])
+    wanted = {"sigma": "mask", "text-mask": "words", "lr": "schedule", "micro-batch": "machine"}
+    assert wanted.items() < dict(found).items()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
