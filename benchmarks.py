@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shards
+from files import open_regular, read_regular, text_of
 from glip import InputError, Masker
 from metrics import aupr, classification, multilabel, named, per_class, retrieved, shares
 from pictures import SUFFIXES, check_pixels, decode
@@ -159,7 +160,8 @@ def lines_of(path: Path, what: str) -> list[str]:
     Raises InputError for a file that is missing or not text, and for an empty line between others.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").rstrip().splitlines()]
+        text = read_regular(path, 2**26).decode("utf-8-sig").rstrip()
+        lines = [line.strip() for line in text.splitlines()]
     except (OSError, UnicodeDecodeError):
         why = "not readable text" if path.exists() else "not there"
         raise InputError(f"{path}: {why}: write {what}") from None
@@ -236,7 +238,7 @@ def open_shards(folder: Path, split: str) -> Benchmark:
 
     own = set_name(folder), kind
     if kind == "retrieval":
-        captions = [text.decode("utf-8", "replace").splitlines() for text in targets]
+        captions = [text_of(text).splitlines() for text in targets]
         if not all(captions):
             raise InputError(f"{where(captions.index([]))}: a picture without a caption")
         return Benchmark(*own, np.arange(len(samples)), read, where, captions=captions)
@@ -258,7 +260,7 @@ def open_shards(folder: Path, split: str) -> Benchmark:
 def samples_of(path: Path, wanted: str) -> list[tuple[Path, str, int, int, bytes]]:
     """(shard, key, offset, bytes, target) of a shard's samples; raises InputError for damage."""
     skipped, found = Counter(), {}
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 2 * shards.BLOCK))
         skipped["cut short"] += file.read() != bytes(2 * shards.BLOCK)  # with which a tar ends
@@ -336,7 +338,7 @@ def open_tree(folder: Path, split: str) -> Benchmark:
 
 def of_files(files: Sequence[Path]) -> tuple[Callable[[int], bytes], Callable[[int], str]]:
     """How a Benchmark of these files reads one, and names it."""
-    return lambda i: files[i].read_bytes(), lambda i: str(files[i])
+    return lambda i: read_regular(files[i], shards.PICTURE_CAP), lambda i: str(files[i])
 
 
 def from_torchvision(name: str, root: Path) -> object | None:
@@ -394,7 +396,7 @@ def open_sugar_crepe(folder: Path, task: str) -> Benchmark:
     """
     path = folder / f"{task}.json"
     try:
-        rows = list(json.loads(path.read_text("utf-8")).values())
+        rows = list(json.loads(read_regular(path, 2**28)).values())
         captions = [[row["caption"], row["negative_caption"]] for row in rows]
         names = [row["filename"] for row in rows]
         if not rows or not all(isinstance(x, str) for row in (names, *captions) for x in row):

@@ -3,9 +3,11 @@
 Both need to know how often words are said: one pass over the training captions, kept in the cache.
 """
 
+import contextlib
 import hashlib
 import inspect
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 import glip
 from embedded import Emoji
+from files import open_regular
 from glip import (
     TEXT_MASKS,
     InputError,
@@ -113,7 +116,7 @@ def captions_key(pairs: Emoji | Source) -> str:
     stamp = pairs.stamp(np.arange(0)) if isinstance(pairs, Source) else ""
     if not stamp:
         stamp = "\n".join(text for _, texts in captions_of(pairs, "") for text in texts)
-    return hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]
 
 
 CLASSES = ("NN", "JJ", "VB")  # nouns, adjectives, verbs: how their tags begin
@@ -206,8 +209,12 @@ def read_clusters(path: str, count: int) -> np.ndarray:
     The data's order is that of a table's rows, a folder's names, and in shards of keys.
     """
     try:
-        found = np.load(path) if path.endswith(".npy") else np.loadtxt(path, dtype=np.int64)
-    except (OSError, ValueError) as error:
+        with open_regular(path, 2**33) as file:
+            if path.endswith(".npy"):  # mapped, for its heading may claim to be of any size
+                found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+            else:
+                found = np.loadtxt(file, dtype=np.int64)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise InputError(f"--clusters {path}: cannot be read ({error})") from None
     if found.shape != (count,) or found.dtype.kind not in "iu":
         raise InputError(
@@ -220,12 +227,15 @@ def read_clusters(path: str, count: int) -> np.ndarray:
 def caption_scores(pairs: Source, threshold: float) -> np.ndarray:
     """Mean over each caption's words of min(1, sqrt(threshold / word's share)), (M,), cached."""
     path = glip.CACHE / f"scores-{captions_key(pairs)}-{threshold:g}.npy"
-    if not path.is_file():
-        shares, scores = word_shares(pairs), np.zeros(len(pairs), np.float32)
-        for ids, texts in captions_of(pairs, "scoring captions"):
-            for i, text in zip(ids, texts, strict=True):
-                chances = [min(1.0, math.sqrt(threshold / shares[w])) for w in words(text)]
-                scores[i] = sum(chances) / max(1, len(chances))
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(Exception):  # numpy has many kinds for what something cut
+        found = np.load(path)
+        if found.shape == (len(pairs),) and found.dtype == np.float32:
+            return found
+    shares, scores = word_shares(pairs), np.zeros(len(pairs), np.float32)
+    for ids, texts in captions_of(pairs, "scoring captions"):
+        for i, text in zip(ids, texts, strict=True):
+            chances = [min(1.0, math.sqrt(threshold / shares[w])) for w in words(text)]
+            scores[i] = sum(chances) / max(1, len(chances))
+    with contextlib.suppress(InputError):  # a cache that cannot be written to
         write_safely(path, lambda file: np.save(file, scores))
-    return np.load(path)
+    return scores

@@ -1,20 +1,18 @@
 """Files that outlast a crash: written under a temporary name, flushed, and only then renamed."""
 
+import codecs
 import contextlib
+import errno
 import io
 import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from masks import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 @contextlib.contextmanager
@@ -41,6 +39,7 @@ def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object])
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with room_for(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
@@ -69,41 +68,23 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
     path = Path(folder) / ".lock"
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held = take(path)
-    except BlockingIOError as error:
-        raise InputError(
-            f"{folder}: {error} is {what} it at this moment; wait until it has ended, or stop it"
-        ) from None
-    except (OSError, AttributeError):
-        held = None
-    try:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, ImportError):  # Windows has no fcntl
+            import fcntl
+
+            file = held.enter_context(open(path, "a+"))
+            try:  # not flock, which forked data workers would hold on to after this process
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise InputError(
+                    f"{folder}: {file.read(200) or 'another process'} is {what} it at this moment; "
+                    "wait until it has ended, or stop it"
+                ) from None
+            held.callback(path.unlink, missing_ok=True)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
         yield
-    finally:
-        if held is not None:
-            path.unlink(missing_ok=True)
-            os.close(held)
-
-
-def take(path: Path) -> int:
-    """The descriptor of a file that this process has locked; raises BlockingIOError with the owner.
-
-    By lockf, not flock: forked data workers that outlive a killed process hold nothing.
-    """
-    while True:
-        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = os.read(held, 200).decode("utf-8", "replace")
-            os.close(held)
-            raise BlockingIOError(owner or "another process") from None
-        if path.exists() and os.path.samestat(os.fstat(held), path.stat()):
-            break
-        os.close(held)  # its owner ended, and removed it, after it was opened here
-    os.ftruncate(held, 0)
-    os.write(held, f"process {os.getpid()} on {platform.node()}".encode())
-    return held
 
 
 def flush_folder(folder: Path) -> None:
@@ -120,10 +101,36 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 
 
 def cached(path: Path, make: Callable[[], dict]) -> dict:
-    """A JSON object from the cache, or made and kept; what something else cut is made anew."""
-    with contextlib.suppress(ValueError, OSError):
-        return json.loads(path.read_text())
+    """A JSON object from the cache, or made, and kept if possible; what was cut is made anew."""
+    with contextlib.suppress(ValueError, OSError, RecursionError):
+        if isinstance(found := json.loads(read_regular(path, 2**32)), dict):
+            return found
     value = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, json.dumps(value).encode())
+    with contextlib.suppress(InputError):  # a cache that cannot be written to
+        write_bytes(path, json.dumps(value).encode())
     return value
+
+
+def open_regular(path: Path | str, most: int = 2**63) -> io.BufferedReader:
+    """Open a regular file of at most `most` bytes; raises OSError for anything else."""
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe would be waited for
+    file = os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+        return file
+    file.close()
+    why = f"over {most:,} bytes" if stat.S_ISREG(found.st_mode) else "not a regular file"
+    raise OSError(errno.EINVAL, why, str(path))
+
+
+def read_regular(path: Path | str, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes; raises OSError for anything else."""
+    with open_regular(path, most) as file:
+        return file.read(most)
+
+
+def text_of(content: bytes) -> str:
+    """Bytes as text, by their byte order mark; "" for NULs: no text, or UTF-16 without a mark."""
+    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = content.decode("utf-16" if wide else "utf-8-sig", "replace")
+    return "" if "\0" in text else text

@@ -12,7 +12,8 @@ it, a function of its number alone.
 import csv
 import hashlib
 import io
-import zlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +26,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import glip
+from files import read_regular, text_of
 from glip import InputError, cached, decode_tokens, tokenize
-from shards import Index
+from shards import CAPTION_CAP, PICTURE_CAP, Index, name_hash
 
 # ------------------------------------------------------------------------------------------------
 # Decode and crop
@@ -39,6 +41,7 @@ DRAWS = 8  # random numbers that one augmented picture may use
 
 
 SCANS_CAP = 100  # of a JPEG: each costs as much as a picture, and can be a few bytes
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # of a JPEG's segment
 TOO_LARGE = f"over {PIXEL_CAP:,} pixels, or none"
 LICENCE = (
     "The lists of Conceptual Captions may be freely used; the pictures belong to their owners, "
@@ -75,6 +78,8 @@ def decode(
     except Image.DecompressionBombError:
         raise BadPicture(TOO_LARGE) from None
     except Exception as error:  # decoders raise many kinds for torn and hostile bytes
+        if "MAX_TEXT" in str(error) and len(plain := without_texts(content)) < len(content):
+            return decode(plain, side, finish)
         reason = type(error).__name__ if isinstance(error, MemoryError) else str(error)
         if "cannot identify" in reason or not reason:  # it names an address in memory
             reason = f"not one of {', '.join(FORMATS)}"
@@ -89,8 +94,26 @@ def check_pixels(width: int, height: int) -> None:
 
 def check_scans(content: bytes) -> None:
     """Refuse a JPEG that would be decoded for hours."""
-    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > SCANS_CAP:
+    if content[:2] != b"\xff\xd8" or content.count(b"\xff\xda") <= SCANS_CAP:
+        return
+    scans, found = 0, MARKER.search(content, 2)
+    while found and found[0][-1] != 0xD9 and scans <= SCANS_CAP:  # till the picture's end
+        scans, place = scans + (found[0][-1] == 0xDA), found.end()
+        # Not inside metadata, which may hold whole pictures.
+        found = MARKER.search(content, place + int.from_bytes(content[place : place + 2], "big"))
+    if scans > SCANS_CAP:
         raise BadPicture(f"over {SCANS_CAP} scans")
+
+
+def without_texts(png: bytes) -> bytes:
+    """A PNG without its texts and colour profile, for which Pillow has limits."""
+    kept, place = bytearray(png[:8]), 8
+    while place < len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        if png[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept += png[place:end]
+        place = end
+    return bytes(kept)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -108,7 +131,7 @@ def upright(image: Image.Image) -> Image.Image:
 def read_picture(path: Path | str, side: int) -> Image.Image:
     """A picture's file, decoded; raises InputError for one that cannot be."""
     try:
-        return Image.fromarray(decode(Path(path).read_bytes(), side))
+        return Image.fromarray(decode(read_regular(path, PICTURE_CAP), side))
     except (OSError, BadPicture) as error:
         raise InputError(f"{path}: not a readable picture ({error})") from None
 
@@ -273,7 +296,8 @@ class Source:
                 found = zip(ids.tolist(), pool.map(trouble, ids.tolist()), strict=True)
                 return {str(i): why for i, why in found if why}
 
-        key = hashlib.sha256(f"{self.stamp(ids)} {self.image_size}".encode() + ids.tobytes())
+        stamp = os.fsencode(f"{self.stamp(ids)} {self.image_size}")
+        key = hashlib.sha256(stamp + ids.tobytes())
         path = glip.CACHE / f"probe-{key.hexdigest()[:16]}.json"
         bad = {} if path.is_file() else {int(i): why for i, why in check().items()}
         if not bad and not path.is_file():  # what was bad may have been the network, or be repaired
@@ -343,36 +367,55 @@ def own_pictures(path: Path) -> list[tuple[Path, str]]:
         if len(rows) < len(pairs):
             alone = len(pairs) - len(rows)
             print(f"{path}: {alone} of {len(pairs)} pictures have no .txt beside them: left out")
-        rows = [(f, text.read_text("utf-8", "replace"), str(text)) for f, text in rows]
         if not rows:
             raise InputError(f"{path}: no picture has an equally named .txt beside it; add some")
+        rows = [(f, text_of(read_regular(x, CAPTION_CAP)), str(x)) for f, x in rows]
     else:
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        csv.field_size_limit(2**24)
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            table = csv.DictReader(file, delimiter=separator)
-            columns = {(name or "").strip().lower(): name for name in table.fieldnames or []}
-            image = next((columns[c] for c in PATH_COLUMNS if c in columns), None)
-            caption = next((columns[c] for c in CAPTION_COLUMNS if c in columns), None)
-            if image is None or caption is None:
-                raise InputError(
-                    f"{path}: the first row must name a picture column ({', '.join(PATH_COLUMNS)}) "
-                    f"and a caption column ({', '.join(CAPTION_COLUMNS)}); it has "
-                    f"{', '.join(columns) or 'nothing'}"
-                )
-            try:
-                rows = [
-                    (path.parent / (row[image] or ""), row[caption] or "", f"{path} row {number}")
-                    for number, row in enumerate(table, start=2)
-                ]
-            except csv.Error as error:
-                raise InputError(f"{path} line {table.line_num}: {error}; mend the row") from None
+        rows = table_rows(path)
         if not rows:
             raise InputError(f"{path}: there is no row below the heading; add pictures")
     for _, text, where in rows:
         if not text.strip():
-            raise InputError(f"{where}: the caption is empty; write one or remove the picture")
+            raise InputError(f"{where}: the caption is empty, or no UTF-8; mend or remove it")
     return [(picture, " ".join(text.split())) for picture, text, _ in rows]
+
+
+def table_rows(path: Path) -> list[tuple[Path, str, str]]:
+    """(picture, caption, where) of a CSV/TSV's rows; raises InputError with the file and row."""
+    tabs, rows, endings = path.suffix.lower() == ".tsv", [], "|".join(SUFFIXES).replace(".", "\\.")
+    torn = re.compile(r"\t" if tabs else rf'({endings})"?\s*(,|$)', re.IGNORECASE | re.MULTILINE)
+    csv.field_size_limit(2**24)
+    lines = io.StringIO(text_of(read_regular(path, 2**32)), newline="")
+    table = csv.reader(lines, delimiter="\t" if tabs else ",")
+    try:
+        heading = next(table, [])
+        columns = {name.strip().lower(): place for place, name in enumerate(heading)}
+        image = next((columns[c] for c in PATH_COLUMNS if c in columns), None)
+        caption = next((columns[c] for c in CAPTION_COLUMNS if c in columns), None)
+        if image is None or caption is None:
+            raise InputError(
+                f"{path}: the first row must name a picture column ({', '.join(PATH_COLUMNS)}) "
+                f"and a caption column ({', '.join(CAPTION_COLUMNS)}); it has "
+                f"{', '.join(columns) or 'nothing'}"
+                + "; name a file with tabs between columns .tsv" * ("\t" in "".join(columns))
+            )
+        for number, row in enumerate(filter(None, table), start=2):
+            if any("\n" in cell and torn.search(cell) for cell in row):
+                raise InputError(
+                    f"{path} row {number}: a quote that is not closed takes in what follows, up "
+                    f"to line {table.line_num}: close it, or write it twice"
+                )
+            name, text = (row[k] if k < len(row) else "" for k in (image, caption))
+            rows.append((path.parent / name, text, f"{path} row {number}"))
+    except csv.Error as error:
+        raise InputError(f"{path} line {table.line_num}: {error}; mend the row") from None
+    kinds = ((x.suffix.lower(), Path(text).suffix.lower()) for x, text, _ in rows)
+    if rows and all(x not in SUFFIXES and other in SUFFIXES for x, other in kinds):
+        raise InputError(
+            f"{path}: '{heading[caption]}' holds pictures' names and '{heading[image]}' none: swap "
+            "the two in the first row"
+        )
+    return rows
 
 
 class Pictures(Source):
@@ -394,8 +437,8 @@ class Pictures(Source):
         found = []
         for i in ids:
             try:
-                found.append(self.paths[i].read_bytes())
-            except OSError as error:
+                found.append(read_regular(self.paths[i], PICTURE_CAP))
+            except (OSError, ValueError) as error:  # NUL in a name
                 found.append(error)
         return found
 
@@ -412,14 +455,20 @@ class Pictures(Source):
         return [self.captions[self.concept[i]] for i in ids]
 
 
-def split_rows(rows: list[tuple[Path, str]]) -> tuple[list, list]:
-    """Rows -> (training, held out): one picture in twenty, by a hash of its name.
+def held_out(names: np.ndarray) -> np.ndarray:
+    """Places of the pictures that are held out, ascending, by their names' hashes (M,).
 
-    At most MAX_HELD_OUT; of several captions of one picture the first counts.
+    One in twenty, at most MAX_HELD_OUT, those of the smallest: pictures that come later never bring
+    one to them that was trained on before.
     """
-    hashes = {path: zlib.crc32(path.name.encode()) for path, _ in rows}
-    chosen = sorted((path for path in hashes if hashes[path] % 20 == 0), key=hashes.get)
-    chosen = set(chosen[:MAX_HELD_OUT])
+    chosen = np.flatnonzero(names % 20 == 0)
+    return np.sort(chosen[np.argsort(names[chosen], kind="stable")[:MAX_HELD_OUT]])
+
+
+def split_rows(rows: list[tuple[Path, str]]) -> tuple[list, list]:
+    """Rows -> (training, held out); of several captions of one picture the first counts."""
+    paths = list(dict.fromkeys(path for path, _ in rows))
+    chosen = {paths[i] for i in held_out(np.array([name_hash(path.name) for path in paths]))}
     test = {path: text for path, text in reversed(rows) if path in chosen}
     return [(path, text) for path, text in rows if path not in chosen], list(test.items())
 
@@ -430,18 +479,12 @@ def split_rows(rows: list[tuple[Path, str]]) -> tuple[list, list]:
 
 
 class Shards(Source):
-    """Indexed shards; one pair in twenty is held out, at most MAX_HELD_OUT.
-
-    Chosen by the headers in front of pictures, those of the smallest checks: shards that come later
-    never bring a picture to the held-out ones that was trained on before.
-    """
+    """Indexed shards."""
 
     def __init__(self, location: str, image_size: int) -> None:
         self.name, self.image_size, self.index = location, image_size, Index(location)
         total = len(self.index)
-        chosen = np.flatnonzero(self.index.checks < 2**16 // 20)
-        first = np.argsort(self.index.checks[chosen], kind="stable")[:MAX_HELD_OUT]
-        self.held = np.sort(chosen[first])
+        self.held = held_out(self.index.names)
         left_out = {f"left out: {why}": n for why, n in self.index.skipped.items()}
         self.counts = {"pictures": total, "shards": len(self.index.counts), **left_out}
 
@@ -455,7 +498,7 @@ class Shards(Source):
         return self.index.where(i)
 
     def stamp(self, ids: np.ndarray) -> str:
-        return f"{self.name} {self.index.prints}"
+        return f"{self.name} {self.index.digest}"
 
     def texts(self, ids: np.ndarray) -> list[str]:
         return [decode_tokens(self.index.caption(i)) for i in ids]

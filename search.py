@@ -22,6 +22,7 @@ import glip
 import pictures
 from cli import printable
 from figures import shorten
+from files import read_regular
 from glip import InputError
 
 HITS = 12  # pictures of a search that are listed and drawn
@@ -93,9 +94,8 @@ def encode_files(encoder: object, paths: list[Path]) -> tuple[Tensor, dict[int, 
 
     def read(i: int) -> Tensor:
         try:
-            if not paths[i].is_file():  # a pipe would be waited for
-                raise pictures.BadPicture("no such file")
-            return pictures.centred(pictures.decode(paths[i].read_bytes(), side), side)
+            content = read_regular(paths[i], pictures.PICTURE_CAP)
+            return pictures.centred(pictures.decode(content, side), side)
         except (OSError, pictures.BadPicture) as error:
             bad[i] = getattr(error, "strerror", None) or str(error)
             return torch.zeros(3, side, side, dtype=torch.uint8)

@@ -6,16 +6,19 @@
 
 Shards are named by a folder, a single .tar, or a pattern such as DIR/train-{0000..2175}.tar, on
 disk or behind any URL that fsspec reads (s3://, gs://, http://). The index is mapped into memory,
-so that all workers and processes share one copy: 11 bytes a sample, and 2 for each of its tokens.
+so that all workers and processes share one copy: 15 bytes a sample, and 2 for each of its tokens.
 
 Nothing in a shard is trusted. Headers alone say what is a picture or a caption; everything else is
 passed over and counted; names are keys, never paths; nothing is unpickled or written anywhere.
 """
 
+import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import tarfile
 import threading
 import time
@@ -23,7 +26,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -34,13 +36,16 @@ from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 import glip
-from glip import InputError, encode, write_bytes, write_safely
+from files import locked, open_regular, read_regular, room_for, text_of, write_bytes, write_safely
+from glip import InputError, encode
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 PICTURE_CAP, CAPTION_CAP = 2**26, 2**20  # bytes of a picture, and of a .txt or .json
 LONGEST = 254  # tokens of a caption that are kept, start and end token aside
 BLOCK = 512  # bytes: a tar's members begin at multiples of it
-VERSION = 1
+VERSION = 2
+ARRAYS = {"addresses": "<u4", "checks": "<u2", "names": "<u4", "tokens": "<u2", "lengths": "u1"}
+PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 # ------------------------------------------------------------------------------------------------
 # Tars, read as untrusted bytes
@@ -48,11 +53,11 @@ VERSION = 1
 
 
 def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset, size, check) of the plain files in a tar of `length` bytes, by their headers.
+    """(name, offset, size, crc) of the plain files in a tar of `length` bytes, by their headers.
 
     Each header's checksum is verified. After a broken one, or a hole of zeros, the next good one is
     looked for, so that damage costs what it hits and no more; what is passed over is counted by
-    reason in `skipped`. `check` tells a header from others.
+    reason in `skipped`. `crc` is the header's.
     """
     offset, name, lost, empty = 0, "", False, 0
     while offset + BLOCK <= length:
@@ -63,6 +68,8 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
             header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.EOFHeaderError:
             empty += 1
+            if empty > 99:  # a sparse file can have many gigabytes of them
+                offset = max(offset, data_from(file, offset, length) // BLOCK * BLOCK)
             continue
         except (tarfile.HeaderError, ValueError, OverflowError):
             skipped["hole" if empty else "broken header"] += not lost
@@ -76,8 +83,8 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
         lost, empty = False, 0
         if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # the next one's long name
             name = long_name(file.read(min(header.size, CAPTION_CAP)), header.type)
-        elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not header.name.endswith("/"):
-            yield name or header.name, offset, header.size, check_of(block)
+        elif header.type in PLAIN and not (name := name or header.name).endswith("/"):
+            yield name, offset, header.size, zlib.crc32(block)
             name = ""
         else:  # links, devices, folders, sparse files
             skipped["not a plain file"] += header.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE)
@@ -88,9 +95,19 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
         skipped["torn"] += 1
 
 
-def check_of(header: bytes) -> int:
-    """16 bits that tell a member's header (512 bytes: name, size, time) from others."""
-    return zlib.crc32(header) & 0xFFFF
+def data_from(file: BinaryIO, offset: int, length: int) -> int:
+    """Where a file that may be sparse goes on with data."""
+    try:
+        return file.seek(offset, getattr(os, "SEEK_DATA", 0))
+    except OSError:
+        return length
+    except ValueError:  # what lies behind a URL has no such seek
+        return offset
+
+
+def check_of(crc: int, content: bytes) -> int:
+    """16 bits that tell a picture with this crc of its header from others, by its last bytes."""
+    return zlib.crc32(content[-BLOCK:], crc) & 0xFFFF
 
 
 def long_name(content: bytes, kind: bytes) -> str:
@@ -101,48 +118,38 @@ def long_name(content: bytes, kind: bytes) -> str:
     return found[1].decode("utf-8", "replace") if found else ""
 
 
-@dataclass(frozen=True)
-class Scan:
-    """One shard's samples by key: where pictures lie (M, 2), token ids end to end, caption lengths.
+def scan(location: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """A shard's samples as ARRAYS, and what is passed over; its captions are tokenised.
 
-    An address is (offset / 512, bytes); `checks` (M,) tell the header in front of each picture.
-    """
-
-    addresses: np.ndarray
-    checks: np.ndarray
-    tokens: np.ndarray
-    lengths: np.ndarray
-    skipped: dict[str, int]
-
-
-def scan(location: str) -> Scan:
-    """Read a shard's headers and captions, and tokenise these.
-
+    `addresses` (M, 2) are (offset / 512, bytes) of pictures, `checks` (M,) tell each with its
+    header from others, `names` (M,) are hashed, `tokens` stand end to end, `lengths` (M,) of them.
     Samples stand in the order of their keys, for fetched shards hold them in order of arrival.
     """
     skipped, found = Counter(), {}
     with reading_ahead(location) as file:
         length = file.seek(0, os.SEEK_END)
-        for name, offset, size, check in members(file, length, skipped):
+        for name, offset, size, crc in members(file, length, skipped):
             folder, _, base = name.rpartition("/")
             key, dot, suffix = base.partition(".")
             suffix = (dot + suffix).lower()
             kind = "picture" if suffix in PICTURES else suffix
             record = found.setdefault(f"{folder}/{key}", {})
             if kind not in ("picture", ".txt", ".json"):
-                skipped[f"members {printable(suffix)}"] += 1
+                count(skipped, f"members {printable(suffix)}")
             elif kind in record:
                 skipped["twice the same key"] += 1
             elif not 0 < size <= (PICTURE_CAP if kind == "picture" else CAPTION_CAP):
                 skipped[f"{kind.strip('.')} empty or too large"] += 1
             elif kind == "picture":
-                record[kind] = (offset // BLOCK, size, check)
+                file.seek(offset + max(0, size - BLOCK))
+                check = check_of(crc, file.read(min(size, BLOCK)))
+                record[kind] = ((offset // BLOCK, size), check, name_hash(base))
             elif ".txt" not in record:
                 file.seek(offset)
                 record[kind] = file.read(size)
                 if kind == ".txt":
                     record.pop(".json", None)  # not needed, and a shard has many
-    addresses, checks, tokens, lengths = [], [], [], []
+    pictures, tokens, lengths = [], [], []
     for key in sorted(found):
         record = found[key]
         caption = caption_of(record)
@@ -151,29 +158,34 @@ def scan(location: str) -> Scan:
                 skipped["no picture" if "picture" not in record else "no caption"] += 1
             continue
         ids = encode(caption)[:LONGEST]
-        addresses.append(record["picture"][:2])
-        checks.append(record["picture"][2])
+        pictures.append(record["picture"])
         tokens.extend(ids)
         lengths.append(len(ids))
-    return Scan(
-        np.array(addresses, "<u4").reshape(-1, 2), np.array(checks, "<u2"),
-        np.array(tokens, "<u2"), np.array(lengths, "u1"), {k: n for k, n in skipped.items() if n},
-    )  # fmt: skip
+    found = (*(zip(*pictures, strict=True) if pictures else ([], [], [])), tokens, lengths)
+    arrays = {name: np.array(x, ARRAYS[name]) for name, x in zip(ARRAYS, found, strict=True)}
+    return arrays, {why: n for why, n in skipped.items() if n}
+
+
+def count(skipped: Counter, why: str, n: int = 1) -> None:
+    """Count what is passed over, by 50 reasons at most: a tar can hold any number of suffixes."""
+    skipped[why if why in skipped or len(skipped) < 50 else "others"] += n
+
+
+def name_hash(name: str) -> int:
+    """What decides whether a picture is held out: its file's name, wherever it lies."""
+    return zlib.crc32(os.fsencode(name).decode("utf-8", "replace").encode())
 
 
 def caption_of(record: dict[str, bytes]) -> str:
     """A sample's caption: its .txt, else `caption` in its .json; "" if it has none."""
-    caption = record.get(".txt", b"").decode("utf-8", "replace")
+    caption = text_of(record.get(".txt", b""))
     if ".txt" not in record and ".json" in record:
         try:
             content = json.loads(record[".json"])
         except (ValueError, RecursionError):
             content = None
         caption = content.get("caption") if isinstance(content, dict) else ""
-    if not isinstance(caption, str):
-        return ""
-    # No longer than it can count, for merging the pieces of one endless word takes for ever.
-    return " ".join(word[:200] for word in caption[:4096].split())
+    return " ".join(caption.split()) if isinstance(caption, str) else ""
 
 
 def printable(text: str) -> str:
@@ -194,7 +206,7 @@ def is_remote(location: str) -> bool:
 def reading_ahead(location: str) -> BinaryIO:
     """Open a shard that is read from front to back."""
     if not is_remote(location):
-        return open(location, "rb")
+        return open_regular(location)
     fs = filesystem(location, os.getpid())
     return fs.open(location, "rb", block_size=2**22, cache_type="readahead")
 
@@ -285,19 +297,26 @@ def whole_stats(folder: Path) -> Iterator[Path]:
     """img2dataset's NAME_stats.json files, without one that a kill left half written."""
     for path in folder.glob("*_stats.json"):
         try:
-            content = json.loads(path.read_text())
-        except (ValueError, RecursionError):
+            content = json.loads(read_regular(path, 2**24))
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(content, dict) and "successes" in content:
             yield path
 
 
-def size_of(path: str) -> int:
-    """Bytes of a shard; raises InputError for one that is not there."""
+TIMES = ("ETag", "etag", "Last-Modified", "LastModified", "updated", "mtime")  # of file systems
+
+
+def fingerprint(path: str) -> list:
+    """[name, bytes, time or ETag] of a shard; raises InputError for one that is not there."""
     try:
-        if not is_remote(path):
-            return Path(path).stat().st_size
-        return int(with_retries(lambda: filesystem(path, os.getpid()).size(path)))
+        if is_remote(path):
+            info = with_retries(lambda: filesystem(path, os.getpid()).info(path))
+            size, time = int(info["size"]), next((info[k] for k in TIMES if info.get(k)), "")
+        else:
+            with open_regular(path) as file:
+                size, time = (found := os.fstat(file.fileno())).st_size, found.st_mtime_ns
+        return [path.rpartition("/")[2], size, str(time)]
     except Exception as error:
         raise InputError(
             f"{path}: cannot be opened ({printable_error(error)}); check the name"
@@ -316,33 +335,7 @@ def index_folder(location: str) -> Path:
         home = folder / "index"
         if home.is_dir() or os.access(folder, os.W_OK):
             return home
-    return glip.CACHE / f"index-{zlib.crc32(str(location).encode()):08x}"
-
-
-def fingerprint(path: str) -> list:
-    """Name, bytes, and a checksum of the first and last 64 KiB of a shard."""
-    length = size_of(path)
-
-    def ends() -> int:
-        with fsspec.open(path, "rb") as file:
-            check = zlib.crc32(file.read(2**16))
-            file.seek(max(0, length - 2**16))
-            return zlib.crc32(file.read(), check)
-
-    return [path.rpartition("/")[2], length, with_told_retries(path, ends)]
-
-
-def with_told_retries(path: str, call: Callable[[], object]) -> object:
-    """with_retries, and in the end a sentence."""
-    try:
-        return with_retries(call)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{path}: cannot be read ({printable_error(error)}); what was indexed is kept: give "
-            "the same command again to go on"
-        ) from None
+    return glip.CACHE / f"index-{zlib.crc32(os.fsencode(location)):08x}"
 
 
 def build(location: str, workers: int) -> dict:
@@ -351,38 +344,33 @@ def build(location: str, workers: int) -> dict:
     Parts that an earlier, killed build left are used again; an index that is true already is kept.
     """
     home, paths = index_folder(location), shards_of(location)
-    with glip.locked(home, "indexing"):
-        return build_in(home, location, paths, workers)
-
-
-def build_in(home: Path, location: str, paths: list[str], workers: int) -> dict:
-    """build, in a folder that no other process writes in."""
-    parts = home / "parts"
-    prints = [fingerprint(path) for path in tqdm(paths, "looking at shards", leave=False)]
-    record = read_record(home)
-    if record and [record["version"], record["shards"]] == [VERSION, prints]:
-        print(f"{location}: the index is up to date")
+    with locked(home, "indexing"):
+        parts = home / "parts"
+        prints = [fingerprint(path) for path in tqdm(paths, "looking at shards", leave=False)]
+        record = read_record(home)
+        if record and record["shards"] == prints:
+            print(f"{location}: the index is up to date")
+            return record
+        with room_for(home / "index.json"):  # it vouches for the rest, which now changes
+            (home / "index.json").unlink(missing_ok=True)
+            parts.mkdir(parents=True, exist_ok=True)
+        names = [f"{hashlib.sha256(json.dumps(x).encode()).hexdigest()[:32]}.npz" for x in prints]
+        todo = [i for i, name in enumerate(names) if not is_whole(parts / name)]
+        jobs = [(paths[i], parts / names[i]) for i in todo]
+        done = len(names) - len(todo)
+        show = {"desc": f"indexing {location}", "unit": " shards", "initial": done}
+        if workers < 2 or len(jobs) < 2:
+            for job in tqdm(jobs, total=len(names), **show):
+                build_part(*job)
+        else:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy locked threads
+            with ProcessPoolExecutor(min(workers, len(jobs)), spawn, end_with_parent) as pool:
+                waiting = [pool.submit(build_part, *job) for job in jobs]
+                for job in tqdm(as_completed(waiting), total=len(names), **show):
+                    job.result()
+        record = join(home, prints, [parts / name for name in names])
+        shutil.rmtree(parts)
         return record
-    (home / "index.json").unlink(missing_ok=True)  # it vouches for the rest, which now changes
-    parts.mkdir(parents=True, exist_ok=True)
-    names = [f"{name}-{length}-{check:08x}.npz" for name, length, check in prints]
-    todo = [i for i, name in enumerate(names) if not (parts / name).exists()]
-    jobs = [(paths[i], parts / names[i]) for i in todo]
-    show = {"desc": f"indexing {location}", "unit": " shards", "initial": len(names) - len(todo)}
-    if workers < 2 or len(jobs) < 2:
-        for job in tqdm(jobs, total=len(names), **show):
-            build_part(*job)
-    else:
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy locked threads
-        with ProcessPoolExecutor(min(workers, len(jobs)), spawn, end_with_parent) as pool:
-            waiting = [pool.submit(build_part, *job) for job in jobs]
-            for job in tqdm(as_completed(waiting), total=len(names), **show):
-                job.result()
-    record = join(home, prints, [parts / name for name in names])
-    for part in parts.iterdir():
-        part.unlink()
-    parts.rmdir()
-    return record
 
 
 @lru_cache  # one watch for a process
@@ -400,18 +388,30 @@ def end_with_parent() -> None:
 
 def build_part(location: str, part: Path) -> None:
     """Scan one shard and keep what was found."""
-    found = with_told_retries(location, lambda: scan(location))
-    skipped = np.frombuffer(json.dumps(found.skipped).encode(), np.uint8)
-    write_safely(part, lambda file: np.savez(
-        file, addresses=found.addresses, checks=found.checks, tokens=found.tokens,
-        lengths=found.lengths, skipped=skipped,
-    ))  # fmt: skip
+    try:
+        arrays, skipped = with_retries(lambda: scan(location))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{location}: cannot be read ({printable_error(error)}); what was indexed is kept: "
+            "give the same command again to go on"
+        ) from None
+    skipped = np.frombuffer(json.dumps(skipped).encode(), np.uint8)
+    write_safely(part, lambda file: np.savez(file, **arrays, skipped=skipped))
+
+
+def is_whole(part: Path) -> bool:
+    """Whether a part that an earlier build left can be used."""
+    with contextlib.suppress(Exception), np.load(part) as content:  # numpy raises many kinds
+        return [content[name].dtype for name in ARRAYS] == [*ARRAYS.values()]
+    return False
 
 
 def join(home: Path, prints: list, parts: Sequence[Path]) -> dict:
     """Put the parts together, in order; index.json is written last."""
     counts, skipped = [], Counter()
-    for name in ("addresses", "checks", "tokens", "lengths"):
+    for name in ARRAYS:
 
         def pour(file: BinaryIO, name: str = name) -> None:
             for part in parts:
@@ -419,21 +419,38 @@ def join(home: Path, prints: list, parts: Sequence[Path]) -> dict:
                     file.write(content[name].tobytes())
                     if name == "lengths":
                         counts.append(len(content[name]))
-                        skipped.update(json.loads(content["skipped"].tobytes()))
+                        for why, n in json.loads(content["skipped"].tobytes()).items():
+                            count(skipped, why, n)
 
         write_safely(home / f"{name}.bin", pour)
     record = {"version": VERSION, "shards": prints, "counts": counts, "skipped": dict(skipped)}
+    record["digest"] = digest_of(home, counts)
     write_bytes(home / "index.json", json.dumps(record).encode())
     return record
 
 
+def digest_of(home: Path, counts: list[int]) -> str:
+    """A checksum of all that an index holds."""
+    digest = hashlib.sha256(str(counts).encode())
+    for name in ARRAYS:
+        with open_regular(home / f"{name}.bin") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
 def read_record(home: Path) -> dict | None:
-    """The content of index.json; None where there is none that can be read."""
-    try:
-        record = json.loads((home / "index.json").read_text())
-        return record if {"version", "shards", "counts", "skipped"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    """The content of index.json; None where there is none that this version would write."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        record = json.loads(read_regular(home / "index.json", 2**30))
+        rows = [[*map(type, row)] for row in record["shards"]]
+        numbers = [*record["counts"], *record["skipped"].values()]
+        if (
+            [record["version"], rows] == [VERSION, [[str, int, str]] * len(record["counts"])]
+            and all(type(n) is int and 0 <= n < 2**40 for n in numbers)
+            and record["digest"] == digest_of(home, record["counts"])
+        ):
+            return record
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -455,32 +472,31 @@ class Index:
         home, again = index_folder(location), f"python data.py index {location}"
         record = read_record(home)
         if record is None:
-            raise InputError(f"{location} has no index: {again}")
-        if record["version"] != VERSION:
-            raise InputError(f"{home} is an index of another version: {again}")
+            raise InputError(f"{location} has no index of this version that is whole: {again}")
         paths = {path.rpartition("/")[2]: path for path in shards_of(location)}
-        for name, length, _ in record["shards"][:: -1 if is_remote(location) else 1]:
-            if name not in paths or size_of(paths[name]) != length:
+        for row in record["shards"][:: -1 if is_remote(location) else 1]:
+            name = row[0]
+            if name not in paths or fingerprint(paths[name]) != row:
                 raise InputError(f"{location}: {name} is not what was indexed: {again}")
             if is_remote(location):
                 break  # one request, for the last; a wrong one elsewhere shows in decoding
         new = len(paths) - len(record["shards"])
         if new:
             print(f"{location}: {new} shards are not in the index and are left out; {again}")
-        self.location, self.skipped, self.prints = location, record["skipped"], record["shards"]
+        self.location, self.skipped, self.digest = location, record["skipped"], record["digest"]
         self.paths = [paths[name] for name, _, _ in record["shards"]]
         self.counts = np.array(record["counts"])
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         total = int(self.starts[-1])
         if not total:
             raise InputError(f"{location}: no shard holds a picture with a caption")
-        self.lengths = mapped(home / "lengths.bin", "u1", total, again)
+        self.lengths = mapped(home, "lengths", total)
         # Where every 64th caption begins: what lies between is added up when it is read.
         sums = np.add.reduceat(self.lengths, np.arange(0, total, 64), dtype=np.int64)
         self.begins = np.concatenate([[0], np.cumsum(sums)])
-        self.addresses = mapped(home / "addresses.bin", "<u4", 2 * total, again).reshape(-1, 2)
-        self.checks = mapped(home / "checks.bin", "<u2", total, again)
-        self.tokens = mapped(home / "tokens.bin", "<u2", int(self.begins[-1]), again)
+        self.addresses = mapped(home, "addresses", 2 * total).reshape(-1, 2)
+        self.checks, self.names = (mapped(home, name, total) for name in ("checks", "names"))
+        self.tokens = mapped(home, "tokens", int(self.begins[-1]))
 
     def __reduce__(self) -> tuple:
         return Index, (self.location,)  # a spawned worker maps the files itself
@@ -506,14 +522,14 @@ class Index:
     def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
         """The encoded pictures of samples; the error for each that cannot be read.
 
-        The header in front of each is read along: it tells a shard that is no longer the one that
-        was indexed.
+        The header in front of each is read along: with the picture's end it tells a shard that is
+        no longer the one that was indexed.
         """
         found = self.fetched(ids) if is_remote(self.location) else self.opened(ids)
         for k, (i, content) in enumerate(zip(ids, found, strict=True)):
             if isinstance(content, bytes):
-                right = check_of(content[:BLOCK]) == self.checks[i]
-                found[k] = content[BLOCK:] if right else OSError(STALE)
+                crc, content = zlib.crc32(content[:BLOCK]), content[BLOCK:]
+                found[k] = content if check_of(crc, content) == self.checks[i] else OSError(STALE)
         return found
 
     def opened(self, ids: np.ndarray) -> list[bytes | Exception]:
@@ -554,12 +570,13 @@ class Index:
         return found
 
 
-def mapped(path: Path, kind: str, count: int, again: str) -> np.ndarray:
-    """A file of the index as an array (count,) in shared memory."""
-    if not path.is_file() or path.stat().st_size != count * np.dtype(kind).itemsize:
-        raise InputError(f"{path} is not whole: {again}")
+def mapped(home: Path, name: str, count: int) -> np.ndarray:
+    """One of an index's ARRAYS, (count,), in shared memory."""
     # Seen as a plain array, for memmap's own class makes every look at an item slow.
-    return np.memmap(path, kind, "r").view(np.ndarray) if count else np.empty(0, kind)
+    kind = ARRAYS[name]
+    if not count:
+        return np.empty(0, kind)
+    return np.memmap(home / f"{name}.bin", kind, "r", shape=count).view(np.ndarray)
 
 
 @lru_cache(maxsize=64)  # shards that are open at a time: a window of them and some more
