@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shards
+from cli import printable
 from files import open_regular, read_regular, text_of
 from glip import InputError, Masker
 from metrics import aupr, classification, multilabel, named, per_class, retrieved, shares
@@ -229,7 +230,7 @@ def open_shards(folder: Path, split: str) -> Benchmark:
 
     def where(i: int) -> str:
         path, key, *_ = samples[i]
-        return f"{path} {shards.printable(key)}"
+        return f"{path} {printable(key)}"
 
     def read(i: int) -> bytes:
         path, _, offset, size, _ = samples[i]
@@ -273,9 +274,9 @@ def samples_of(path: Path, wanted: str) -> list[tuple[Path, str, int, int, bytes
                 continue
             record = found.setdefault((folder, key), {})
             if kind in record:
-                skipped[f"{shards.printable(key)} twice"] += 1
+                skipped[f"{printable(key)} twice"] += 1
             elif size > (shards.PICTURE_CAP if kind == "picture" else shards.CAPTION_CAP):
-                skipped[f"{shards.printable(key)} too large"] += 1
+                skipped[f"{printable(key)} too large"] += 1
             elif kind == "picture":
                 record[kind] = (offset, size)
             else:
@@ -284,7 +285,7 @@ def samples_of(path: Path, wanted: str) -> list[tuple[Path, str, int, int, bytes
     for (_, key), record in found.items():
         if len(record) < 2:
             lack = wanted if "picture" in record else "picture"
-            skipped[f"{shards.printable(key)} without a {lack}"] += 1
+            skipped[f"{printable(key)} without a {lack}"] += 1
     if +skipped or not found:
         why = next(iter(+skipped), "no picture in it")
         raise InputError(f"{path}: not whole ({why}): copy the set anew")

@@ -79,7 +79,7 @@ def told(error: BaseException) -> tuple[int, list[str]]:
         return 130, ["interrupted; the same command goes on from what was kept"]
     if isinstance(error, OSError) and error.filename is not None:
         return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
-    if isinstance(error, MemoryError) or "memory" in first or "killed by signal" in first:
+    if isinstance(error, MemoryError) or "memory" in first or "DataLoader worker" in first:
         return 2, [f"{kind}: {first}; if memory is short, lower --batch-size or --workers"]
     return 1, [
         f"{kind}: {first}; nanoGLIP did not foresee this: please report it with the command (with "

@@ -214,7 +214,7 @@ def words(text: str) -> list[str]:
     """Clean a text, of 4,096 characters at most, and split it into the tokenizer's words."""
     text = html.unescape(html.unescape(ftfy.fix_text(text[:4096])))
     found = WORD.findall(" ".join(text.split()).lower())
-    return [word[:200] for word in found]  # merging the pieces of an endless word takes for ever
+    return [word[:1000] for word in found]  # merging the pieces of an endless word takes for ever
 
 
 def decode_tokens(ids: Iterable[int]) -> str:

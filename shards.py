@@ -36,6 +36,7 @@ from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 import glip
+from cli import printable
 from files import locked, open_regular, read_regular, room_for, text_of, write_bytes, write_safely
 from glip import InputError, encode
 
@@ -68,8 +69,11 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
             header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.EOFHeaderError:
             empty += 1
-            if empty > 99:  # a sparse file can have many gigabytes of them
-                offset = max(offset, data_from(file, offset, length) // BLOCK * BLOCK)
+            if empty > 99 and hasattr(file, "raw"):  # a sparse file can have many gigabytes of them
+                try:
+                    offset = max(offset, file.seek(offset, getattr(os, "SEEK_DATA", 0)) & -BLOCK)
+                except OSError:
+                    break
             continue
         except (tarfile.HeaderError, ValueError, OverflowError):
             skipped["hole" if empty else "broken header"] += not lost
@@ -93,16 +97,6 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
             offset += -(-header.size // BLOCK) * BLOCK
     if offset < length and length - offset < BLOCK:
         skipped["torn"] += 1
-
-
-def data_from(file: BinaryIO, offset: int, length: int) -> int:
-    """Where a file that may be sparse goes on with data."""
-    try:
-        return file.seek(offset, getattr(os, "SEEK_DATA", 0))
-    except OSError:
-        return length
-    except ValueError:  # what lies behind a URL has no such seek
-        return offset
 
 
 def check_of(crc: int, content: bytes) -> int:
@@ -135,7 +129,7 @@ def scan(location: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
             kind = "picture" if suffix in PICTURES else suffix
             record = found.setdefault(f"{folder}/{key}", {})
             if kind not in ("picture", ".txt", ".json"):
-                count(skipped, f"members {printable(suffix)}")
+                count(skipped, f"members {printable(suffix)[:20] or 'without a suffix'}")
             elif kind in record:
                 skipped["twice the same key"] += 1
             elif not 0 < size <= (PICTURE_CAP if kind == "picture" else CAPTION_CAP):
@@ -186,11 +180,6 @@ def caption_of(record: dict[str, bytes]) -> str:
             content = None
         caption = content.get("caption") if isinstance(content, dict) else ""
     return " ".join(caption.split()) if isinstance(caption, str) else ""
-
-
-def printable(text: str) -> str:
-    """A hostile name made fit for a terminal and a log."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:20] or "without a suffix"
 
 
 # ------------------------------------------------------------------------------------------------
