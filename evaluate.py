@@ -140,7 +140,7 @@ class Encoder:
         """text_features (n, E) of n captions."""
         features = []
         for block in glip.tokenize(captions, self.model.config.context_length).split(512):
-            block = block[:, : int(glip.lengths(block).max())].to(self.device)
+            block = block[:, : int(glip.lengths(block).max())]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 features.append(self.model.encode_text(block).cpu())
         return torch.cat(features)

@@ -15,6 +15,7 @@ Writes into --out: model.pt (the tower in the run's model, and the head), log.js
 and the accuracy of these weights into the run's results.json, for evaluate.py --publish.
 """
 
+import math
 import os
 import random
 import time
@@ -246,21 +247,23 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         reseed(config.seed, config.epochs, step)  # pictures have smaller numbers in the middle
-        images, labels = images.to(device).float() / 255, labels.to(device)
+        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        images = images.float() / 255
         smooth = 0.0 if mix else config.label_smoothing
         images, targets = mix(images, labels) if mix else (images, labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = classifier(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=smooth)
-        if not torch.isfinite(loss):
-            raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr {config.lr:g}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema.update(classifier, step)
         if (step + 1) % steps_in_epoch == 0:
             epoch = (step + 1) // steps_in_epoch
-            glip.append_line(out / "log.jsonl", {"epoch": epoch, "loss": loss.item(), "lr": lr})
+            last = loss.item()  # once an epoch: a GPU waits for it; what is not finite stays so
+            if not math.isfinite(last):
+                raise InputError(f"the loss is {last} in epoch {epoch}: lower --lr {config.lr:g}")
+            glip.append_line(out / "log.jsonl", {"epoch": epoch, "loss": last, "lr": lr})
     return ema.module
 
 

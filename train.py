@@ -327,24 +327,19 @@ def compile_network(network: nn.Module) -> None:
 def apply_gradients(
     network: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, longest: float
 ) -> Tensor:
-    """Update, unless a gradient is not finite; returns whether all are, on the device.
+    """Update; returns whether all gradients are finite, on the device, so that nobody waits.
 
-    After DDP every process has the same gradients, so all skip or none. Fused AdamW skips on the
-    device; Muon cannot, and the host waits to hear.
+    One that is not spoils the weights, which are then never saved: Report stops the run.
     """
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     norm = parallel.total_norm(grads)
     finite = norm.isfinite()
     if longest:
         torch._foreach_mul_(parallel.local(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
-    skip = len(optimizers) > 1 and not finite.item()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.found_inf = (~finite).float()
-        if not skip:
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
     return finite
 

@@ -211,7 +211,7 @@ def test_every_picture_is_shown_once_an_epoch():
         (["run", "--data", "colours", "--rand-augment", "12"], "magnitude from 0 to 9"),
         (["run", "--data", "colours", "--lr", "0"], "--lr must be above 0"),
         (["run", "--data", "colours", "--out", "run"], "--out run holds something already"),
-        (["run", "--data", "colours", "--lr", "1e30"], "the loss is nan at step"),
+        (["run", "--data", "colours", "--lr", "1e30"], "the loss is nan in epoch"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(words, sentence, tmp_path, monkeypatch, capsys):
