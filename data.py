@@ -530,7 +530,7 @@ def index(config: IndexConfig) -> dict:
         raise InputError(f"{location}: no such folder; name one with .tar shards")
     record = shards.build(location, config.processes or os.cpu_count() or 1)
     told = ", ".join(f"{n:,} {why}" for why, n in sorted(record["skipped"].items())) or "nothing"
-    print(
+    cli.say(
         f"{location}: {sum(record['counts']):,} pairs in {len(record['counts']):,} shards; passed "
         f"over: {told}; the index is in {shards.index_folder(location)}"
     )
