@@ -27,8 +27,8 @@ BATCH, SEED, CPU = 12, 3, torch.device("cpu")
 
 EMBEDDINGS, FULL = "cluster with embeddings", "the full A-CLIP"
 CASES = [(mask, loss, micro) for mask in [*glip.MASKS, EMBEDDINGS] for loss in glip.LOSSES
-         for micro in (0, 1)]  # fmt: skip
-CASES += [("gaussian", loss, micro) for loss in glip.LOSSES for micro in (2, 3, 99)]
+         for micro in (0, 2)]  # fmt: skip
+CASES += [("gaussian", loss, micro) for loss in glip.LOSSES for micro in (1, 3, 99)]
 CASES += [(FULL, "clip", 0)]
 SHARDED = [("gaussian", loss, micro, "shard") for loss in glip.LOSSES for micro in (0, 2)]
 
@@ -77,9 +77,9 @@ def gradients(rank: int, world: int, case: tuple) -> tuple[float, dict]:
 
 
 def trained(rank: int, world: int, micro: int, cut: int) -> dict:
-    """Weights after three steps in fp32; before step `cut` (0: none) a new process takes over."""
+    """Weights after two steps in fp32; before step `cut` (0: none) a new process takes over."""
     state = None
-    for step in range(3):
+    for step in range(2):
         if step in (0, cut):
             network, settings = prepared(rank, world, ("gaussian", "clip", micro), torch.float32)
             optimizers = train.make_optimizers(network, settings[4])
@@ -119,8 +119,8 @@ def work(rank: int, world: int, folder: str) -> None:
         mean = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(mean)
         results[str(case)] = {"loss": mean.item() / world, "grads": grads}
-    for micro in (0, 1):
-        results["resumed"][micro] = [trained(rank, world, micro, cut) for cut in (0, 1, 2)]
+    for micro in (0, 2):
+        results["resumed"][micro] = [trained(rank, world, micro, cut) for cut in (0, 1)]
     for loss in glip.LOSSES:
         results["exchanges"][loss] = [exchanges(rank, loss, rows) for rows in (0, 2, 6)]
     if rank == 0:
@@ -171,10 +171,10 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole(case):
 
 
 def test_a_resumed_run_has_the_bits_of_an_uncut_one(results):
-    """On several processes, too, whatever step the new ones begin with."""
-    for uncut, *resumed in results["resumed"].values():
-        for other in resumed:
-            assert all(torch.equal(uncut[name], other[name]) for name in uncut)
+    """On several processes, too: a step sums the gradients in one order, whether the first or not.
+    """
+    for uncut, resumed in results["resumed"].values():
+        assert all(torch.equal(uncut[name], resumed[name]) for name in uncut)
 
 
 def test_a_loss_in_parts_exchanges_as_often_as_at_once(results):
