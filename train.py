@@ -302,8 +302,9 @@ def backward_cached(
     everybody = len(images) * (dist.get_world_size() if dist.is_initialized() else 1)
     loss, grads = glip.cached_gradients(
         config.loss, torch.cat(image_features), torch.cat(text_features), scales[0],
-        network.logit_bias, max(1, min(config.micro_batch, estimate.LOGITS // everybody)),
-    )  # fmt: skip
+        network.logit_bias,
+        estimate.rows_at_once(config.micro_batch, everybody, parallel.memory_of(images.device)),
+    )
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
         with parallel.exchange(shared, last):

@@ -9,8 +9,8 @@ process's memory settings. Both see the same patches once, and must find the sam
 compiled on both sides: our --compile, its --torchcompile; its draws are others then.
 
 Beside the steps: the machine's own rate of products, before and after each case; each side's
-highest memory, in a process of its own; what our step costs against batch, mask ratio, size of
-pictures and length of captions; and from this, on paper, the cost of training at the paper's scale.
+highest memory, in a process of its own; and what our step costs against batch, mask ratio, size of
+pictures and length of captions.
 
 Writes results/benchmark.json and results/benchmark.png.
 """
@@ -261,23 +261,8 @@ def profiled() -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------
-# On paper
+# The figure
 # ------------------------------------------------------------------------------------------------
-
-SCALES = [("30 epochs of CC12M", 30 * 10_968_539), ("400 million pairs", 400_000_000)]
-
-
-def on_paper(attained: float) -> list[dict]:
-    """Hours of 8 H100 at the share of their product rate that our steps attain here, per ratio.
-
-    Assumed: the share carries over from this machine (`attained`, the median over its cases), 20.2
-    tokens a caption, data never waited for, gradients sent while others are computed.
-    """
-    rate = 8 * estimate.GPUS["h100"][0] * attained
-    return [
-        {"what": name, "mask_ratio": ratio, "hours": pairs * flops(ratio, 20.2) / rate / 3600}
-        for name, pairs in SCALES for ratio in (0.0, 0.5, 0.75, 0.918)
-    ]  # fmt: skip
 
 
 def draw(found: dict, path: Path) -> None:
@@ -342,9 +327,6 @@ def main() -> None:
     }
     found = {
         "cases": cases, "curves": curves, "profile": profiled(),
-        "on_paper": on_paper(statistics.median(
-            row["share_of_product_rate"] for row in cases
-            if row["precision"] == "bf16" and not row["compiled"])),
         "command": " ".join(["python tests/benchmark.py", *sys.argv[1:]]),
         "machine": evaluate.machine(CPU),
     }  # fmt: skip
