@@ -19,7 +19,7 @@ import data
 import glip
 import parallel
 import train
-from aclip import AClip
+from aclip import VIEW_DRAWS, AClip
 from glip import GLIP, GLIPConfig, Masker
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
@@ -55,7 +55,8 @@ def prepared(
     tokens = torch.from_numpy(data.noise(SEED, "tokens", 0, BATCH, 9) * 49).long()
     tokens[:, 6] = 49
     noise = torch.from_numpy(data.noise(SEED, "mask", rank * share, share, 16))
-    draws = torch.from_numpy(data.noise(SEED, "crops", rank * share, share, 8)).to(dtype)
+    draws = torch.from_numpy(data.noise(SEED, "crops", rank * share, share, VIEW_DRAWS + 1))
+    draws = draws.to(dtype) + torch.tensor([0] * VIEW_DRAWS + [0.5])  # the last: width / height
     network = AClip(model).to(dtype) if name == FULL else model
     shared = parallel.spread(network, world, CPU, bool(shard), not micro)
     stage = SimpleNamespace(aclip=name == FULL, masker=masker)
