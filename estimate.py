@@ -25,6 +25,7 @@ import json
 import re
 import time
 from dataclasses import dataclass
+from functools import cache
 from mmap import mmap
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def tower_bytes(
     return (layers - 2 / 3) * (a * width * tokens + (0 if fused else b * heads * tokens**2))
 
 
+@cache
 def parameters(model: GLIPConfig) -> dict[str, int]:
     """How many numbers each tower learns, and how many of both Muon takes."""
     with torch.device("meta"):
