@@ -185,6 +185,7 @@ def fake_gpu(world=1):
             "current_device": lambda: 0, "get_device_capability": lambda d=None: (9, 0),
             "Stream": Stream, "current_stream": Stream, "stream": contextlib.nullcontext,
             "is_current_stream_capturing": lambda: False,
+            "get_device_properties": lambda d: SimpleNamespace(total_memory=80 * 2**30),
         },
         torch.Tensor: {"record_stream": lambda x, s: None, "pin_memory": lambda x: mode.pin(x)},
         FakeTensor: {"is_cuda": property(lambda x: True), "is_meta": property(lambda x: False)},
