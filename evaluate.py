@@ -203,6 +203,16 @@ def ranked(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor) -> dict[str, T
     return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
 
 
+def prompted(encoder: Encoder, pairs: Emoji, images: Tensor) -> dict[str, float]:
+    """Zero-shot top-1 of image_features (M, E) by the prompt that all names are put in."""
+    found = {}
+    for template in (*data.PROMPTS, *data.UNSEEN):
+        names = encoder.texts([data.captioned(name, template) for name in pairs.captions])
+        answers = zero_shot(images, names, pairs.concept, pairs.flags)
+        found[template.format("...", a="a")] = metrics(answers)["zero-shot top-1"]
+    return found
+
+
 def evaluate(encoder: Encoder, pairs: Emoji | HeldOut, *how: object) -> dict[str, Tensor]:
     """Ranks by question of the held-out pairs; `how`: as `features` is told."""
     return ranked(pairs, *features(encoder, pairs, *how))
@@ -437,6 +447,8 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "held_out": {column: metrics(answers) for column, answers in found.items()},
         "intervals": {column: intervals(answers) for column, answers in found.items()},
     }  # fmt: skip
+    if isinstance(test, Emoji):
+        results["prompted"] = prompted(encoder, test, last[0])
     if options.linear_probe or folders:
         probed = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
         results["linear_probe"] = {**results.get("linear_probe", {}), **probed}
@@ -578,6 +590,8 @@ def describe(results: dict) -> str:
             f"masked inference computes {shares['computed']:.1%} of the patches and sees "
             f"{shares['visible']:.1%}"
         )
+    for prompt, value in results.get("prompted", {}).items():
+        lines.append(f"zero-shot top-1, {prompt:35}" + f"{100 * value:>6.1f} %")
     lines += probe.describe(results.get("linear_probe", {}))
     for name, table in results.get("robustness", {}).items():
         for metric, value in list(table.items())[:1]:

@@ -99,6 +99,9 @@ def demo_table(results: list[dict]) -> str:
         [metric, *(spread(r["held_out"][column][metric] for r in runs) for column in STAGES)]
         for metric in metrics
     ]
+    for prompt in runs[0].get("prompted", {}):
+        cell = spread(r["prompted"][prompt] for r in runs if "prompted" in r)
+        rows.append([f"zero-shot top-1, {prompt}", "", "", cell])
     for name in runs[0].get("linear_probe", {}):
         shares = [r["linear_probe"][name] for r in runs if "linear_probe" in r]
         cell = spread(s["accuracy"] for s in shares)

@@ -171,7 +171,8 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
-        batches = Batches(train, order, model, rank, world, text_mask, views)
+        prompts = isinstance(train, data.Emoji) and config.captions == "prompts"
+        batches = Batches(train, order, model, rank, world, text_mask, views, prompts)
         return Stage(
             name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
         )
