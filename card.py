@@ -1,10 +1,12 @@
 """What a checkpoint tells of itself, and the model card that goes with every export."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import evaluate
+from cli import printable
 from glip import SIZES, GLIPConfig
 
 
@@ -54,7 +56,7 @@ def record(content: dict) -> dict[str, str]:
             "steps": ", ".join(f"{n:,} {stage}" for stage, n in content["steps"].items()),
             "trained": f"{hours:.2f} hours on {content['world']} x {machine['device']} "
             f"({machine['cpu']}), {'bf16' if content['bf16'] else 'fp32'}",
-            "command": f"`{content['command']}`", "commit": machine["commit"] or "unknown",
+            "command": content["command"], "commit": machine["commit"] or "unknown",
         }  # fmt: skip
         if str(run["data"]).startswith(("emoji", "scenes-")):
             vendors = ", ".join(run["vendors"]) or "all but those held out"
@@ -124,18 +126,24 @@ are for research and teaching.
 """
 
 
+def plain(text: object) -> str:
+    """Text for Markdown that stays text: no heading, link, picture, HTML or further column."""
+    return re.sub(r"([\\`<\[|])", r"\\\1", printable(text))
+
+
 def card(to: str, path: Path, content: dict, config: GLIPConfig) -> str:
     """The model card of an export; its results are what evaluate.py wrote beside the model."""
     rows, written = ["Not evaluated on held-out pairs before the export."], {}
     if path.name == "model.pt" and (path.parent / "results.json").is_file():
         written = json.loads((path.parent / "results.json").read_text())
     if tables := written.get("held_out"):  # not there after published sets alone
-        rows = [f"| held-out pairs | {' | '.join(tables)} |", "| --- |" + " --- |" * len(tables)]
+        names = " | ".join(map(plain, tables))
+        rows = [f"| held-out pairs | {names} |", "| --- |" + " --- |" * len(tables)]
         for metric in next(iter(tables.values())):
             cells = (f"{100 * table[metric]:.1f} %" for table in tables.values())
-            rows.append(f"| {metric} | {' | '.join(cells)} |")
+            rows.append(f"| {plain(metric)} | {' | '.join(cells)} |")
     return CARD.format(
         library=LIBRARY[to], name=architecture(config), loading=LOADING[to].replace("DIR", "."),
-        facts="\n".join(f"- {name}: {value}" for name, value in facts(content, config).items()),
+        facts="\n".join(f"- {k}: {plain(value)}" for k, value in facts(content, config).items()),
         results="\n".join(rows), tokens=config.context_length, size=size_text(config),
     )  # fmt: skip

@@ -305,8 +305,7 @@ def torch_content(path: Path) -> object:
             for root, _, name in (x.rpartition("/") for x in archive.namelist()):
                 if name == "constants.pkl":  # torch.jit.save's alone
                     return tensors_of(ArchiveReader(archive, root).load())
-    with open(path, "rb") as file:  # given a path, torch would judge by the name
-        return torch.load(file, map_location="cpu", weights_only=True)
+    return glip.load_tensors(path)
 
 
 def read_weights(path: Path) -> Weights:
@@ -362,6 +361,7 @@ def fitted(config: GLIPConfig, weights: Weights, file: Path) -> GLIP:
                 f"{file}: {name} has shape {found[name]}, its config says {wanted[name]}: is that "
                 "config its own?"
             )
+    glip.check_finite(weights, file)
     model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
     return model
 
@@ -548,9 +548,10 @@ def export(options: ExportConfig) -> None:
     """`convert.py export`."""
     check_new(options.out)
     path = weights_in(options.run, "model.pt")
-    model, config = glip.load_model(path)
+    content = glip.load_checkpoint(path)
+    model = glip.built(content)
     files = EXPORTS[options.to](model)
-    files["README.md"] = card(options.to, path, glip.load_checkpoint(path), config).encode()
+    files["README.md"] = card(options.to, path, content, model.config).encode()
     with glip.room_for(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -585,7 +586,7 @@ def import_(options: ImportConfig) -> None:
         imported={"file": file.name, "from": options.source, "sha256": digest},
     )  # fmt: skip
     content = glip.load_checkpoint(options.out / "model.pt")
-    print(f"wrote {options.out}/model.pt: {facts(content, config)['architecture']}")
+    cli.say(f"wrote {options.out}/model.pt: {facts(content, config)['architecture']}")
 
 
 KINDS = {  # a name that tells who wrote weights
@@ -599,17 +600,17 @@ def info(options: InfoConfig) -> None:
     """`convert.py info`."""
     path = weights_in(options.file, "model.pt", *WEIGHTS)
     try:
-        config = glip.load_model(path)[1]
         content = glip.load_checkpoint(path)
-        weights, kind, told = content["model"], "a checkpoint of nanoGLIP", facts(content, config)
+        weights, kind = content["model"], "a checkpoint of nanoGLIP"
+        told = facts(content, GLIPConfig(**content["model_config"]))
     except InputError:
         weights = read_weights(path)
         kind = next((kind for name, kind in KINDS.items() if name in weights), "unknown to us")
         told = {"parameters": f"{sum(v.numel() for v in weights.values()):,}"}
     types = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in weights.values()}))
-    print(f"{path}: {kind}; {path.stat().st_size:,} bytes, {len(weights)} tensors, {types}")
-    for name, value in told.items():
-        print(f"  {name}: {value}")
+    size = f"{path.stat().st_size:,} bytes, {len(weights)} tensors, {types}"
+    for line in (f"{path}: {kind}; {size}", *(f"  {name}: {told[name]}" for name in told)):
+        print(cli.printable(line))
 
 
 COMMANDS = {

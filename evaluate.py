@@ -140,7 +140,7 @@ class Encoder:
         """text_features (n, E) of n captions."""
         features = []
         for block in glip.tokenize(captions, self.model.config.context_length).split(512):
-            block = block[:, : int(glip.lengths(block).max())]
+            block = block[:, : int(glip.lengths(block).max())].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 features.append(self.model.encode_text(block).cpu())
         return torch.cat(features)
@@ -201,16 +201,6 @@ def ranked(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor) -> dict[str, T
         result = zero_shot(images, texts, pairs.concept, pairs.flags)
     shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
     return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
-
-
-def prompted(encoder: Encoder, pairs: Emoji, images: Tensor) -> dict[str, float]:
-    """Zero-shot top-1 of image_features (M, E) by the prompt that all names are put in."""
-    found = {}
-    for template in (*data.PROMPTS, *data.UNSEEN):
-        names = encoder.texts([data.captioned(name, template) for name in pairs.captions])
-        answers = zero_shot(images, names, pairs.concept, pairs.flags)
-        found[template.format("...", a="a")] = metrics(answers)["zero-shot top-1"]
-    return found
 
 
 def evaluate(encoder: Encoder, pairs: Emoji | HeldOut, *how: object) -> dict[str, Tensor]:
@@ -297,7 +287,7 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
             "compare runs of the same stages, on sets whose metric is a share of answers"
         )
     tables = significance.compare(*({column: side[column] for column in both} for side in (a, b)))
-    print(f"A: {runs[0]}\nB: {runs[1]}\n{significance.describe(tables)}")
+    cli.say(f"A: {runs[0]}\nB: {runs[1]}\n{significance.describe(tables)}")
     return problems
 
 
@@ -394,12 +384,13 @@ def open_run(
     if record - content.keys() or SETTINGS - content["config"].keys():
         raise InputError(f"{run}/model.pt holds no full training record; name a run of train.py")
 
-    def encoder(file: str) -> Encoder:
-        return Encoder(glip.load_model(run / file)[0].to(device), device, options.precision)
+    def encoder(content: dict) -> Encoder:
+        return Encoder(glip.built(content).to(device), device, options.precision)
 
-    before = final = encoder("model.pt")
+    before = final = encoder(content)
     if content["stage"] == "tune" and (run / "pretrained.pt").is_file():
-        masked, before = glip.load_checkpoint(run / "pretrained.pt"), encoder("pretrained.pt")
+        masked = glip.load_checkpoint(run / "pretrained.pt")
+        before = encoder(masked)
     return run, content, final, before, Masker.restored(masked["mask"], before.model.visual)
 
 
@@ -447,8 +438,6 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "held_out": {column: metrics(answers) for column, answers in found.items()},
         "intervals": {column: intervals(answers) for column, answers in found.items()},
     }  # fmt: skip
-    if isinstance(test, Emoji):
-        results["prompted"] = prompted(encoder, test, last[0])
     if options.linear_probe or folders:
         probed = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
         results["linear_probe"] = {**results.get("linear_probe", {}), **probed}
@@ -456,7 +445,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         results["robustness"] = robustness(encoder, test)
     write_results(run, results)
     keep_ranks(run, found, test)
-    print(describe(results))
+    cli.say(describe(results))
     pictures = figures.draw_all(run, config, last, test, before, before_test, masker)
     print(f"wrote {run}/results.json, {', '.join(pictures)}")
     publish(run, options, pictures)
@@ -492,7 +481,7 @@ def run_benchmarks(
     results["benchmarks"] = {**results.get("benchmarks", {}), **new}
     if new:
         write_results(run, results)
-        print(benchmarks.describe(new))
+        cli.say(benchmarks.describe(new))
     found = {}
     try:
         folders += [probe.to_probe(place, encoder.model.config.pixels[0]) for place in probed]
@@ -501,7 +490,7 @@ def run_benchmarks(
         problems.append(str(error))
     if found:
         results["linear_probe"] = {**results.get("linear_probe", {}), **found}
-        print("\n".join(probe.describe(found)))
+        cli.say("\n".join(probe.describe(found)))
     if new or found:
         write_results(run, results)
         print(f"wrote {run}/results.json")
@@ -590,8 +579,6 @@ def describe(results: dict) -> str:
             f"masked inference computes {shares['computed']:.1%} of the patches and sees "
             f"{shares['visible']:.1%}"
         )
-    for prompt, value in results.get("prompted", {}).items():
-        lines.append(f"zero-shot top-1, {prompt:35}" + f"{100 * value:>6.1f} %")
     lines += probe.describe(results.get("linear_probe", {}))
     for name, table in results.get("robustness", {}).items():
         for metric, value in list(table.items())[:1]:

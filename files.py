@@ -9,8 +9,11 @@ import os
 import platform
 import shutil
 import stat
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
 
 from masks import InputError
 
@@ -58,6 +61,22 @@ def append_line(path: Path | str, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def prune(path: Path, keep: Callable[[dict], object]) -> None:
+    """Leave in a file of JSON records those to `keep`; lines that are no such records are counted.
+
+    A line is no record where it is not JSON, or `keep` raises an error of types or keys.
+    """
+    kept, lost = [], 0
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            kept += [line + b"\n"] * bool(keep(json.loads(line.decode())))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            lost += 1
+    if lost:
+        print(f"{path}: {lost} lines were no records, and are left out")
+    write_bytes(path, b"".join(kept))
+
+
 @contextlib.contextmanager
 def locked(folder: Path | str, what: str) -> Iterator[None]:
     """Make a folder and be the only process that is `what`, as in "indexing", it.
@@ -69,6 +88,7 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
+        held.callback(remove_empty, path.parent)
         with contextlib.suppress(OSError, ImportError):  # Windows has no fcntl
             import fcntl
 
@@ -87,6 +107,12 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
         yield
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was written."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def flush_folder(folder: Path) -> None:
     """Make names that were given in a folder outlast a loss of power."""
     if os.name == "posix":
@@ -98,6 +124,28 @@ def flush_folder(folder: Path) -> None:
 def write_bytes(path: Path | str, content: bytes) -> None:
     """write_safely for content that is at hand."""
     write_safely(path, lambda file: file.write(content))
+
+
+def load_tensors(path: Path | str) -> object:
+    """What torch.save wrote, of which nothing is executed; raises many kinds of errors.
+
+    torch compares no checksums, and unpacks without a limit what it would never have compressed.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            large = sum(member.file_size for member in members) > Path(path).stat().st_size
+            if large or any(member.compress_type for member in members) or archive.testzip():
+                raise zipfile.BadZipFile("compressed, or changed since it was written")
+    with open(path, "rb") as file:  # given a path, torch would judge by the name
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def check_finite(weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Raise InputError naming the first weight that is not finite: features would be NaN."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} is not finite; name a checkpoint from before that")
 
 
 def cached(path: Path, make: Callable[[], dict]) -> dict:

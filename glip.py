@@ -20,7 +20,7 @@ import html
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -36,7 +36,8 @@ from torch.utils.checkpoint import checkpoint
 from files import (  # noqa: F401 - one name for users, glip
     append_line,
     cached,
-    flush_folder,
+    check_finite,
+    load_tensors,
     locked,
     room_for,
     write_bytes,
@@ -67,7 +68,6 @@ from masks import (  # noqa: F401 - half of these are for others: one name for u
     patchify,
     sample_ids_keep,
     sample_mask,
-    sent,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def lay_out(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         owner = owner.unflatten(0, (rows, length))                             # (R, T)
         allowed = (owner[:, None, :, None] == owner[:, None, None]).tril().to(device)
     found = (tokens.flatten()[kept], position, read, places)
-    tokens, position, read, places = (sent(t, device) for t in found)
+    tokens, position, read, places = (t.to(device, non_blocking=True) for t in found)
     return tokens, position, allowed, Layout(read, places, (rows, length))
 
 
@@ -574,11 +574,11 @@ def save_checkpoint(path: Path | str, model: GLIP, **state: object) -> None:
 
 
 def load_checkpoint(path: Path | str) -> dict:
-    """Read a file of save_checkpoint, executing nothing in it; else raise InputError."""
+    """Read a file of save_checkpoint, executing nothing in it; InputError for a damaged one."""
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
     except Exception as error:  # torch raises many kinds for torn, foreign and malicious files
         raise InputError(
             f"{path}: not a readable nanoGLIP checkpoint ({type(error).__name__}); nothing in it "
@@ -586,7 +586,27 @@ def load_checkpoint(path: Path | str) -> dict:
         ) from None
     if not isinstance(content, dict) or not {"model_config", "model"} <= content.keys():
         raise InputError(f"{path}: a checkpoint of another program; name one that train.py wrote")
+    weights = content["model"]
+    try:
+        config = GLIPConfig(**content["model_config"])
+        large = sum(v.nbytes for v in weights.values()) > Path(path).stat().st_size
+        rest = config.width % config.heads or config.text_width % config.text_heads
+        if large or rest or config.layers + config.text_layers > len(weights):
+            raise ValueError("more than is in the file")
+        with torch.device("meta"):  # takes no memory, whatever the config says
+            GLIP(config).load_state_dict(weights, assign=True)
+    except Exception as error:
+        told = f"its weights do not fit its model_config ({type(error).__name__})"
+        raise InputError(f"{path}: {told}; name one that train.py wrote") from None
+    check_finite(weights, path)
     return content
+
+
+def built(content: dict) -> GLIP:
+    """The model in a checkpoint's content."""
+    model = GLIP(GLIPConfig(**content["model_config"]))
+    model.load_state_dict(content["model"])
+    return model.eval()
 
 
 def load_model(
@@ -596,20 +616,8 @@ def load_model(
 
     Raises InputError for a file that is missing, torn, foreign or not what its config says.
     """
-    content = load_checkpoint(path)
-    try:
-        model = GLIP(GLIPConfig(**content["model_config"]))
-        model.load_state_dict(content["model"])
-    except InputError:
-        raise
-    except Exception as error:
-        known = ", ".join(field.name for field in fields(GLIPConfig))
-        raise InputError(
-            f"{path}: its weights do not fit its model_config ({type(error).__name__}; known "
-            f"settings: {known}); name a checkpoint that train.py wrote"
-        ) from None
-    if image_size is not None:
-        model = resized(model, image_size)
+    model = built(load_checkpoint(path))
+    model = model if image_size is None else resized(model, image_size)
     return model.eval(), model.config
 
 

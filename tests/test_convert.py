@@ -4,12 +4,14 @@ import contextlib
 import copy
 import io
 import json
+import math
 import pickle
+import re
 import shutil
 import sys
 import tarfile
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import card
 import convert
 import data
 import embedded
@@ -412,6 +415,7 @@ def test_torn_renamed_and_malicious_files_run_nothing_and_write_nothing(tmp_path
         do(monkeypatch, "import", folder / name, "--from", "open_clip", "--out", out)
     name, value = "visual.proj", weights["visual.proj"]
     for wrong, told in (
+        ({name: value * math.nan}, "visual.proj is not finite"),
         ({name: value.T}, "visual.proj has shape"), ({name: None}, "visual.proj is missing"),
         ({name: value[:, 1:]}, "visual.proj has shape"), ({"visual.x": value + 0}, "only ViT"),
     ):  # fmt: skip
@@ -616,6 +620,27 @@ def test_an_init_that_does_not_fit_is_refused_before_anything_is_written(folder,
         assert not Path("run").exists()
 
 
+def test_a_checkpoints_words_are_no_markup_and_no_orders_to_a_terminal(folder, monkeypatch):
+    wild = "\x1b[2Jx\n# Owned\n<script>a</script>[b](c)`|"
+    run = asdict(train.TrainConfig(data=(wild,), init=wild))
+    glip.save_checkpoint(
+        "model.pt", model_of(TINY), config=run, steps={wild: 1}, seconds={}, command=wild, world=1,
+        bf16=False, machine={"device": wild, "cpu": wild, "commit": wild},
+    )  # fmt: skip
+    Path("results.json").write_text(json.dumps({"held_out": {wild: {wild: 0.5}}}))
+    told = do(monkeypatch, "info", "model.pt")
+    assert len(told.splitlines()) == 11 and told.replace("\n", "").isprintable()
+    do(monkeypatch, "export", "model.pt", "--to", "timm", "--out", "timm")
+    text = Path("timm/README.md").read_text()
+    assert "\x1b" not in text and [x for x in text.splitlines() if x[:1] == "#"] == [
+        f"# {card.architecture(TINY)}, by nanoGLIP", "## Model and training", "## Results",
+        "## Licence", "## Limits",
+    ]  # fmt: skip
+    body = text.partition("## Model and training")[2]
+    assert "Owned" in body and not re.search(r"(?<!\\)[`<\[]", body)
+    assert len({line.replace(r"\|", "").count("|") for line in body.splitlines()}) == 2
+
+
 def test_info_and_card_tell_what_a_checkpoint_is(folder, monkeypatch):
     from huggingface_hub import ModelCard
 
@@ -633,10 +658,10 @@ def test_info_and_card_tell_what_a_checkpoint_is(folder, monkeypatch):
         assert words in told
     for to in convert.EXPORTS:
         do(monkeypatch, "export", "run", "--to", to, "--out", to)
-        card = ModelCard.load(Path(to) / "README.md")
-        assert card.data.license and card.data.library_name
+        loaded = ModelCard.load(Path(to) / "README.md")
+        assert loaded.data.license and loaded.data.library_name
         for words in ("emoji", "none, 0.0%", "seed: 7", "12.3 %", "45.6 %", "MIT", "## Limits"):
-            assert words in card.content
+            assert words in loaded.content
     for name, words in (("open_clip", "open_clip's names"), ("hf", "transformers' names"),
                           ("timm", "timm's names")):  # fmt: skip
         (file,) = Path(name).glob("*.safetensors")

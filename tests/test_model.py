@@ -1,7 +1,10 @@
 """Towers against open_clip and timm with the same weights; masking, loss, files."""
 
+import copy
 import math
 import pickle
+import resource
+import zipfile
 from dataclasses import asdict, replace
 
 import open_clip
@@ -278,17 +281,36 @@ def broken_checkpoints(folder):
     missing = dict(content["model"])
     missing.popitem()
     torch.save({**content, "model": missing}, folder / "missing.pt")
+    sizes = {"layers": 10**5, "image_size": 24_000, "heads": 10**9, "text_heads": 0, "width": "8"}
+    for name, value in sizes.items():
+        changed = {**content, "model_config": {**asdict(TINY), name: value}}
+        if name == "image_size":  # its weights claim as much, by a view of a single number
+            wide = torch.zeros(1).expand(1 + 3000**2, TINY.width)
+            changed["model"] = content["model"] | {"visual.positional_embedding": wide}
+        torch.save(changed, folder / f"{name}.pt")
+    for value in (math.nan, math.inf):
+        changed = copy.deepcopy(content)
+        changed["model"]["text_projection"][1, 2] = value
+        torch.save(changed, folder / f"{value}.pt")
+    whole = good.read_bytes()
+    (folder / "zeroed.pt").write_bytes(whole[:20_000] + bytes(4096) + whole[24_096:])
+    with zipfile.ZipFile(good) as stored, \
+            zipfile.ZipFile(folder / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed:  # fmt: skip
+        for member in stored.namelist():
+            packed.writestr(member, stored.read(member))
     return [*(p for p in folder.glob("*.pt") if p != good), folder / "absent.pt"]
 
 
 def test_bad_checkpoints_are_refused_in_a_sentence_and_nothing_executes(tmp_path):
     files = broken_checkpoints(tmp_path)
-    assert len(files) == 11
+    assert len(files) == 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for file in files:
         with pytest.raises(InputError, match=file.name) as caught:
             glip.load_model(file)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
 def test_siglip_is_open_clips():
