@@ -100,7 +100,7 @@ def center_crop_scores(
     """
     nearest = -log_gaussian(grid, 1.0, centre, torch.device("cpu"), torch.float64)[0]
     place = nearest.argsort(stable=True).argsort()                             # (N,)
-    return -sent(place, noise.device).to(noise.dtype).expand_as(noise)
+    return -place.to(noise).expand_as(noise)
 
 
 def grid_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -136,11 +136,7 @@ def centres(n: int, device: torch.device, dtype: torch.dtype = torch.float32) ->
     return torch.linspace(*ends, n, device=device, dtype=dtype)
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; for a copy to a GPU nobody waits, which takes pinned memory."""
-    if device.type == "cuda" and x.is_cpu:
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+MIN_SIGMA = 1e-6  # far below it the density is not finite in fp32
 
 
 def log_gaussian(
@@ -151,8 +147,10 @@ def log_gaussian(
     if len(centre) != 2:
         raise InputError(f"centre {centre} must be two numbers, row and column on [-1, 1]")
     pair = tuple(sigma) if isinstance(sigma, tuple | list) else (sigma, sigma)
-    if len(pair) != 2 or not all(0 < s < math.inf for s in pair):
-        raise InputError(f"sigma {sigma} is a variance and must be above 0: one value or two")
+    if len(pair) != 2 or not all(MIN_SIGMA <= s < math.inf for s in pair):
+        raise InputError(
+            f"sigma {sigma} is a variance and must be above 0, at least {MIN_SIGMA}: one or two"
+        )
     y, x = (
         (centres(n, device, dtype) - c) ** 2 / (2 * s)
         for n, c, s in zip(grid, centre, pair, strict=True)
@@ -374,8 +372,7 @@ def normalise(patches: Tensor) -> Tensor:
     scale = 255.0 if patches.dtype == torch.uint8 else 1.0
     x = patches.unflatten(-1, (3, -1))                                         # (B, K, 3, pp)
     x = x.float() if x.dtype == torch.uint8 else x
-    # filled where they are needed: a GPU would wait for a copy from the host
-    mean, std = (torch.stack([x.new_full((1,), v) for v in c]) for c in (MEAN, STD))  # (3, 1)
+    mean, std = (torch.tensor(c, device=x.device, dtype=x.dtype)[:, None] for c in (MEAN, STD))
     return ((x - scale * mean) / (scale * std)).flatten(2)
 
 

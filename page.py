@@ -103,13 +103,13 @@ def charts(records: list[dict], clip: bool) -> str:
                    for title, lines, dashed in found)  # fmt: skip
 
 
-def as_image(pixels: Tensor) -> str:
-    """A picture (3, H, W), bytes or floats in [0, 1], as an <img>."""
+def as_png(pixels: Tensor) -> str:
+    """A picture (3, H, W), bytes or floats in [0, 1], as base64."""
     if pixels.is_floating_point():
         pixels = (pixels.nan_to_num().clamp(0, 1) * 255).byte()
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def masked(images: Tensor, seen: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def masked(images: Tensor, seen: Tensor) -> Tensor:
 def samples(
     images: Tensor, tokens: Tensor, ids_keep: Tensor | None, visible: Tensor | None,
     grid: tuple[int, int],
-) -> str:  # fmt: skip
+) -> list[list[str]]:  # fmt: skip
     """Pairs as they are trained on, (B, 3, H, W) and (B, T): the picture, its mask, its words."""
     images, tokens, ids_keep, visible = (
         x if x is None else x.cpu() for x in (images, tokens, ids_keep, visible)
@@ -131,15 +131,28 @@ def samples(
     if ids_keep is not None:
         kept = torch.ones_like(ids_keep, dtype=torch.bool) if visible is None else visible
         seen = torch.zeros_like(seen).scatter(1, ids_keep, kept)
-    hidden, figures = masked(images, seen.unflatten(1, grid)), []
-    for picture, part, row, length in zip(
-        images, hidden, tokens, glip.lengths(tokens), strict=True
-    ):
-        words = html.escape(glip.decode_tokens(row[1 : length - 1].tolist()))
-        figures.append(
-            f"<figure>{as_image(picture)}{as_image(part)}<figcaption>{words}</figcaption></figure>"
-        )
-    return "".join(figures)
+    hidden = masked(images, seen.unflatten(1, grid))
+    words = [glip.decode_tokens(row[1 : length - 1].tolist())
+             for row, length in zip(tokens, glip.lengths(tokens), strict=True)]  # fmt: skip
+    return [[*map(as_png, both), text] for *both, text in zip(images, hidden, words, strict=True)]
+
+
+def are_samples(rows: object) -> bool:
+    """Whether something from a checkpoint is made like samples()."""
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == 3 and all(isinstance(x, str) for x in row)
+        for row in rows
+    )
+
+
+def figures(rows: list[list[str]]) -> str:
+    """samples() as HTML."""
+    return "".join(
+        "<figure>"
+        + "".join(f'<img alt="" src="data:image/png;base64,{html.escape(png)}">' for png in both)
+        + f"<figcaption>{html.escape(words)}</figcaption></figure>"
+        for *both, words in rows
+    )
 
 
 def settings(config: TrainConfig) -> str:
@@ -154,17 +167,18 @@ def settings(config: TrainConfig) -> str:
 
 
 def write(
-    out: Path, config: TrainConfig, where: str, command: str, machine: dict, pairs: dict[str, str]
-) -> None:
+    out: Path, config: TrainConfig, where: str, command: str, machine: dict,
+    pairs: dict[str, list[list[str]]],
+) -> None:  # fmt: skip
     """Write out/report.html; `where` says how far the run is, `pairs` are samples() of stages."""
     lines = (out / "log.jsonl").read_text().splitlines()
     clip = config.loss == "clip" and not config.aclip
     name, curves = html.escape(out.name), charts([json.loads(line) for line in lines], clip)
     made = "{device}, {cores} cores of {cpu}, commit {commit}".format(**machine)
     shown = "".join(
-        f"<h2>{stage}: pairs of the last batch, and what the mask left of them</h2>"
-        f'<div class="row pairs">{figures}</div>'
-        for stage, figures in pairs.items()
+        f"<h2>{html.escape(stage)}: pairs of the last batch, and what the mask left of them</h2>"
+        f'<div class="row pairs">{figures(rows)}</div>'
+        for stage, rows in pairs.items()
     )
     text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
 <style>{STYLE}</style><h1>{name}</h1><p>{html.escape(where)}. {html.escape(made)}.</p>

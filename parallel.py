@@ -10,8 +10,9 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cli
 from glip import InputError
+
+T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,11 +37,6 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu":
         keep_memory()
     return torch.device(name)
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU; 0 for what is none."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def keep_memory() -> None:
@@ -82,6 +80,21 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
         dist.destroy_process_group()
 
 
+def by_first(rank: int, world: int, work: Callable[[], T]) -> T | None:
+    """What `work` gives on the first process, None on the others; its InputError is for all."""
+    found, problem = None, [None]
+    if rank == 0:
+        try:
+            found = work()
+        except InputError as error:
+            problem = [str(error)]
+    if world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])
+    return found
+
+
 def spread(
     network: nn.Module, world: int, device: torch.device, shard: bool, static_graph: bool
 ) -> nn.Module:
@@ -97,15 +110,9 @@ def spread(
                 fully_shard(block, mesh=mesh)
         return fully_shard(network, mesh=mesh, ignored_params=scalars)
     if world > 1:
-        network = DistributedDataParallel(
+        return DistributedDataParallel(
             network, static_graph=static_graph, gradient_as_bucket_view=True
         )
-        if device.type == "cpu":
-            # DDP divides the gradients into other buckets after its first step, and in another
-            # bucket a gradient is summed in another order: the step after a resume would differ
-            # in its last bits. Here the buckets of all steps are made at once.
-            network.reducer._push_all_rebuilt_params()
-            network.reducer._rebuild_buckets()
     return network
 
 

@@ -6,6 +6,7 @@ The defaults are the demo's; a recipe changes some; a flag given by hand wins.
 import argparse
 import contextlib
 import math
+import os
 import re
 import sys
 import zlib
@@ -21,6 +22,7 @@ import data
 import glip
 from data import EMBEDDED, HELD_OUT, MAX_BAD, SAMPLINGS, VENDORS
 from glip import GLIPConfig, InputError, Masker
+from masks import MIN_SIGMA
 
 # The GLIP authors' README. What it leaves open is filled with open_clip's defaults (warm-up, weight
 # decay, context of 77) or, for the tuning's warm-up, with ours. Their batch of 1,280 is stated for
@@ -36,7 +38,6 @@ RECIPES = {
     "demo": {},
     "compare": {  # a row of the comparison of masks: 100 s
         "batch_size": 256, "steps": 450, "lr": 1e-3, "weight_decay": 0.1, "tune_epochs": 0.5,
-        "captions": "names",
     },
     "cc3m": PAPER,
     "cc12m": PAPER,
@@ -99,7 +100,6 @@ class Data:
     max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
-    captions: Literal["prompts", "names"] = "prompts"  # emoji: names in prompts, or names alone
 
 
 @dataclass(frozen=True)
@@ -241,10 +241,9 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     if "steps" in given:
         config = replace(config, epochs=0.0)
     own = bool(config.data) and config.data[0] not in EMBEDDED
-    for flag in sorted(given & {"vendors", "held_out", "captions"}):
-        if own:
-            names = " ".join(config.data)
-            raise InputError(f"{flag_of(flag)} is for emoji, not for --data {names}")
+    if own and given & {"vendors", "held_out"}:
+        names = " ".join(config.data)
+        raise InputError(f"--vendors and --held-out are for emoji, not for --data {names}")
     if not config.tune_epochs:
         for flag in sorted(name for name in given if name[:5] == "tune_" and name != "tune_epochs"):
             raise InputError(f"{flag_of(flag)} does nothing without tuning: --tune-epochs is 0")
@@ -309,9 +308,13 @@ def check(config: TrainConfig, world: int) -> None:
     for name in ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"):
         if not all(0 < value < math.inf for value in as_tuple(getattr(config, name))):
             raise InputError(f"{flag_of(name)} must be above 0 and finite")
+    if min(as_tuple(config.sigma)) < MIN_SIGMA:
+        raise InputError(f"--sigma must be {MIN_SIGMA} at least")
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"--seed {config.seed} is outside [0, 2^63)")
     for name in (
-        "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every", "save_every",
-        "micro_batch", "clip_grad_norm",
+        "epochs", "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every",
+        "save_every", "micro_batch", "clip_grad_norm",
     ):  # fmt: skip
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{flag_of(name)} must be at least 0 and finite")
@@ -406,6 +409,13 @@ def masker_of(config: TrainConfig) -> Masker:
     )  # fmt: skip
 
 
+def path_name(path: str) -> str:
+    """The last name of a path, and a checksum of what else tells it from others, if it has more."""
+    path = os.path.normpath(path)
+    name = re.sub(r"[^\w.-]+", "-", Path(path).name)
+    return name if name == path else f"{name}-{zlib.crc32(path.encode(errors='replace')):08x}"
+
+
 def run_name(config: TrainConfig) -> str:
     """A folder name made of the recipe and of what differs from it; no clock."""
     base = TrainConfig(recipe=config.recipe, **RECIPES[config.recipe])
@@ -418,7 +428,7 @@ def run_name(config: TrainConfig) -> str:
             continue
         values = value if isinstance(value, tuple) else (value,)
         if field.name in ("data", "clusters", "init"):  # a path's name, not a machine's folders
-            values = [Path(name).name for name in values]
+            values = [path_name(name) for name in values]
         value = "-".join(map(str, values))
         value = re.sub(r"[^\w.-]+", "-", value)
         parts.append(f"{field.name.replace('_', '-')}={value}")

@@ -33,8 +33,9 @@ import evaluate
 import glip
 import page
 import parallel
-from cli import Stopped
+from cli import Stopped, printable, say
 from data import Batches
+from files import flush_folder, prune
 from glip import GLIP, GLIPConfig, InputError, Masker
 from recipes import MACHINE, TrainConfig, flag_of
 
@@ -90,6 +91,13 @@ def stamp_of(pairs: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+STATE = {  # what going on needs of a checkpoint, beside its weights
+    "stage": str, "step": int, "config": dict, "mask": dict, "heads": dict, "optimizers": list,
+    "data_stamp": str, "bf16": bool, "seconds": dict, "steps": dict, "read": int, "bad": int,
+    "pairs": dict,
+}  # fmt: skip
+
+
 def last_state(out: Path, config: TrainConfig, stages: list[Stage], bf16: bool) -> dict:
     """The newest whole checkpoint of an unfinished run in `out`, {} if there is none.
 
@@ -98,11 +106,12 @@ def last_state(out: Path, config: TrainConfig, stages: list[Stage], bf16: bool) 
     names = [name for name in ("latest.pt", "previous.pt") if (out / name).is_file()]
     for name in names:
         try:
-            state = glip.load_checkpoint(out / name)
+            state = glip.load_checkpoint(out / name) | {"file": out / name}
+            for key, kind in STATE.items():
+                if not isinstance(state.get(key), kind):
+                    raise InputError(f"{out / name}: its {key} is missing, or no {kind.__name__}")
         except InputError as error:
-            print(f"{error}; going back to the checkpoint before", file=sys.stderr)
-            continue
-        if "optimizers" not in state:
+            print(printable(f"{error}; going back to the checkpoint before"), file=sys.stderr)
             continue
         now, then = asdict(config), state["config"]
         for key in sorted(now.keys() - FREE):
@@ -121,6 +130,9 @@ def last_state(out: Path, config: TrainConfig, stages: list[Stage], bf16: bool) 
                 f"--out {out}: the data have changed since this run began; bring them back, or "
                 "choose another --out"
             )
+        steps = {stage.name: stage.steps for stage in stages}
+        if not 0 < state["step"] <= steps.get(state["stage"], 0):
+            raise InputError(f"{out / name}: this run has no such step; remove the folder")
         return state
     if names:
         raise InputError(f"--out {out}: no checkpoint in it is whole; remove the folder")
@@ -144,26 +156,45 @@ def restore(
 ) -> None:
     """Put a checkpoint's optimizers, teacher and heads back in place."""
     model = network.model if stage.aclip else network
-    found = Masker.restored(state["mask"], model.visual)
-    vars(stage.masker).update(vars(found))
-    if stage.aclip:
-        network.load_state_dict(state["heads"], strict=False)
-    for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.load_state_dict(parallel.divided(content, parameters))
+    try:
+        found = Masker.restored(state["mask"], model.visual)
+        vars(stage.masker).update(vars(found))
+        if stage.aclip:
+            network.load_state_dict(state["heads"], strict=False)
+        for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.load_state_dict(parallel.divided(content, parameters))
+            for p, values in optimizer.state.items():
+                tensors = [x for x in values.values() if isinstance(x, Tensor) and x.ndim]
+                if any(x.shape != p.shape for x in tensors):
+                    raise ValueError("another shape")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(
+            f"{state['file']}: its mask, heads or optimizers are not this run's "
+            f"({type(e).__name__}): remove that file to go on from the checkpoint before"
+        ) from None
 
 
 def cut_log(out: Path, state: dict, stages: list[Stage]) -> None:
-    """Cut log.jsonl back to a checkpoint, and what was written of another step away."""
+    """Cut log.jsonl back to a checkpoint; lines of it and of quarantine.jsonl that are none go."""
     order = [stage.name for stage in stages]
     until = (order.index(state["stage"]), state["step"]) if state else (-1, 0)
-    kept, path = [], out / "log.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut
-            record = json.loads(line)
-            if (order.index(record["stage"]), record["step"]) <= until:
-                kept.append(line + "\n")
-    glip.write_bytes(path, "".join(kept).encode())
+
+    def before(record: dict) -> bool:
+        for name in record.keys() - {"stage"}:
+            math.isnan(0 if record[name] is None else record[name])  # an error but for numbers
+        return (order.index(record["stage"]), record["step"]) <= until
+
+    prune(out / "log.jsonl", before)
+    if (out / "quarantine.jsonl").exists():
+        prune(out / "quarantine.jsonl", quarantined)
+
+
+def quarantined(record: dict) -> tuple[str, ...]:
+    """(data, where, why) of a record of quarantine.jsonl; else an error of types or keys."""
+    row = tuple(record[name] for name in ("data", "where", "why"))
+    "".join(row)  # all are text
+    return row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,7 +220,8 @@ class Report:
 
     def go_on(self, state: dict) -> None:
         """Take up the counts of a checkpoint."""
-        self.seconds, self.steps, self.pairs = state["seconds"], state["steps"], state["pairs"]
+        self.seconds, self.steps = state["seconds"], state["steps"]
+        self.pairs = {name: rows for name, rows in state["pairs"].items() if page.are_samples(rows)}
         self.read, self.told = state["read"] // self.world, state["bad"]
         self.bad = state["bad"] if self.rank == 0 else 0  # of all processes together
 
@@ -231,9 +263,7 @@ class Report:
         bad, self.news = [row for rows in news for row in rows], []
         path = self.out / "quarantine.jsonl"
         if not self.quarantined and path.exists():  # of the run before it was cut short
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a line that a kill cut
-                    self.quarantined.add(tuple(json.loads(line).values()))
+            self.quarantined = {quarantined(json.loads(x)) for x in path.read_text().splitlines()}
         for row in bad:
             if tuple(row) not in self.quarantined:
                 self.quarantined.add(tuple(row))
@@ -294,8 +324,8 @@ class Report:
         if last:
             self.bar.close()
             if self.quarantined and self.rank == 0:
-                print(f"{len(self.quarantined)} pictures could not be read: {self.reasons()}; "
-                      f"{self.out}/quarantine.jsonl lists them")  # fmt: skip
+                say(f"{len(self.quarantined)} pictures could not be read: {self.reasons()}; "
+                    f"{self.out}/quarantine.jsonl lists them")  # fmt: skip
         self.ready = time.perf_counter()
 
     def save_step(self, done: int) -> bool:
@@ -343,7 +373,7 @@ class Report:
         )
 
     def check_finite(self, step: int, loss: float = 0.0) -> None:
-        """Stop after a loss or gradient that was not finite, before anything is saved again.
+        """Stop after a loss or gradient that was not finite; its update was skipped.
 
         The pictures of that batch are written down.
         """
@@ -358,9 +388,9 @@ class Report:
             glip.write_bytes(self.out / "bad-batch.json", json.dumps(record, indent=1).encode())
         self.bar.close()
         raise InputError(
-            f"the loss or its gradient is not finite at {self.stage.name} step {first + 1}; no "
-            f"checkpoint holds that update, and {self.out}/bad-batch.json names its pictures: "
-            "lower --lr, lengthen --warmup, or try --clip-grad-norm 1"
+            f"the loss or its gradient is not finite at {self.stage.name} step {first + 1}; that "
+            f"update was skipped, and {self.out}/bad-batch.json names its pictures: lower --lr, "
+            "lengthen --warmup, or try --clip-grad-norm 1"
         )
 
     def check_bad(self, bad: int, read: int) -> None:
@@ -418,7 +448,7 @@ class Report:
         if (self.out / "latest.pt").exists():
             os.replace(self.out / "latest.pt", self.out / "previous.pt")
         os.replace(self.out / "next.pt", self.out / "latest.pt")
-        glip.flush_folder(self.out)
+        flush_folder(self.out)
         self.write_page(model, step)
         self.saved = time.perf_counter()
 

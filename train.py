@@ -1,7 +1,7 @@
 """Pre-train a CLIP model under a mask, then tune it for a moment without: one loop, two stages.
 
     python train.py                                         the demo, on the embedded emoji
-    torchrun --nproc_per_node 8 train.py --mask gaussian    the same on eight processes
+    torchrun --nproc_per_node 8 train.py --out runs/eight   the same on eight processes
     python train.py --data my_pictures/ --epochs 30         your own pictures
     python train.py --recipe cc12m --data cc12m/            the paper's settings, on indexed shards
     python train.py --mask attentive --aclip                a rival's whole method
@@ -14,6 +14,7 @@ done latest.pt and previous.pt, from which the same command goes on after a kill
 cause, quarantine.jsonl (pictures that could not be read) and bad-batch.json.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -77,6 +78,7 @@ def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
     return last * places[-1] / 7 if places else None
 
 
+MOST = 2**48  # pairs of a run; the largest published ones have 2**37
 MUON_SCALE = 2.0  # Muon's learning rate in AdamW's, from the search told in the README
 
 
@@ -123,17 +125,7 @@ def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tu
             config.max_bad, config.crop_scale,
         )
 
-    pairs, problem = None, [None]
-    if rank == 0:
-        try:
-            pairs = opened()
-        except InputError as error:
-            problem = [str(error)]
-    if world > 1:
-        dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise InputError(problem[0])
-    return pairs or opened()
+    return parallel.by_first(rank, world, opened) or opened()
 
 
 def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
@@ -164,6 +156,8 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 dist.barrier()
         order = data.make_order(train, batch_size, config.seed, name, chances)
         steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
+        if steps * batch_size > MOST:
+            raise InputError(f"{name}: {steps:.3g} steps are more than any run has: give fewer")
         if rank == 0:
             print(
                 f"{name}: {order.describe()}; {steps:,} steps; {masker.describe(model.grid)}"
@@ -171,8 +165,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
-        prompts = isinstance(train, data.Emoji) and config.captions == "prompts"
-        batches = Batches(train, order, model, rank, world, text_mask, views, prompts)
+        batches = Batches(train, order, model, rank, world, text_mask, views)
         return Stage(
             name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
         )
@@ -303,9 +296,8 @@ def backward_cached(
     everybody = len(images) * (dist.get_world_size() if dist.is_initialized() else 1)
     loss, grads = glip.cached_gradients(
         config.loss, torch.cat(image_features), torch.cat(text_features), scales[0],
-        network.logit_bias,
-        estimate.rows_at_once(config.micro_batch, everybody, parallel.memory_of(images.device)),
-    )
+        network.logit_bias, max(1, min(config.micro_batch, estimate.LOGITS // everybody)),
+    )  # fmt: skip
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
         with parallel.exchange(shared, last):
@@ -329,19 +321,24 @@ def compile_network(network: nn.Module) -> None:
 def apply_gradients(
     network: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, longest: float
 ) -> Tensor:
-    """Update; returns whether all gradients are finite, on the device, so that nobody waits.
+    """Update, unless a gradient is not finite; returns whether all are, on the device.
 
-    One that is not spoils the weights, which are then never saved: Report stops the run.
+    After DDP every process has the same gradients, so all skip or none. Fused AdamW skips on the
+    device; Muon cannot, and the host waits to hear.
     """
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     norm = parallel.total_norm(grads)
     finite = norm.isfinite()
     if longest:
         torch._foreach_mul_(parallel.local(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
+    skip = len(optimizers) > 1 and not finite.item()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        optimizer.step()
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.found_inf = (~finite).float()
+        if not skip:
+            optimizer.step()
         optimizer.zero_grad()
     return finite
 
@@ -373,38 +370,50 @@ def first_model(config: TrainConfig, wanted: GLIPConfig, state: dict) -> GLIP:
     return glip.resized(model, wanted.image_size)
 
 
+def check_out(out: Path, config: TrainConfig) -> None:
+    """Refuse a folder that is not for this run to write in."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
+    if (out / "model.pt").exists():
+        raise InputError(
+            f"--out {out} holds a finished run already: choose another --out, or remove the folder"
+        )
+    if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        if not (out / "config.json").is_file():
+            raise InputError(f"--out {out} holds other files: choose another --out")
+        if config.resume == "never":
+            raise InputError(
+                f"--out {out} holds an unfinished run: leave --resume out to go on with it, or "
+                "remove the folder"
+            )
+
+
 def train(config: TrainConfig) -> Path:
     """Pre-train, keep pretrained.pt, tune, keep model.pt; the folder of the run is returned.
 
     A run that was cut short goes on from its last checkpoint. Raises InputError for settings or
     data that cannot work, before anything is written, and Stopped when a signal asks for it.
     """
-    with parallel.processes(config.device) as (rank, world, device), listening():
+    with (
+        parallel.processes(config.device) as (rank, world, device), listening(),
+        contextlib.ExitStack() as lock,
+    ):  # fmt: skip
         check(config, world)
         out = Path(config.out or Path("runs") / run_name(config))
-        if out.exists() and not out.is_dir():
-            raise InputError(f"--out {out} is a file: name a folder")
-        if (out / "model.pt").exists():
-            raise InputError(
-                f"--out {out} holds a finished run already: choose another --out, or remove the "
-                "folder"
-            )
-        if out.exists() and any(out.iterdir()):
-            if not (out / "config.json").is_file():
-                raise InputError(f"--out {out} holds other files: choose another --out")
-            if config.resume == "never":
-                raise InputError(
-                    f"--out {out} holds an unfinished run: leave --resume out to go on with it, or "
-                    "remove the folder"
-                )
+        check_out(out, config)
         stages = plan(config, rank, world)  # all processes meet here, and then the first writes
+
+        def claim() -> None:
+            lock.enter_context(glip.locked(out, "training in"))
+            check_out(out, config)  # what another process may have finished since
+
+        parallel.by_first(rank, world, claim)
         bf16 = evaluate.use_bf16(config.precision, device)
-        state = last_state(out, config, stages, bf16) if out.is_dir() else {}
+        state = last_state(out, config, stages, bf16)
         same_everywhere(out, state, world)  # and nobody writes before all have read
         torch.manual_seed(config.seed)
         model = first_model(config, stages[0].model, state).to(device)
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(config), indent=2)
             glip.write_bytes(out / "config.json", text.encode())
             cut_log(out, state, stages)

@@ -1,19 +1,25 @@
 """A run that is killed, stopped, poisoned or moved to other processes goes on as if it were not."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import cli
+import glip
+import runs
 import shards
+import train
+from glip import InputError
 from tests.test_shards import make_shards
 from tests.torture import (
     BASE,
@@ -66,6 +72,142 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, straight):
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json", "log.jsonl", "model.pt", "pretrained.pt", "report.html"
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory):
+    """(a run that ended behind its second checkpoint, its settings, its stages)."""
+    out = tmp_path_factory.mktemp("cut") / "run"
+    config = train.parse([*BASE, "--out", str(out)])
+    save, left = train.Report.save_last, [1, 2]
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        left.pop()
+        if not left:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Report, "save_last", save_and_stop)
+        train.train(config)
+    return out, config, train.plan(config, 0, 1)
+
+
+@pytest.fixture
+def unfinished(cut_run, tmp_path):
+    """cut_run, in a folder of this test alone."""
+    shutil.copytree(cut_run[0], tmp_path / "run")
+    return tmp_path / "run", replace(cut_run[1], out=str(tmp_path / "run")), cut_run[2]
+
+
+def changed(path, **values):
+    """A checkpoint with other values, or without those that are None."""
+    state = torch.load(path, weights_only=True) | values
+    torch.save({k: v for k, v in state.items() if v is not None}, path)
+
+
+def rot(path):
+    """Bytes of the tensors change: torch compares no checksum."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + b"\x3f" * 2**16 + content[middle + 2**16 :])
+    torch.load(path, weights_only=True)
+
+
+def poison(path):
+    weights = torch.load(path, weights_only=True)["model"]
+    weights["text_projection"][0, 0] = float("nan")
+    changed(path, model=weights)
+
+
+DAMAGE = {
+    "rotten": rot, "not finite": poison, "no step": lambda path: changed(path, step=None),
+    "bare": lambda path: changed(path, optimizers=None), "mask": lambda path: changed(path, mask=3),
+    "seconds": lambda path: changed(path, seconds=[1.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_torch_takes_for_whole_falls_back_too(unfinished, capsys, damage):
+    out, config, stages = unfinished
+    assert runs.last_state(out, config, stages, False)["step"] == 2
+    DAMAGE[damage](out / "latest.pt")
+    assert runs.last_state(out, config, stages, False)["step"] == 1
+    told = capsys.readouterr().err
+    assert "latest.pt: " in told and "going back to the checkpoint before" in told
+    DAMAGE[damage](out / "previous.pt")
+    with pytest.raises(InputError, match="no checkpoint in it is whole"):
+        runs.last_state(out, config, stages, False)
+
+
+def test_a_state_that_does_not_fit_is_told(unfinished):
+    out, config, stages = unfinished
+    good = runs.last_state(out, config, stages, False)
+    model = train.first_model(config, stages[0].model, good)
+    groups = [group["params"] for group in good["optimizers"][0]["param_groups"]]
+    flat = {"state": {i: {"exp_avg": torch.zeros(7)} for i in range(len(groups[0]))}}
+    optimizers = ([], [1, 2], [good["optimizers"][0] | flat, good["optimizers"][1]])
+    for wrong in ({"mask": {}}, *({"optimizers": content} for content in optimizers)):
+        with pytest.raises(InputError, match=r"latest\.pt: its mask, heads or optimizers are not"):
+            runs.restore(good | wrong, stages[0], model, train.make_optimizers(model, config))
+    runs.restore(good, stages[0], model, train.make_optimizers(model, config))
+    changed(out / "latest.pt", step=15)
+    with pytest.raises(InputError, match=r"latest\.pt: this run has no such step"):
+        runs.last_state(out, config, stages, False)
+
+
+def test_foreign_lines_and_html_do_not_come_along(unfinished, capsys):
+    """The run goes on, counts what it left out of its own files, and shows nothing of it."""
+    out, config, _ = unfinished
+    good = (out / "log.jsonl").read_bytes()
+    assert good.count(b"\n") == 1
+    lines = (
+        b"\xff\xfe", b"[1]", b"3", b'{"stage": "pretrain"}', b'{"stage": "x", "step": 1}',
+        b"[" * 9**5, b'{"stage": "pretrain", "step": 1, "loss": "<script>"}',
+        b'{"stage": "pretrain", "step"',
+    )  # fmt: skip
+    (out / "log.jsonl").write_bytes(b"\n".join(lines) + b"\n" + good)
+    row = {"data": "a", "where": "b", "why": "c"}
+    rows = [row, {"data": "a"}, ["a", "b", "c"], row | {"why": 3}]
+    (out / "quarantine.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"data": "')
+    (out / ".lock").write_text("process 1")  # of a run that was killed
+    samples = torch.load(out / "latest.pt", weights_only=True)["pairs"]["pretrain"]
+    samples[0] = ['"><script>', "", "<script>"]
+    changed(out / "latest.pt", pairs={"pretrain": samples, "<script>": samples, "x": "<script>"})
+    train.train(config)
+    told = capsys.readouterr().out
+    assert f"log.jsonl: {len(lines)} lines were no records" in told
+    assert "quarantine.jsonl: 4 lines were no records" in told and "1 pictures could not be" in told
+    assert (out / "log.jsonl").read_bytes().startswith(good)
+    assert json.loads((out / "quarantine.jsonl").read_text()) == row
+    text = (out / "report.html").read_text()
+    assert "<script>" not in text and text.count("&lt;script&gt;") >= 3 and "tune" in text
+    assert not (out / ".lock").exists()
+
+
+def test_a_second_trainer_is_told_of_the_first(unfinished):
+    out, config, _ = unfinished
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    has, child = multiprocessing.get_context("fork").Pipe()
+
+    def hold():
+        with glip.locked(out, "training in"):
+            child.send("held")
+            time.sleep(600)
+
+    other = multiprocessing.get_context("fork").Process(target=hold)
+    other.start()
+    try:
+        assert has.recv() == "held"
+        with pytest.raises(InputError, match=f"process {other.pid} on .* is training in it"):
+            train.train(config)
+    finally:
+        other.kill()
+        other.join()
+    (out / ".lock").unlink()
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    with glip.locked(out, "training in"):
+        pass
 
 
 def test_what_may_differ_and_what_may_not(tmp_path, straight):

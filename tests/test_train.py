@@ -93,8 +93,12 @@ def test_run_names_tell_what_differs_and_have_no_clock():
     assert run_name(config) == "demo_vendors=Goog-FB_mask=random_seed=2"
     compare = parse(["--recipe", "compare", "--mask", "none"])
     assert run_name(compare) == "compare_mask=none"
-    assert compare.captions == "names"  # as the 171 published runs of the comparison were trained
-    assert run_name(TrainConfig(data=("../me/my pictures/list.csv",))) == "demo_data=list.csv"
+    places = ("list.csv", "a/list.csv", "b/list.csv", "../me/my pictures/list.csv", "/list.csv")
+    names = [run_name(TrainConfig(data=(place,))) for place in places]
+    assert len(set(names)) == len(places) and names[0] == "demo_data=list.csv"
+    assert all(re.fullmatch(r"demo_data=list\.csv-[0-9a-f]{8}", name) for name in names[1:])
+    assert run_name(TrainConfig(data=("./a//list.csv",))) == names[1]
+    assert run_name(TrainConfig(data=("my-set",))) != run_name(TrainConfig(data=("my set",)))
     wide = TrainConfig(sigma=(0.2, 0.8), mask_center=(0.5, -0.5))
     assert run_name(wide) == "demo_sigma=0.2-0.8_mask-center=0.5--0.5"
     assert run_name(replace(wide, mask_center=(-0.5, -0.5))) != run_name(wide)
@@ -410,6 +414,14 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--out", __file__], "is a file: name a folder"),
         (["--lr", "nan"], "--lr must be above 0"),
         (["--sigma", "0"], "--sigma must be above 0"),
+        (["--sigma", "1e-300"], "--sigma must be 1e-06 at least"),
+        (["--seed", "1" + 30 * "0"], "is outside [0, 2^63)"),
+        (["--seed", "-1"], "--seed -1 is outside"),
+        (["--steps", "1" + 20 * "0"], "pretrain: 1e+20 steps are more than any run has"),
+        (["--epochs", "1e30"], "pretrain: 2e+31 steps are more than any run has"),
+        (["--epochs", "inf"], "--epochs must be at least 0 and finite"),
+        (["--out", "x" * 300], "File name too long; check the name"),
+        (["--out", f"{__file__}/run"], "cannot be written (NotADirectoryError"),
         (["--weight-decay", "-1"], "--weight-decay must be at least 0"),
         (["--eval-every", "-1"], "--eval-every must be at least 0"),
         (["--recipe", "cc3m", "--epochs", "0"], "give --steps to count in steps"),
@@ -424,8 +436,7 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--mask", "none", "--mask-ratio", "0.5"], "leave --mask-ratio out"),
         (["--mask", "random", "--sigma", "0.3"], "--sigma does nothing under --mask random"),
         (["--aclip"], "--aclip does nothing under --mask gaussian"),
-        (["--data", "mine/", "--vendors", "Goog"], "--vendors is for emoji, not for --data mine/"),
-        (["--data", "mine/", "--captions", "names"], "--captions is for emoji, not for"),
+        (["--data", "mine/", "--vendors", "Goog"], "--vendors and --held-out are for emoji"),
         (["--sigma", "0.3", "-1"], "--sigma must be above 0"),
         (["--mask-center", "0", "2"], "--mask-center (0.0, 2.0) lies outside the picture"),
         (["--mask", "cluster", "--min-mask-ratio", "0.9"], "--min-mask-ratio 0.9 is outside"),
