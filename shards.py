@@ -379,8 +379,6 @@ def build_part(location: str, part: Path) -> None:
     """Scan one shard and keep what was found."""
     try:
         arrays, skipped = with_retries(lambda: scan(location))
-    except InputError:
-        raise
     except Exception as error:
         raise InputError(
             f"{location}: cannot be read ({printable_error(error)}); what was indexed is kept: "

@@ -108,5 +108,5 @@ def test_twelve_million_samples(tmp_path, record):
         caption_bytes_per_sample=captions, join_seconds=joined, open_seconds=opened,
         open_memory_mib=grown, first_batch_seconds=batch, memory_with_a_batch_mib=with_batch,
     )  # fmt: skip
-    assert total == 12e6 and captions <= 60 and opened < 1
+    assert total == 12e6 and captions <= 60 and opened < 5  # its checksum is looked at
     assert bytes_of["addresses"] + bytes_of["checks"] + bytes_of["names"] <= 250e6
