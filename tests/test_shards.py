@@ -149,7 +149,7 @@ def test_an_index_is_kept_rebuilt_or_refused(tmp_path, capsys):
     make_shards(folder, 1, 6)
     with pytest.raises(InputError, match=r"00000\.tar is not what was indexed"):
         shards.Index(str(folder))
-    shards.build(str(folder), 2)
+    shards.build(str(folder), 1)
     assert len(shards.Index(str(folder))) == 16
     record = json.loads((folder / "index/index.json").read_text())
     for wrong in ({"version": 0}, {"counts": ["5"] * 3}, {"shards": 7}, {"counts": [6, 5, 6]}):
@@ -349,17 +349,6 @@ def test_more_shards_never_hold_out_what_was_trained_on(tmp_path, monkeypatch):
             assert {i for i in held if i < seen} <= before
         before, seen = held, count * 40
     assert len(held) == 7
-
-
-def test_an_endless_word_takes_no_time(tmp_path):
-    draw = random.Random(0)
-    word = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=2**19))
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        add(tar, "a.jpg", picture(1))
-        add(tar, "a.txt", word.encode())
-    begun = time.process_time()
-    shards.build(str(tmp_path), 1)
-    assert time.process_time() - begun < 5 and len(shards.Index(str(tmp_path))) == 1
 
 
 def test_the_same_name_in_two_folders_is_refused(tmp_path):
