@@ -57,8 +57,8 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would be a traceback
+            if isinstance(error, KeyboardInterrupt | Stopped):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would end it otherwise
             code, sentences = told(error)
             lines = [f"{Path(sys.argv[0]).name}: {sentence}" for sentence in sentences]
             lines = traceback.format_exc().splitlines() * debug + lines

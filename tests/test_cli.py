@@ -49,7 +49,7 @@ def test_an_error_is_one_sentence(monkeypatch, capsys, error, code, words):
     before = signal.getsignal(signal.SIGINT)
     try:
         found, lines = ended(monkeypatch, capsys, error)
-        if isinstance(error, KeyboardInterrupt):  # pressed once more while the process ends
+        if isinstance(error, KeyboardInterrupt | cli.Stopped):  # once more
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -107,7 +107,7 @@ def test_a_half_set_environment_is_told(monkeypatch, changed, found):
 
 FAILS = """
 import sys, time
-import cli, parallel
+import cli
 from masks import InputError
 @cli.guarded
 def main():
@@ -115,6 +115,7 @@ def main():
     rank = cli.place()[0]
     if when == "before" and str(rank) in who:
         raise InputError(f"wrong on {rank}")
+    import parallel
     with parallel.processes("cpu") as (rank, world, device):
         if str(rank) in who:
             raise InputError(f"wrong on {rank}")

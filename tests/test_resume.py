@@ -210,44 +210,36 @@ def test_a_second_trainer_is_told_of_the_first(unfinished):
         pass
 
 
-def test_what_may_differ_and_what_may_not(tmp_path, straight):
-    """Workers, micro-batch, logging: yes; anything else by name; other data; a lost checkpoint."""
-    out = tmp_path / "run"
-    cut_short(out)
-    for flag, value, words in (
-        ("--lr", "0.5", "its --lr was 0.002, not 0.5"), ("--mask", "random", "its --mask was"),
-        ("--resume", "never", "leave --resume out"), ("--seed", "1", "its --seed was 0, not 1"),
+def test_what_may_not_differ_is_told_by_name(unfinished):
+    """Settings, the data, the kind of numbers; a folder that is not for this run."""
+    out, config, stages = unfinished
+    for other, words in (
+        ({"lr": 0.5}, "its --lr was 0.002, not 0.5"), ({"mask": "random"}, "its --mask was"),
+        ({"seed": 1}, "its --seed was 0, not 1"),
     ):  # fmt: skip
-        process = start(out, [*BASE, flag, value])
-        told = process.communicate()[0]
-        assert process.returncode == 2 and words in told and "Traceback" not in told
-    for path in out.glob("*.pt"):
-        if path.name not in ("latest.pt", "previous.pt"):
-            path.unlink()
-    state = torch.load(out / "latest.pt", weights_only=True)
-    torch.save(state | {"data_stamp": "other"}, out / "other.pt")
-    for name in ("latest.pt", "previous.pt"):
-        shutil.copy(out / name, tmp_path / name) if (out / name).exists() else None
-        shutil.copy(out / "other.pt", out / name)
-    told = start(out, BASE).communicate()[0]
-    assert "the data have changed" in told
-    for name in ("latest.pt", "previous.pt"):
-        (out / name).write_bytes(b"torn")
-    told = start(out, BASE).communicate()[0]
-    assert "no checkpoint in it is whole" in told
-    (out / "previous.pt").unlink()
-    shutil.copy(tmp_path / "latest.pt", out / "latest.pt")
-    told = finish(out, [*BASE, "--workers", "1", "--micro-batch", "7", "--recompute",
-                        "--save-every", "4"])  # fmt: skip
-    assert "going on after pretrain step" in told
+        with pytest.raises(InputError, match=words):
+            runs.last_state(out, replace(config, **other), stages, False)
+    with pytest.raises(InputError, match="multiplies in fp32"):
+        runs.last_state(out, config, stages, True)
+    with pytest.raises(InputError, match="leave --resume out"):
+        train.train(replace(config, resume="never"))
+    changed(out / "latest.pt", data_stamp="other")
+    with pytest.raises(InputError, match="the data have changed"):
+        train.train(config)
+    (out / "config.json").unlink()
+    with pytest.raises(InputError, match="holds other files"):
+        train.train(config)
+
+
+def test_what_may_differ(unfinished, straight):
+    """Workers, micro-batch, logging."""
+    out, config, _ = unfinished
+    train.train(replace(config, workers=1, micro_batch=7, recompute=True, save_every=4))
     one, two = (torch.load(run / "model.pt", weights_only=True)["model"] for run in (straight, out))
     # Muon makes matrices orthogonal in bf16: from another order of sums come differences of 1e-3
     assert all((one[k] - two[k]).norm() <= 3e-3 * one[k].norm() + 1e-5 for k in one)
-    told = start(out, BASE).communicate()[0]
-    assert "holds a finished run already" in told
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign/letter.txt").write_text("mine")
-    assert "holds other files" in start(tmp_path / "foreign", BASE).communicate()[0]
+    with pytest.raises(InputError, match="holds a finished run already"):
+        train.train(config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

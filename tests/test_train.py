@@ -493,11 +493,11 @@ def test_another_run_is_never_overwritten(run):
 
 
 def test_bad_input_under_torchrun_is_told_without_a_traceback():
-    for words in (["--data", "nowhere/"], ["--out", "tests"]):
-        done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                       "train.py", *words)  # fmt: skip
-        assert done.returncode != 0 and done.stderr.count("train.py: --") == 1
-        assert "RuntimeError" not in done.stderr and "InputError" not in done.stderr
+    """What the first process alone looks at; see test_cli.py for the others."""
+    done = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                   "train.py", "--data", "nowhere/")  # fmt: skip
+    assert done.returncode != 0 and done.stderr.count("train.py: --") == 1
+    assert "RuntimeError" not in done.stderr and "InputError" not in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
