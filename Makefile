@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test notebooks proof bench sweep readme setup
+.PHONY: demo test notebooks proof gpu bench sweep readme setup
 
 demo: setup
 	test -f runs/demo/model.pt || $(RUN) train.py
@@ -22,6 +22,10 @@ proof: setup
 	$(RUN) -m pytest -m proof
 	$(RUN) bench.py
 	$(RUN) bench.py zero-shot --rounds 3
+
+# What only a GPU can show; without one each test says that it was skipped.
+gpu: setup
+	$(RUN) -m pytest -m gpu -rs -s
 
 # Training steps beside open_clip's, in turn: about 40 minutes, with nothing else on the machine.
 bench: setup

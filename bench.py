@@ -351,7 +351,7 @@ def measure_processes(rounds: int) -> dict:
     """Pairs a second of the demo's loop on several processes, by its own log."""
     flags = ["--optimizer", "adamw", "--steps", "40", "--tune-epochs", "0", "--log-every", "10",
              "--eval-every", "1000"]  # fmt: skip
-    found = []
+    found, batch = [], train.parse(flags).batch_size
     for turn in range(rounds):
         row = {}
         for world, more in SHARED:
@@ -367,7 +367,7 @@ def measure_processes(rounds: int) -> dict:
             log = [r for r in map(json.loads, lines) if "loss" in r]
             seconds = log[-1]["seconds"] - log[0]["seconds"]
             row[" ".join([f"{world} processes", *more])] = (
-                256 * (log[-1]["step"] - log[0]["step"]) / seconds
+                batch * (log[-1]["step"] - log[0]["step"]) / seconds
             )
         found.append(row)
         print(turn, row)
@@ -375,7 +375,7 @@ def measure_processes(rounds: int) -> dict:
     return {
         "pairs_per_second": {k: statistics.median(r[k] for r in found) for k in found[0]},
         "to_one": {k: statistics.median(r[k] / r[alone] for r in found) for k in found[0]},
-        "rounds": rounds,
+        "rounds": rounds, "batch": batch,
     }  # fmt: skip
 
 

@@ -44,12 +44,16 @@ from embedded import (  # noqa: F401 - one name for users, data
     FREE_ART,
     HELD_OUT,
     PHOTOS,
+    PROMPTS,
     SCENES,
+    UNSEEN,
     VENDORS,
     Emoji,
+    captioned,
     photographs,
+    prompted,
 )
-from glip import DRAWS, GLIPConfig, InputError, cut_tokens, lengths, noise
+from glip import DRAWS, GLIPConfig, InputError, cut_tokens, lengths, noise, tokenize
 from pictures import HeldOut, Mixed, Pictures, Shards, Source, read_picture  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------
@@ -411,9 +415,10 @@ class Batches(Dataset):
 
     def __init__(
         self, pairs: Emoji | Source, order: Order, config: GLIPConfig, rank: int, world: int,
-        text_mask: "TextMask | None" = None, views: int = 0,
+        text_mask: "TextMask | None" = None, views: int = 0, prompts: bool = False,
     ) -> None:  # fmt: skip
         self.pairs, self.order, self.text_mask, self.views = pairs, order, text_mask, views
+        self.prompts = prompts  # captions are names, which go into templates
         self.patches, self.context_length = config.grid[0] * config.grid[1], config.context_length
         self.rank, self.share = rank, order.batch_size // world
 
@@ -424,9 +429,12 @@ class Batches(Dataset):
         aspects = np.ones(self.share, np.float32) if self.views else None
         draws = self.noise("augment", position, DRAWS).numpy()
         ids, images, bad = self.pairs.read(ids, draws, aspects)
-        if self.text_mask:
+        if self.text_mask:  # of emoji it has the names alone
             words = self.noise("text mask", position, LONGEST)
             tokens = self.text_mask(self.pairs.texts(ids), words)
+        elif self.prompts:
+            chosen = self.noise("prompt", position, 1)[:, 0].numpy()
+            tokens = tokenize(prompted(self.pairs.texts(ids), chosen), self.context_length)
         else:
             tokens = cut_tokens(self.pairs.tokens(ids), self.context_length)
         tokens = tokens[:, : int(lengths(tokens).max())]
@@ -530,7 +538,7 @@ def index(config: IndexConfig) -> dict:
         raise InputError(f"{location}: no such folder; name one with .tar shards")
     record = shards.build(location, config.processes or os.cpu_count() or 1)
     told = ", ".join(f"{n:,} {why}" for why, n in sorted(record["skipped"].items())) or "nothing"
-    print(
+    cli.say(
         f"{location}: {sum(record['counts']):,} pairs in {len(record['counts']):,} shards; passed "
         f"over: {told}; the index is in {shards.index_folder(location)}"
     )

@@ -41,6 +41,9 @@ SIDED = {  # names with one of these words mean another thing, or show letters, 
     "keycap", "input", "o’clock", "thirty", "waxing", "waning", "quarter", "moon", "increasing",
     "decreasing", "sign",
 }  # fmt: skip
+PROMPTS = ("{a} {}", "a photo of {a} {}", "a picture of the {}", "an emoji of {a} {}")
+TEMPLATES = ("{}",) * len(PROMPTS) + PROMPTS  # of training captions, all drawn as often
+UNSEEN = ("an image of {a} {}", "here is {a} {}")  # prompts that are evaluated, too
 
 
 def emoji_name(sequence: str) -> str | None:
@@ -55,6 +58,18 @@ def emoji_name(sequence: str) -> str | None:
 def is_flag(sequence: str) -> bool:
     """Flags of countries and their parts: vendors draw these nearly alike."""
     return all("\U0001f1e6" <= c <= "\U0001f1ff" for c in sequence) or "\U000e007f" in sequence
+
+
+def captioned(name: str, template: str) -> str:
+    """A name in a template, with the article that suits it."""
+    article = "an" if re.match("(?!uni|one|e[uw])[aeiou]", name, re.IGNORECASE) else "a"
+    return template.format(name, a=article)
+
+
+def prompted(names: list[str], draws: np.ndarray) -> list[str]:
+    """Captions of n names, in the templates that draws (n,) in [0, 1) choose."""
+    chosen = (draws * len(TEMPLATES)).astype(int)
+    return [captioned(name, TEMPLATES[i]) for name, i in zip(names, chosen, strict=True)]
 
 
 def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]]:

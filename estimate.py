@@ -7,24 +7,35 @@
     memory    = 16 bytes a parameter (weight, gradient, Adam's two), 12 where Muon has one, + 2 for
                 bf16 copies; + (layers - 2/3) (36 D T + 2 h T^2) bytes a pair in bf16, (64 D T +
                 4 h T^2) in fp32; without T^2 on GPUs, whose fused attention keeps no matrix
+    loss      = 12 G E a pair of fp32 products (SigLIP: 6 G E) against the G pairs of the batch, of
+                width E, at the rate of fp32 without TF32; 16 bytes a logit
     step      = FLOPs / rate of products + bytes touched / bandwidth of memory
     exchange  = gradients round a ring, 2 (n - 1) / n of 4 bytes a parameter (3 with --shard, whose
                 weights go round as well), hidden as far as the backward pass lasts; and features
                 of all pairs there and back, which wait for nothing
+    reader    = pairs a second / pictures a second that a core of ours reads
+    disk      = three training checkpoints of 12 bytes a parameter (8 where Muon is), weights once,
+                and SHARD_BYTES a pair
 
 Bytes touched: TOUCHED times those of activations, STATE times the optimizer's. For a GPU the
 rates are the vendor's, times ATTAINED, which is our assumption. `here` measures both rates first.
 """
 
+import json
 import re
 import time
 from dataclasses import dataclass
+from functools import cache
 from mmap import mmap
+from pathlib import Path
 
 import torch
 
+import aclip
 import evaluate
 import glip
+import parallel
+from data import EMBEDDED
 from glip import GLIPConfig, InputError
 from masks import share_skipped
 from recipes import TrainConfig, masker_of
@@ -41,9 +52,12 @@ GPUS = {
 ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no GPU was at hand
 MACHINE = 8  # GPUs in one; what leaves it has
 NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
-LOGITS = 2**22  # that exist at once under --micro-batch
+LOGITS = 2**22  # that exist at once on a CPU under --micro-batch
+LOGIT_SHARE = 1 / 64  # of a GPU's memory, for the same
+LOGIT_BYTES = 16  # four numbers at the highest, of either loss; see tests/test_runs.py
 TOUCHED = 3.0  # times that an activation is read or written in a step; see `bench.py estimate`
 STATE = (0.4, 2.0)  # the same of the optimizer's state: a CPU has its pages already; on a GPU
+SHARD_BYTES = 30e3  # a pair's, at 256 pixels: img2dataset reports 331 GB for CC12M
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
     "flip": 400_000_000, "clipa": 400_000_000,
@@ -56,6 +70,7 @@ class Machine:
 
     name: str
     products: float
+    fp32: float  # the rate of the loss' products
     memory_rate: float
     memory: float
     link: float
@@ -78,15 +93,27 @@ def named(text: str, precision: str, width: int) -> Machine:
     if text.lower() == "here":
         device = evaluate.pick_device("auto")
         bf16 = evaluate.use_bf16(precision, device)
-        return Machine(f"{device.type} (measured)", *rates(device, bf16, width), 0, 0, 1,
-                       device.type == "cuda", bf16)  # fmt: skip
+        products, memory_rate = rates(device, bf16, width)
+        fp32 = rates(device, False, width)[0] if bf16 else products
+        return Machine(f"{device.type} (measured)", products, fp32, memory_rate,
+                       parallel.memory_of(device), 0, 1, device.type == "cuda", bf16)  # fmt: skip
     bf16, fp32, memory_rate, memory, link = GPUS[text.lower().removesuffix(f"x{count}")]
-    products = fp32 if precision == "fp32" else bf16
+    fp32, memory_rate = fp32 * ATTAINED[0], memory_rate * ATTAINED[1]
+    products = fp32 if precision == "fp32" else bf16 * ATTAINED[0]
     link = link if count <= MACHINE else min(link, NETWORK)
-    products, memory_rate = products * ATTAINED[0], memory_rate * ATTAINED[1]
     return Machine(
-        text, products, memory_rate, memory, link, count, True, precision != "fp32"
+        text, products, fp32, memory_rate, memory, link, count, True, precision != "fp32"
     )  # fmt: skip
+
+
+def rows_at_once(micro_batch: int, everybody: int, memory: float) -> int:
+    """How many rows of the loss, of `everybody` logits each, exist at once under --micro-batch.
+
+    `memory`: a GPU's in bytes; 0 for a CPU, whose bits follow from the settings alone.
+    """
+    if memory:
+        return max(1, int(memory * LOGIT_SHARE / LOGIT_BYTES) // everybody)
+    return max(1, min(micro_batch, LOGITS // everybody))
 
 
 def rates(device: torch.device, bf16: bool, width: int, rows: int = 4096) -> tuple[float, float]:
@@ -130,6 +157,7 @@ def tower_bytes(
     return (layers - 2 / 3) * (a * width * tokens + (0 if fused else b * heads * tokens**2))
 
 
+@cache
 def parameters(model: GLIPConfig) -> dict[str, int]:
     """How many numbers each tower learns, and how many of both Muon takes."""
     with torch.device("meta"):
@@ -155,6 +183,12 @@ def forward_flops(model: GLIPConfig, kept: int, text: float) -> tuple[float, flo
     return image, words + 2 * model.text_width * model.embed_dim
 
 
+def loss_flops(loss: str, columns: int, width: int, views: int = 1) -> float:
+    """Products of the loss and its gradient for one pair; two views are A-CLIP's, with SimCLR."""
+    alike = 24 * columns * aclip.OUT if views > 1 else 0
+    return views * (6 if loss == "siglip" else 12) * columns * width + alike
+
+
 def of_stage(
     config: TrainConfig, model: GLIPConfig, kept: int, text: float, batch: int, on: Machine,
     pretrain: bool,
@@ -168,7 +202,7 @@ def of_stage(
     compute = (3 + config.recompute + bool(config.micro_batch)) * forward
     if pretrain and masker_of(config).needs("attention"):
         compute += config.teacher_scale**2 * forward_flops(model, patches, 0)[0]
-    compute += 12 * batch * model.embed_dim  # the loss
+    loss = loss_flops(config.loss, batch, model.embed_dim, views)
     kept_bytes = tower_bytes(1 + kept, model.width, model.layers, model.heads, on.bf16, on.fused)
     kept_bytes = views * kept_bytes + tower_bytes(
         text, model.text_width, model.text_layers, model.text_heads, on.bf16, on.fused
@@ -177,9 +211,10 @@ def of_stage(
     state = (16 + 2 * on.bf16) * total - 4 * muon * learned["blocks"]
     touched = TOUCHED * kept_bytes * (1 + 0.5 * config.recompute)  # of a pair
     backward = 2 * forward / on.products + 2 / 3 * touched / on.memory_rate  # of a pair
-    flops = share * compute + muon * learned["muon_flops"]
+    flops, in_fp32 = share * compute + muon * learned["muon_flops"], share * loss
     moved = share * touched + STATE[on.fused] * state
-    seconds = {"products": flops / on.products, "memory": moved / on.memory_rate}
+    seconds = {"products": flops / on.products, "loss": in_fp32 / on.fp32,
+               "memory": moved / on.memory_rate}  # fmt: skip
     sent = least = 0.0
     if on.count > 1:
         ring, parts = (on.count - 1) / on.count, share // (config.micro_batch or share) or 1
@@ -196,21 +231,26 @@ def of_stage(
         inputs = 4 * ((1 + kept) * model.width * model.layers * views
                       + text * model.text_width * model.text_layers)  # fmt: skip
         held = min(config.micro_batch or share, share) * (kept_bytes * inside + inputs)
-    logits = 3 * 4 * batch * share * (1 if config.loss == "siglip" else 2)
+    rows = share
     if config.micro_batch:
-        logits = min(logits, 3 * 4 * LOGITS)
+        rows = min(share, rows_at_once(config.micro_batch, batch, on.memory))
     return {
-        "forward_flops": {"image": image, "text": words}, "flops_per_pair": flops / share,
+        "forward_flops": {"image": image, "text": words},
+        "flops_per_pair": (flops + in_fp32) / share,
         "state_bytes": state / (on.count if config.shard else 1), "activation_bytes": held,
-        "logit_bytes": logits, "seconds": seconds, "step": sum(seconds.values()),
+        "logit_bytes": LOGIT_BYTES * views * rows * batch,
+        "seconds": seconds, "step": sum(seconds.values()),
         "sent_bytes": sent, "least_pairs": least,
     }  # fmt: skip
 
 
-def tell(config: TrainConfig, stages: list) -> str:
-    """The estimate in words. `stages` are of train.plan(), or [] where there are no data yet."""
+def of_run(config: TrainConfig, stages: list) -> tuple[Machine, list[dict]]:
+    """The machine, and what each stage costs on it: of_stage's numbers, sizes, steps and hours.
+
+    `stages` are of train.plan(), or [] where there are no data yet.
+    """
     on = named(config.estimate, config.precision, GLIPConfig.named(config.model).width)
-    lines, hours = [], 0.0
+    found = []
     for name in ("pretrain", "tune") if config.tune_epochs else ("pretrain",):
         first = name == "pretrain"
         size = (config.image_size if first else config.tune_image_size or config.image_size) or None
@@ -235,17 +275,48 @@ def tell(config: TrainConfig, stages: list) -> str:
             varies = "min_mask_ratio" in glip.declared(glip.MASKS[config.mask])
             skipped = share_skipped(config.mask_ratio, config.min_mask_ratio)
             kept = glip.num_keep(patches, skipped if varies else masker.mask_ratio)
-        found = of_stage(config, model, kept, text, batch, on, first)
-        hours += steps * found["step"] / 3600
-        if not lines:
-            learned = parameters(model)
-            lines.append(
-                f"{config.model}: {(learned['image'] + learned['text']) / 1e6:.1f} M parameters "
-                f"(image {learned['image'] / 1e6:.1f}, text {learned['text'] / 1e6:.1f}), "
-                f"on {on.name}: {on.products / 1e12:.3g} TFLOP/s, {on.memory_rate / 1e9:.3g} GB/s"
-            )
-        lines.append(paragraph(name, found, kept, patches, text, source, batch, steps, on))
-    lines.append(f"in all {hours:.3g} hours, {hours * on.count:.3g} device hours; data not counted")
+        stage = of_stage(config, model, kept, text, batch, on, first)
+        found.append(stage | {
+            "name": name, "kept": kept, "patches": patches, "text": text, "source": source,
+            "batch": batch, "steps": steps, "hours": steps * stage["step"] / 3600,
+            "pairs_per_second": batch / stage["step"],
+        })  # fmt: skip
+    return on, found
+
+
+def reader_rate() -> float:
+    """Pictures a second that a thread of our reader gives, measured."""
+    measured = json.loads((Path(__file__).parent / "results/bench-data.json").read_text())
+    return measured["pictures_per_second"]["ours"]
+
+
+def tell(config: TrainConfig, stages: list) -> str:
+    """The estimate in words. `stages` are of train.plan(), or [] where there are no data yet."""
+    on, found = of_run(config, stages)
+    size = config.image_size or None
+    learned = parameters(GLIPConfig.named(config.model, size, config.context_length))
+    total, hours = learned["image"] + learned["text"], sum(stage["hours"] for stage in found)
+    lines = [
+        f"{config.model}: {total / 1e6:.1f} M parameters "
+        f"(image {learned['image'] / 1e6:.1f}, text {learned['text'] / 1e6:.1f}), "
+        f"on {on.name}: {on.products / 1e12:.3g} TFLOP/s, {on.memory_rate / 1e9:.3g} GB/s",
+        *(paragraph(stage, on) for stage in found),
+        f"in all {hours:.3g} hours, {hours * on.count:.3g} device hours; data not counted",
+    ]
+    kept = 3 * (12 * total - 4 * (config.optimizer == "muon") * learned["blocks"]) + 4 * total
+    disk = f"disk: {kept / 1e9:.3g} GB of checkpoints (two and one being written, pretrained.pt)"
+    if not config.data:
+        pairs = PAIRS[config.recipe]
+        disk += (f", {pairs * SHARD_BYTES / 1e9:,.0f} GB of shards ({pairs:,} pairs, pictures of "
+                 f"256 pixels, {SHARD_BYTES / 1e3:.0f} KB a pair)")  # fmt: skip
+    if not set(config.data) & set(EMBEDDED):
+        rate, most = reader_rate(), max(stage["pairs_per_second"] for stage in found)
+        lines.append(f"reader: {most:,.0f} pairs a second are the work of {most / rate:.3g} CPU "
+                     f"cores like ours, {rate:,.0f} each (`python bench.py data`)")  # fmt: skip
+    lines.append(disk)
+    if on.name == config.estimate:
+        lines.append(f"not verified: no GPU has run this; assumed are {ATTAINED[0]:.0%} of the "
+                     f"vendor's rate of products and {ATTAINED[1]:.0%} of memory's")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -257,24 +328,22 @@ def longest(stage: object) -> float:
     return sum(found) / len(found)
 
 
-def paragraph(
-    name: str, found: dict, kept: int, patches: int, text: float, source: str, batch: int,
-    steps: int, on: Machine,
-) -> str:  # fmt: skip
+def paragraph(found: dict, on: Machine) -> str:
     """One stage in words."""
     image, words = (found["forward_flops"][tower] / 1e9 for tower in ("image", "text"))
     parts = ", ".join(f"{key} {value:.3g}" for key, value in found["seconds"].items())
     memory = sum(found[key] for key in ("state_bytes", "activation_bytes", "logit_bytes"))
     lines = [
-        f"{name}: {kept} of {patches} patches, {text:.3g} tokens ({source}); forward "
+        f"{found['name']}: {found['kept']} of {found['patches']} patches, {found['text']:.3g} "
+        f"tokens ({found['source']}); forward "
         f"{image:.3g} + {words:.3g} GFLOP a pair, {found['flops_per_pair'] / 1e9:.3g} in training",
         f"  memory {memory / 1e9:.3g} GB a device: {found['state_bytes'] / 1e9:.3g} state, "
         f"{found['activation_bytes'] / 1e9:.3g} activations, {found['logit_bytes'] / 1e9:.3g} "
         "logits" + (f"; it has {on.memory / 1e9:.0f}" if on.memory else "")
         + (": too little, try --micro-batch" if on.memory and memory > 0.9 * on.memory else ""),
-        f"  step of {batch:,} pairs: {found['step']:.3g} s ({parts}), "
-        f"{batch / found['step']:,.0f} pairs a second; {steps:,} steps, "
-        f"{steps * found['step'] / 3600:.3g} hours",
+        f"  step of {found['batch']:,} pairs: {found['step']:.3g} s ({parts}), "
+        f"{found['pairs_per_second']:,.0f} pairs a second; {found['steps']:,} steps, "
+        f"{found['hours']:.3g} hours",
     ]  # fmt: skip
     if on.count > 1:
         lines.append(

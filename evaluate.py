@@ -140,7 +140,7 @@ class Encoder:
         """text_features (n, E) of n captions."""
         features = []
         for block in glip.tokenize(captions, self.model.config.context_length).split(512):
-            block = block[:, : int(glip.lengths(block).max())].to(self.device)
+            block = block[:, : int(glip.lengths(block).max())]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 features.append(self.model.encode_text(block).cpu())
         return torch.cat(features)
@@ -201,6 +201,16 @@ def ranked(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor) -> dict[str, T
         result = zero_shot(images, texts, pairs.concept, pairs.flags)
     shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
     return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
+
+
+def prompted(encoder: Encoder, pairs: Emoji, images: Tensor) -> dict[str, float]:
+    """Zero-shot top-1 of image_features (M, E) by the prompt that all names are put in."""
+    found = {}
+    for template in (*data.PROMPTS, *data.UNSEEN):
+        names = encoder.texts([data.captioned(name, template) for name in pairs.captions])
+        answers = zero_shot(images, names, pairs.concept, pairs.flags)
+        found[template.format("...", a="a")] = metrics(answers)["zero-shot top-1"]
+    return found
 
 
 def evaluate(encoder: Encoder, pairs: Emoji | HeldOut, *how: object) -> dict[str, Tensor]:
@@ -438,6 +448,8 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "held_out": {column: metrics(answers) for column, answers in found.items()},
         "intervals": {column: intervals(answers) for column, answers in found.items()},
     }  # fmt: skip
+    if isinstance(test, Emoji):
+        results["prompted"] = prompted(encoder, test, last[0])
     if options.linear_probe or folders:
         probed = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
         results["linear_probe"] = {**results.get("linear_probe", {}), **probed}
@@ -579,6 +591,8 @@ def describe(results: dict) -> str:
             f"masked inference computes {shares['computed']:.1%} of the patches and sees "
             f"{shares['visible']:.1%}"
         )
+    for prompt, value in results.get("prompted", {}).items():
+        lines.append(f"zero-shot top-1, {prompt:35}" + f"{100 * value:>6.1f} %")
     lines += probe.describe(results.get("linear_probe", {}))
     for name, table in results.get("robustness", {}).items():
         for metric, value in list(table.items())[:1]:

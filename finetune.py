@@ -6,21 +6,25 @@
     logits = features of the picture, normalised, @ head; before the first step the head is
              logit_scale x the text features of the classes' names: zero-shot classification
 
-The defaults are MAE's for ViT-B on ImageNet (github.com/facebookresearch/mae, FINETUNE.md and the
-defaults of main_finetune.py; arXiv 2111.06377, table 9). From elsewhere: the start is WiSE-FT's
-(2109.01903), the EMA FT-CLIP's (2212.06138); its warm-up is ours. MAE has neither, and pools
-patches where we have the class token; the random erasing of its script is left out.
+
+The settings depend on the number of training pictures. With fewer than SMALL_SET they are ours (how
+they were found stands in the README), else MAE's for ViT-B on ImageNet (arXiv 2111.06377, table 9;
+FINETUNE.md and main_finetune.py of github.com/facebookresearch/mae). From elsewhere: the start is
+WiSE-FT's (2109.01903), the EMA FT-CLIP's (2212.06138); its warm-up is ours. MAE has neither, and
+pools patches where we have the class token; its script's random erasing is left out. Pictures are
+evaluated as in MAE: resized to 256/224 of the model's size, of which the centre is cut.
 
 Writes into --out: model.pt (the tower in the run's model, and the head), log.jsonl, results.json;
 and the accuracy of these weights into the run's results.json, for evaluate.py --publish.
 """
 
+import math
 import os
 import random
 import time
-from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,6 +58,19 @@ from train import lr_at
 # ------------------------------------------------------------------------------------------------
 
 
+SMALL_SET = 10_000  # training pictures: with fewer, PRESETS["small"] holds
+PRESETS = {
+    "small": {
+        "epochs": 50, "batch_size": 32, "lr": 8e-3, "min_crop": 0.5, "drop_path": 0.0,
+        "rand_augment": 0, "mixup": 0.0, "cutmix": 0.0, "ema": 0.99,
+    },
+    "ImageNet": {
+        "epochs": 100, "batch_size": 1024, "lr": 5e-4, "min_crop": 0.08, "drop_path": 0.1,
+        "rand_augment": 9, "mixup": 0.8, "cutmix": 1.0, "ema": 0.9998,
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class FineTuneConfig:
     """Fine-tune a run's image tower on a labelled folder."""
@@ -61,18 +78,19 @@ class FineTuneConfig:
     run: Annotated[str, tyro.conf.Positional]  # folder of a finished run
     data: str  # DIR/train/CLASS/*.jpg and DIR/test, or DIR/CLASS/*.jpg, a fifth of it the test
     out: str = ""  # (default: RUN/finetune-DATA)
-    epochs: int = 100
+    epochs: int | None = None  # this and what else is None: by the number of pictures, see PRESETS
     warmup_epochs: float = 5
-    batch_size: int = 1024  # pictures; all of them where there are fewer
-    lr: float = 5e-4  # for 256 pictures, and in proportion for other batches
+    batch_size: int | None = None  # pictures; all of them where there are fewer
+    lr: float | None = None  # for 256 pictures, and in proportion for other batches
     layer_decay: float = 0.65  # a block's learning rate, in that of the block above it
     weight_decay: float = 0.05
-    drop_path: float = 0.1  # of the last block's branches, for each picture; from 0 at the first
-    rand_augment: int = 9  # its magnitude, up to 9; 0: crops and mirroring alone
-    mixup: float = 0.8
-    cutmix: float = 1.0
+    min_crop: float | None = None  # smallest share of a picture that a training crop covers
+    drop_path: float | None = None  # of the last block's branches; from 0 at the first
+    rand_augment: int | None = None  # its magnitude, up to 9; 0: crops and mirroring alone
+    mixup: float | None = None
+    cutmix: float | None = None
     label_smoothing: float = 0.1
-    ema: float = 0.9998  # (0: none)
+    ema: float | None = None  # (0: none)
     wise: tuple[float, ...] = ()  # shares of the fine-tuned weights, the rest being zero-shot's
     workers: int = min(4, os.cpu_count() or 1)
     seed: int = 0
@@ -80,10 +98,20 @@ class FineTuneConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
 
 
+def settled(config: FineTuneConfig, count: int) -> FineTuneConfig:
+    """The settings for `count` training pictures: a preset, and what was given by hand."""
+    name = "small" if count < SMALL_SET else "ImageNet"
+    chosen = {key: value for key, value in PRESETS[name].items() if getattr(config, key) is None}
+    if chosen:
+        told = " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in chosen.items())
+        print(f"{count:,} training pictures, so the settings for {name} sets: {told}")
+    return replace(config, **chosen)
+
+
 def check(config: FineTuneConfig) -> None:
     """Raise InputError for a setting that cannot work."""
     shares = [("wise", share) for share in config.wise]
-    names = ("layer_decay", "drop_path", "ema", "label_smoothing")
+    names = ("layer_decay", "min_crop", "drop_path", "ema", "label_smoothing")
     for flag, share in shares + [(name, getattr(config, name)) for name in names]:
         if not 0 <= share <= 1:
             raise InputError(f"--{flag.replace('_', '-')} {share:g}: give a share from 0 to 1")
@@ -197,7 +225,8 @@ class Augmented(Dataset):
         # MAE's, but for mmax9: at 10, timm 1.0 asks Pillow for pictures of 0 bits, and is refused
         augment = f"rand-m{config.rand_augment}-mstd0.5-inc1-mmax9" if config.rand_augment else None
         self.transform = create_transform(
-            source.image_size, is_training=True, auto_augment=augment, color_jitter=None,
+            source.image_size, is_training=True, scale=(config.min_crop, 1.0),
+            auto_augment=augment, color_jitter=None,
             interpolation="bicubic", mean=glip.MEAN, std=glip.STD, normalize=False,
         )  # fmt: skip
 
@@ -246,28 +275,41 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         reseed(config.seed, config.epochs, step)  # pictures have smaller numbers in the middle
-        images, labels = images.to(device).float() / 255, labels.to(device)
+        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        images = images.float() / 255
         smooth = 0.0 if mix else config.label_smoothing
         images, targets = mix(images, labels) if mix else (images, labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = classifier(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=smooth)
-        if not torch.isfinite(loss):
-            raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr {config.lr:g}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema.update(classifier, step)
         if (step + 1) % steps_in_epoch == 0:
             epoch = (step + 1) // steps_in_epoch
-            glip.append_line(out / "log.jsonl", {"epoch": epoch, "loss": loss.item(), "lr": lr})
+            last = loss.item()  # once an epoch: a GPU waits for it; what is not finite stays so
+            if not math.isfinite(last):
+                raise InputError(f"the loss is {last} in epoch {epoch}: lower --lr {config.lr:g}")
+            glip.append_line(out / "log.jsonl", {"epoch": epoch, "loss": last, "lr": lr})
     return ema.module
+
+
+def middles(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]:
+    """As probe.reader, but the shorter side is resized to 256/224 of the square that is cut.
+
+    Models of more than 224 pixels see the whole square, as in MAE.
+    """
+    side, large = source.image_size, copy(source)
+    large.image_size = side * 256 // 224 if side <= 224 else side
+    start, read = (large.image_size - side) // 2, reader(large, ids)
+    return lambda places: read(places)[..., start : start + side, start : start + side]
 
 
 def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.ndarray) -> dict:
     """Top-1 and mean per class of pictures `ids`."""
     encoder = Encoder(classifier, encoder.device, "bf16" if encoder.bf16 else "fp32")
-    features = encoder.images(reader(source, ids), len(ids))
+    features = encoder.images(middles(source, ids), len(ids))
     with torch.no_grad():
         found = deepcopy(classifier.head).cpu()(features).argmax(1).numpy()
     right = found == source.concept[ids]
@@ -281,13 +323,14 @@ def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.
 
 def run_fine_tuning(config: FineTuneConfig) -> dict:
     """Everything that `python finetune.py` does; the content of results.json is returned."""
-    check(config)
     run, device = Path(config.run), pick_device(config.device)
     if not (run / "model.pt").is_file():
         raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
     model, settings = glip.load_model(run / "model.pt")
     source, (train, valid, test) = labelled(config.data, settings.pixels[0], "--data")
     ids = np.sort(np.concatenate([train, valid]))
+    config = settled(config, len(ids))
+    check(config)
     out = Path(config.out or run / f"finetune-{Path(config.data).resolve().name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} holds something already: choose another, or remove it")

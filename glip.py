@@ -68,6 +68,7 @@ from masks import (  # noqa: F401 - half of these are for others: one name for u
     patchify,
     sample_ids_keep,
     sample_mask,
+    sent,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def lay_out(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         owner = owner.unflatten(0, (rows, length))                             # (R, T)
         allowed = (owner[:, None, :, None] == owner[:, None, None]).tril().to(device)
     found = (tokens.flatten()[kept], position, read, places)
-    tokens, position, read, places = (t.to(device, non_blocking=True) for t in found)
+    tokens, position, read, places = (sent(t, device) for t in found)
     return tokens, position, allowed, Layout(read, places, (rows, length))
 
 

@@ -172,7 +172,6 @@ def cached_gradients(
                 share = share * (len(part) / len(own))
                 share.backward()
                 total = total + share.detach()
-            for features, copy in zip(others, held, strict=True):
-                if copy is not None:
-                    features.backward(copy.grad)
+            found = [(x, copy.grad) for x, copy in zip(others, held, strict=True) if x is not None]
+            torch.autograd.backward(*zip(*found, strict=True))  # at once: one exchange
     return total, [None if x is None else x.grad for x in leaves]

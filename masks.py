@@ -100,7 +100,7 @@ def center_crop_scores(
     """
     nearest = -log_gaussian(grid, 1.0, centre, torch.device("cpu"), torch.float64)[0]
     place = nearest.argsort(stable=True).argsort()                             # (N,)
-    return -place.to(noise).expand_as(noise)
+    return -sent(place, noise.device).to(noise.dtype).expand_as(noise)
 
 
 def grid_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -137,6 +137,13 @@ def centres(n: int, device: torch.device, dtype: torch.dtype = torch.float32) ->
 
 
 MIN_SIGMA = 1e-6  # far below it the density is not finite in fp32
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; for a copy to a GPU nobody waits, which takes pinned memory."""
+    if device.type == "cuda" and x.is_cpu:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def log_gaussian(
@@ -372,7 +379,8 @@ def normalise(patches: Tensor) -> Tensor:
     scale = 255.0 if patches.dtype == torch.uint8 else 1.0
     x = patches.unflatten(-1, (3, -1))                                         # (B, K, 3, pp)
     x = x.float() if x.dtype == torch.uint8 else x
-    mean, std = (torch.tensor(c, device=x.device, dtype=x.dtype)[:, None] for c in (MEAN, STD))
+    # filled where they are needed: a GPU would wait for a copy from the host
+    mean, std = (torch.stack([x.new_full((1,), v) for v in c]) for c in (MEAN, STD))  # (3, 1)
     return ((x - scale * mean) / (scale * std)).flatten(2)
 
 

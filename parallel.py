@@ -39,6 +39,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU; 0 for what is none."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
 def keep_memory() -> None:
     """Let the process keep what it frees, in large pages: each step's memory is the last one's.
 
@@ -110,9 +115,15 @@ def spread(
                 fully_shard(block, mesh=mesh)
         return fully_shard(network, mesh=mesh, ignored_params=scalars)
     if world > 1:
-        return DistributedDataParallel(
+        network = DistributedDataParallel(
             network, static_graph=static_graph, gradient_as_bucket_view=True
         )
+        if device.type == "cpu":
+            # DDP divides the gradients into other buckets after its first step, and in another
+            # bucket a gradient is summed in another order: the step after a resume would differ
+            # in its last bits. Here the buckets of all steps are made at once.
+            network.reducer._push_all_rebuilt_params()
+            network.reducer._rebuild_buckets()
     return network
 
 

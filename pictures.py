@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import glip
+from cli import say
 from files import read_regular, text_of
 from glip import InputError, cached, decode_tokens, tokenize
 from shards import CAPTION_CAP, PICTURE_CAP, Index, name_hash
@@ -303,9 +304,9 @@ class Source:
         if not bad and not path.is_file():  # what was bad may have been the network, or be repaired
             cached(path, dict)
         for i, why in list(bad.items())[:10]:
-            print(f"cannot be read: {self.where(i)} ({why})")
+            say(f"cannot be read: {self.where(i)} ({why})")
         if bad:
-            print(f"{self.name}: {len(bad)} of the {len(ids)} pictures looked at cannot be read")
+            say(f"{self.name}: {len(bad)} of the {len(ids)} pictures looked at cannot be read")
         if len(bad) > max_bad * len(ids):
             raise InputError(
                 f"{self.name}: {len(bad)} of {len(ids)} pictures cannot be read, the first is "
@@ -366,7 +367,7 @@ def own_pictures(path: Path) -> list[tuple[Path, str]]:
         rows = [(f, f.with_suffix(".txt")) for f in pairs if f.with_suffix(".txt").is_file()]
         if len(rows) < len(pairs):
             alone = len(pairs) - len(rows)
-            print(f"{path}: {alone} of {len(pairs)} pictures have no .txt beside them: left out")
+            say(f"{path}: {alone} of {len(pairs)} pictures have no .txt beside them: left out")
         if not rows:
             raise InputError(f"{path}: no picture has an equally named .txt beside it; add some")
         rows = [(f, text_of(read_regular(x, CAPTION_CAP)), str(x)) for f, x in rows]

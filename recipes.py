@@ -38,6 +38,7 @@ RECIPES = {
     "demo": {},
     "compare": {  # a row of the comparison of masks: 100 s
         "batch_size": 256, "steps": 450, "lr": 1e-3, "weight_decay": 0.1, "tune_epochs": 0.5,
+        "captions": "names",
     },
     "cc3m": PAPER,
     "cc12m": PAPER,
@@ -100,6 +101,7 @@ class Data:
     max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
+    captions: Literal["prompts", "names"] = "prompts"  # emoji: names in prompts, or names alone
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,10 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     if "steps" in given:
         config = replace(config, epochs=0.0)
     own = bool(config.data) and config.data[0] not in EMBEDDED
-    if own and given & {"vendors", "held_out"}:
-        names = " ".join(config.data)
-        raise InputError(f"--vendors and --held-out are for emoji, not for --data {names}")
+    for flag in sorted(given & {"vendors", "held_out", "captions"}):
+        if own:
+            names = " ".join(config.data)
+            raise InputError(f"{flag_of(flag)} is for emoji, not for --data {names}")
     if not config.tune_epochs:
         for flag in sorted(name for name in given if name[:5] == "tune_" and name != "tune_epochs"):
             raise InputError(f"{flag_of(flag)} does nothing without tuning: --tune-epochs is 0")

@@ -373,7 +373,7 @@ class Report:
         )
 
     def check_finite(self, step: int, loss: float = 0.0) -> None:
-        """Stop after a loss or gradient that was not finite; its update was skipped.
+        """Stop after a loss or gradient that was not finite, before anything is saved again.
 
         The pictures of that batch are written down.
         """
@@ -388,9 +388,9 @@ class Report:
             glip.write_bytes(self.out / "bad-batch.json", json.dumps(record, indent=1).encode())
         self.bar.close()
         raise InputError(
-            f"the loss or its gradient is not finite at {self.stage.name} step {first + 1}; that "
-            f"update was skipped, and {self.out}/bad-batch.json names its pictures: lower --lr, "
-            "lengthen --warmup, or try --clip-grad-norm 1"
+            f"the loss or its gradient is not finite at {self.stage.name} step {first + 1}; no "
+            f"checkpoint holds that update, and {self.out}/bad-batch.json names its pictures: "
+            "lower --lr, lengthen --warmup, or try --clip-grad-norm 1"
         )
 
     def check_bad(self, bad: int, read: int) -> None:

@@ -36,7 +36,7 @@ from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 import glip
-from cli import printable
+from cli import printable, say
 from files import locked, open_regular, read_regular, room_for, text_of, write_bytes, write_safely
 from glip import InputError, encode
 
@@ -268,8 +268,8 @@ def shards_of(location: str) -> list[str]:
         fetched = bool(finished) or (Path(location) / "fetch.json").exists()
     torn = [path for path in found if fetched and Path(path).stem not in finished]
     if torn:
-        print(f"{location}: left out, unfinished (no _stats.json yet): "
-              f"{', '.join(Path(path).name for path in torn)}")  # fmt: skip
+        say(f"{location}: left out, unfinished (no _stats.json yet): "
+            f"{', '.join(Path(path).name for path in torn)}")  # fmt: skip
     found = [path for path in found if path not in torn]
     if not found:
         raise InputError(f"{location}: no finished .tar shard; name a folder of shards")
@@ -338,7 +338,7 @@ def build(location: str, workers: int) -> dict:
         prints = [fingerprint(path) for path in tqdm(paths, "looking at shards", leave=False)]
         record = read_record(home)
         if record and record["shards"] == prints:
-            print(f"{location}: the index is up to date")
+            say(f"{location}: the index is up to date")
             return record
         with room_for(home / "index.json"):  # it vouches for the rest, which now changes
             (home / "index.json").unlink(missing_ok=True)
@@ -469,7 +469,7 @@ class Index:
                 break  # one request, for the last; a wrong one elsewhere shows in decoding
         new = len(paths) - len(record["shards"])
         if new:
-            print(f"{location}: {new} shards are not in the index and are left out; {again}")
+            say(f"{location}: {new} shards are not in the index and are left out; {again}")
         self.location, self.skipped, self.digest = location, record["skipped"], record["digest"]
         self.paths = [paths[name] for name, _, _ in record["shards"]]
         self.counts = np.array(record["counts"])

@@ -165,7 +165,8 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
-        batches = Batches(train, order, model, rank, world, text_mask, views)
+        prompts = isinstance(train, data.Emoji) and config.captions == "prompts"
+        batches = Batches(train, order, model, rank, world, text_mask, views, prompts)
         return Stage(
             name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
         )
@@ -296,8 +297,9 @@ def backward_cached(
     everybody = len(images) * (dist.get_world_size() if dist.is_initialized() else 1)
     loss, grads = glip.cached_gradients(
         config.loss, torch.cat(image_features), torch.cat(text_features), scales[0],
-        network.logit_bias, max(1, min(config.micro_batch, estimate.LOGITS // everybody)),
-    )  # fmt: skip
+        network.logit_bias,
+        estimate.rows_at_once(config.micro_batch, everybody, parallel.memory_of(images.device)),
+    )
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
         with parallel.exchange(shared, last):
@@ -321,24 +323,19 @@ def compile_network(network: nn.Module) -> None:
 def apply_gradients(
     network: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, longest: float
 ) -> Tensor:
-    """Update, unless a gradient is not finite; returns whether all are, on the device.
+    """Update; returns whether all gradients are finite, on the device, so that nobody waits.
 
-    After DDP every process has the same gradients, so all skip or none. Fused AdamW skips on the
-    device; Muon cannot, and the host waits to hear.
+    One that is not spoils the weights, which are then never saved: Report stops the run.
     """
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     norm = parallel.total_norm(grads)
     finite = norm.isfinite()
     if longest:
         torch._foreach_mul_(parallel.local(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
-    skip = len(optimizers) > 1 and not finite.item()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
-        if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.found_inf = (~finite).float()
-        if not skip:
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
     return finite
 

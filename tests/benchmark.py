@@ -9,8 +9,8 @@ process's memory settings. Both see the same patches once, and must find the sam
 compiled on both sides: our --compile, its --torchcompile; its draws are others then.
 
 Beside the steps: the machine's own rate of products, before and after each case; each side's
-highest memory, in a process of its own; what our step costs against batch, mask ratio, size of
-pictures and length of captions; and from this, on paper, the cost of training at the paper's scale.
+highest memory, in a process of its own; and what our step costs against batch, mask ratio, size of
+pictures and length of captions.
 
 Writes results/benchmark.json and results/benchmark.png.
 """
@@ -70,7 +70,7 @@ def captions(count: int, mean: float = 20.2, deviation: float = 16.3, seed: int 
 
 def our_step(
     batch: int, mask_ratio: float, image_size: int, bf16: bool, weights: dict,
-    compiled: bool = False,
+    compiled: bool = False, device: torch.device = CPU,
 ) -> Callable[[Tensor, Tensor], float]:  # fmt: skip
     """A step as train.py's loop takes it, as a function of tokens (B, 77) and the mask's noise
     (B, N); its loss."""
@@ -79,16 +79,17 @@ def our_step(
     model = glip.GLIP(GLIPConfig.named("ViT-B-16", image_size)).train()
     if weights:
         model.load_state_dict(weights)
+    model.to(device)
     optimizers = train.make_optimizers(model, config)
     stage = argparse.Namespace(aclip=False, masker=train.masker_of(config))
-    images = pictures(batch, image_size)
+    images = pictures(batch, image_size).to(device)
     if compiled:
         train.compile_network(model)
 
     def step(tokens: Tensor, noise: Tensor) -> float:
         tokens = tokens[:, : int(glip.lengths(tokens).max())]
         pairs = (images, tokens, noise, torch.zeros(batch, 0), [])
-        loss, *_ = train.compute_gradients(model, model, pairs, stage, config, CPU, bf16)
+        loss, *_ = train.compute_gradients(model, model, pairs, stage, config, device, bf16)
         train.apply_gradients(model, optimizers, 1e-4, 0.0)
         model.clamp_logit_scale()
         return loss.item()
@@ -97,7 +98,7 @@ def our_step(
 
 
 def their_step(
-    batch: int, mask_ratio: float, bf16: bool, compiled: bool = False
+    batch: int, mask_ratio: float, bf16: bool, compiled: bool = False, device: torch.device = CPU
 ) -> tuple[Callable[[Tensor, bool], float], dict]:
     """A step as open_clip's train_one_epoch takes it, without its logging, as a function of tokens
     (B, 77) and of whether AdamW is fused; and the weights."""
@@ -106,6 +107,7 @@ def their_step(
 
     model = open_clip.create_model("ViT-B-16", force_patch_dropout=mask_ratio or None).train()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.to(device)
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decayed],
                "weight_decay": 0.2 * decayed} for decayed in (False, True)]  # fmt: skip
     adamw = {
@@ -113,13 +115,13 @@ def their_step(
         for fused in (False, True)
     }
     mean, std = (torch.tensor(c)[:, None, None] for c in (glip.MEAN, glip.STD))
-    images, loss_of = (pictures(batch, 224) / 255 - mean) / std, ClipLoss()
+    images, loss_of = ((pictures(batch, 224) / 255 - mean) / std).to(device), ClipLoss()
     called = torch.compile(model) if compiled else model
 
     def step(tokens: Tensor, fused: bool = False) -> float:
         adamw[fused].zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_of(*called(images, tokens)[:3])
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = loss_of(*called(images, tokens.to(device))[:3])
         loss.backward()
         adamw[fused].step()
         with torch.no_grad():
@@ -259,23 +261,8 @@ def profiled() -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------
-# On paper
+# The figure
 # ------------------------------------------------------------------------------------------------
-
-SCALES = [("30 epochs of CC12M", 30 * 10_968_539), ("400 million pairs", 400_000_000)]
-
-
-def on_paper(attained: float) -> list[dict]:
-    """Hours of 8 H100 at the share of their product rate that our steps attain here, per ratio.
-
-    Assumed: the share carries over from this machine (`attained`, the median over its cases), 20.2
-    tokens a caption, data never waited for, gradients sent while others are computed.
-    """
-    rate = 8 * estimate.GPUS["h100"][0] * attained
-    return [
-        {"what": name, "mask_ratio": ratio, "hours": pairs * flops(ratio, 20.2) / rate / 3600}
-        for name, pairs in SCALES for ratio in (0.0, 0.5, 0.75, 0.918)
-    ]  # fmt: skip
 
 
 def draw(found: dict, path: Path) -> None:
@@ -340,9 +327,6 @@ def main() -> None:
     }
     found = {
         "cases": cases, "curves": curves, "profile": profiled(),
-        "on_paper": on_paper(statistics.median(
-            row["share_of_product_rate"] for row in cases
-            if row["precision"] == "bf16" and not row["compiled"])),
         "command": " ".join(["python tests/benchmark.py", *sys.argv[1:]]),
         "machine": evaluate.machine(CPU),
     }  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import struct
 import tarfile
 import zlib
+from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -243,6 +244,43 @@ def test_workers_change_nothing(emoji):
     assert len(alone) == 6
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4] == []
+
+
+def test_captions_are_names_in_templates_drawn_by_position(emoji):
+    train = emoji[0]
+    order = ConceptOrder(train.concept, 256, 0, "pretrain")
+    plain, whole, *parts = (
+        Batches(train, order, NANO, rank, world, prompts=prompts)
+        for rank, world, prompts in ((0, 1, False), (0, 1, True), (0, 2, True), (1, 2, True))
+    )
+    seen = Counter()
+    for step in (0, 7, 40):
+        images, tokens, *_ = whole[step]
+        assert torch.equal(images, plain[step][0])  # a concept stands once in a batch, as before
+        for part, rows in zip(parts, tokens.split(128), strict=True):
+            found = part[step][1]
+            assert torch.equal(found, rows[:, : found.shape[1]])
+        names = train.texts(order.batch(step))
+        for row, name in zip(tokens, names, strict=True):
+            caption = glip.decode_tokens(row[1 : glip.lengths(row[None])[0] - 1].tolist())
+            name = glip.decode_tokens(glip.encode(name))
+            assert caption.endswith(name), (caption, name)
+            seen[caption.removesuffix(name).strip().replace(" an", " a")] += 1
+    assert len(seen) >= 4 and 0.2 < seen[""] / seen.total() < 0.6  # bare names have a good share
+    assert not torch.equal(whole[0][1], Batches(
+        train, ConceptOrder(train.concept, 256, 0, "tune"), NANO, 0, 1, prompts=True)[0][1])
+
+
+def test_articles_suit_the_names():
+    names = ["red apple", "eagle", "OK hand", "unicorn", "umbrella", "ewe", "1st place medal"]
+    draws = (np.full(len(names), embedded.TEMPLATES.index("a photo of {a} {}")) + 0.5) / len(
+        embedded.TEMPLATES
+    )
+    assert embedded.prompted(names, draws) == [
+        "a photo of a red apple", "a photo of an eagle", "a photo of an OK hand",
+        "a photo of a unicorn", "a photo of an umbrella", "a photo of a ewe",
+        "a photo of a 1st place medal",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("batch_size", [1, 1810])

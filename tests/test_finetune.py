@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from timm.optim import param_groups_layer_decay
 
 import evaluate
@@ -142,9 +144,9 @@ def test_it_learns_and_what_it_wrote_can_be_used(tmp_path, monkeypatch):
     # The model and its head, from the file alone, on pictures read without finetune's code.
     model, _ = glip.load_model(out / "model.pt")
     content = glip.load_checkpoint(out / "model.pt")
-    source, (_, _, test) = probe.labelled("colours", 16, "--data")
-    encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
-    features = encoder.images(probe.reader(source, test), len(test))
+    source, (_, _, test) = probe.labelled("colours", 18, "--data")
+    encoder, read = evaluate.Encoder(model, torch.device("cpu"), "fp32"), probe.reader(source, test)
+    features = encoder.images(lambda places: read(places)[..., 1:17, 1:17], len(test))
     logits = features @ content["head"]["weight"].T + content["head"]["bias"]
     right = (logits.argmax(1).numpy() == source.concept[test]).mean()
     assert right == tables["fine-tuned, EMA"]["accuracy"]
@@ -176,6 +178,37 @@ def test_the_papers_table_has_the_accuracy_of_a_published_run(tmp_path, monkeypa
     line = next(line for line in lines if line.startswith("| ImageNet, fine-tuned |"))
     value = tables["fine-tuned, EMA"]["accuracy"]
     assert value != tables["zero-shot"]["accuracy"] and f" {100 * value:.1f} |" in line
+
+
+def test_evaluation_crops_as_mae_does(tmp_path):
+    """Resize to 256/224 of the side, then the centre: against torchvision, on a wide picture."""
+    draw = np.random.default_rng(0)
+    for name in ("a", "b"):
+        place = tmp_path / "set/train" / name
+        place.mkdir(parents=True)
+        for i in range(3):
+            small = Image.fromarray(draw.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+            small.resize((180, 120), Image.Resampling.BICUBIC).save(place / f"{i}.png")
+    shutil.copytree(tmp_path / "set/train", tmp_path / "set/test")
+    for side, larger in ((56, 64), (225, 225)):
+        source, (train, *_) = probe.labelled(tmp_path / "set", side, "--data")
+        found = finetune.middles(source, train)(np.arange(2))
+        for picture, i in zip(found, train, strict=False):
+            wanted = TF.resize(TF.to_image(Image.open(source.paths[i])), larger, antialias=True)
+            wanted = TF.center_crop(wanted, [side, side])
+            assert (picture.float() - wanted.float()).abs().mean() < 2
+
+
+def test_the_preset_follows_the_size_and_flags_win(capsys):
+    config = FineTuneConfig("run", "flowers", lr=0.125, mixup=0.25)
+    for count, name in ((240, "small"), (finetune.SMALL_SET, "ImageNet")):
+        found, preset = finetune.settled(config, count), finetune.PRESETS[name]
+        assert (found.lr, found.mixup) == (0.125, 0.25)
+        assert found.batch_size == preset["batch_size"] and found.ema == preset["ema"]
+        told = capsys.readouterr().out
+        assert f"{count:,} training pictures" in told and "--lr" not in told
+        assert f"--batch-size {preset['batch_size']} " in told
+    assert None not in vars(finetune.settled(FineTuneConfig("run", "x"), 240)).values()
 
 
 def test_same_seed_same_weights_whatever_the_workers(tmp_path, monkeypatch):
@@ -211,7 +244,7 @@ def test_every_picture_is_shown_once_an_epoch():
         (["run", "--data", "colours", "--rand-augment", "12"], "magnitude from 0 to 9"),
         (["run", "--data", "colours", "--lr", "0"], "--lr must be above 0"),
         (["run", "--data", "colours", "--out", "run"], "--out run holds something already"),
-        (["run", "--data", "colours", "--lr", "1e30"], "the loss is nan at step"),
+        (["run", "--data", "colours", "--lr", "1e30"], "the loss is nan in epoch"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(words, sentence, tmp_path, monkeypatch, capsys):

@@ -326,7 +326,7 @@ def test_clusters_of_a_wrong_kind(kind, tmp_path):
         captions.read_clusters(str(path), 3)
 
 
-def test_names_that_no_file_can_have(tmp_path):
+def test_names_that_no_file_can_have(tmp_path, capsys):
     """Too long, with NUL, or not UTF-8: bad pictures, which are counted, and no traceback."""
     latin = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     latin.write_bytes(png())
@@ -337,7 +337,9 @@ def test_names_that_no_file_can_have(tmp_path):
     for n in range(40):
         (tmp_path / os.fsdecode(b"%d\xe9.png" % n)).write_bytes(png(n))
         (tmp_path / os.fsdecode(b"%d\xe9.txt" % n)).write_text(f"number {n}")
-    train, _ = data.load(str(tmp_path), 16)
+    (tmp_path / os.fsdecode(b"3\xe9.png")).write_bytes(b"no picture")
+    train, _ = data.load(str(tmp_path), 16, max_bad=0.5)
+    assert f"cannot be read: {tmp_path}/3?.png" in capsys.readouterr().out
     assert len(captions.captions_key(train)) == 16
 
 

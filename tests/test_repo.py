@@ -95,7 +95,8 @@ def test_every_command_of_the_readme_parses():
             seen += 1
         elif "finetune.py" in words:
             flags = words[words.index("finetune.py") + 1 :]
-            finetune.check(finetune.tyro.cli(finetune.FineTuneConfig, args=flags))
+            config = finetune.tyro.cli(finetune.FineTuneConfig, args=flags)
+            finetune.check(finetune.settled(config, 240))
             seen += 1
         elif "data.py" in words:
             command, *flags = words[words.index("data.py") + 1 :]

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import open_clip
 import pytest
@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import aclip
 import estimate
 import glip
 import page
+import report
 import train
 from glip import GLIP, GLIPConfig, InputError
 from tests.test_resume import TORCHRUN, cut_short
@@ -184,6 +186,59 @@ def test_the_estimate_follows_the_settings():
     with pytest.raises(InputError, match="give --data, or a recipe whose data are known"):
         config = train.parse(["--estimate", "h100", "--epochs", "3"])
         estimate.tell(config, [])
+
+
+@pytest.mark.parametrize("loss", glip.LOSSES)
+def test_the_loss_is_counted_as_torch_does(loss):
+    """Its products, and how many bytes of logits exist at the highest."""
+    batch, width = 256, 16
+    features = [torch.randn(batch, width, requires_grad=True) for _ in range(2)]
+    learned = [torch.tensor(x, requires_grad=True) for x in (10.0, -10.0)]
+    with FlopCounterMode(display=False) as flops, torch.profiler.profile(profile_memory=True) as p:
+        glip.contrastive_loss(loss, *features, *learned).backward()
+    wanted = batch * estimate.loss_flops(loss, batch, width)
+    assert flops.get_total_flops() == wanted
+    now = list(accumulate(event.self_cpu_memory_usage for event in p.events()))
+    assert max(now) == pytest.approx(estimate.LOGIT_BYTES * batch**2, rel=0.3)
+    views = [torch.randn(batch, aclip.OUT, requires_grad=True) for _ in range(2)]
+    with FlopCounterMode(display=False) as flops:
+        aclip.simclr_loss(*views).backward()
+    both = batch * estimate.loss_flops(loss, batch, width, views=2)
+    assert both == 2 * wanted + flops.get_total_flops()
+
+
+def test_the_loss_costs_what_fp32_does():
+    seconds = [estimate.of_run(train.parse(["--recipe", "flip", "--estimate", "h100x8",
+                                            "--precision", precision]), [])[1][0]["seconds"]
+               for precision in ("bf16", "fp32")]  # fmt: skip
+    assert seconds[0]["loss"] == seconds[1]["loss"] > 0
+    assert seconds[0]["products"] < seconds[1]["products"] / 10
+
+
+def test_a_gpu_computes_the_loss_in_large_parts():
+    """A CPU's parts follow from the settings alone: its bits are the same on every machine."""
+    assert estimate.rows_at_once(64, 65_536, 80e9) > 512
+    for memory in (24e9, 80e9, 141e9):
+        for everybody in (512, 65_536, 2**24):
+            rows = estimate.rows_at_once(64, everybody, memory)
+            assert rows == 1 or estimate.LOGIT_BYTES * rows * everybody < memory / 50
+    assert [estimate.rows_at_once(64, n, 0) for n in (512, 2**17, 2**23)] == [64, 32, 1]
+
+
+def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
+    told = estimate.tell(train.parse(["--recipe", "cc12m", "--estimate", "h100x8"]), [])
+    rate, cores = re.search(r"reader: ([\d,]+) pairs a second .* of ([\d.]+) CPU", told).groups()
+    ours = json.loads((ROOT / "results/bench-data.json").read_text())["pictures_per_second"]["ours"]
+    assert float(cores) == pytest.approx(int(rate.replace(",", "")) / ours, rel=0.01)
+    learned = estimate.parameters(GLIPConfig.named("ViT-B-16"))
+    disk = float(re.search(r"disk: ([\d.]+) GB of checkpoints", told)[1]) * 1e9
+    assert disk == pytest.approx(40 * (learned["image"] + learned["text"]), rel=0.01)
+    assert "329 GB of shards" in told
+    assert "not verified: no GPU has run this" in told
+    hours = re.search("in all (.*) hours,", told)[1]
+    assert f"| {float(hours):.1f} |" in report.paper_hours()  # the README's, from the same source
+    told = estimate.tell(train.parse(["--estimate", "h100", "--tune-epochs", "0"]), [])
+    assert "reader" not in told and "shards" not in told
 
 
 REUSED = """

@@ -93,6 +93,7 @@ def test_run_names_tell_what_differs_and_have_no_clock():
     assert run_name(config) == "demo_vendors=Goog-FB_mask=random_seed=2"
     compare = parse(["--recipe", "compare", "--mask", "none"])
     assert run_name(compare) == "compare_mask=none"
+    assert compare.captions == "names"  # as the 171 published runs of the comparison were trained
     places = ("list.csv", "a/list.csv", "b/list.csv", "../me/my pictures/list.csv", "/list.csv")
     names = [run_name(TrainConfig(data=(place,))) for place in places]
     assert len(set(names)) == len(places) and names[0] == "demo_data=list.csv"
@@ -436,7 +437,8 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--mask", "none", "--mask-ratio", "0.5"], "leave --mask-ratio out"),
         (["--mask", "random", "--sigma", "0.3"], "--sigma does nothing under --mask random"),
         (["--aclip"], "--aclip does nothing under --mask gaussian"),
-        (["--data", "mine/", "--vendors", "Goog"], "--vendors and --held-out are for emoji"),
+        (["--data", "mine/", "--vendors", "Goog"], "--vendors is for emoji, not for --data mine/"),
+        (["--data", "mine/", "--captions", "names"], "--captions is for emoji, not for"),
         (["--sigma", "0.3", "-1"], "--sigma must be above 0"),
         (["--mask-center", "0", "2"], "--mask-center (0.0, 2.0) lies outside the picture"),
         (["--mask", "cluster", "--min-mask-ratio", "0.9"], "--min-mask-ratio 0.9 is outside"),
