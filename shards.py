@@ -411,14 +411,14 @@ def join(home: Path, prints: list, parts: Sequence[Path]) -> dict:
 
         write_safely(home / f"{name}.bin", pour)
     record = {"version": VERSION, "shards": prints, "counts": counts, "skipped": dict(skipped)}
-    record["digest"] = digest_of(home, counts)
+    record["digest"] = digest_of(home, counts, record["skipped"])
     write_bytes(home / "index.json", json.dumps(record).encode())
     return record
 
 
-def digest_of(home: Path, counts: list[int]) -> str:
-    """A checksum of all that an index holds."""
-    digest = hashlib.sha256(str(counts).encode())
+def digest_of(home: Path, counts: list[int], skipped: dict[str, int]) -> str:
+    """A checksum of all that an index holds but the shards' times."""
+    digest = hashlib.sha256(json.dumps([counts, skipped]).encode())
     for name in ARRAYS:
         with open_regular(home / f"{name}.bin") as file:
             hashlib.file_digest(file, lambda: digest)
@@ -426,16 +426,12 @@ def digest_of(home: Path, counts: list[int]) -> str:
 
 
 def read_record(home: Path) -> dict | None:
-    """The content of index.json; None where there is none that this version would write."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    """The content of index.json; None where it or what it stands for is not what was written."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         record = json.loads(read_regular(home / "index.json", 2**30))
-        rows = [[*map(type, row)] for row in record["shards"]]
-        numbers = [*record["counts"], *record["skipped"].values()]
-        if (
-            [record["version"], rows] == [VERSION, [[str, int, str]] * len(record["counts"])]
-            and all(type(n) is int and 0 <= n < 2**40 for n in numbers)
-            and record["digest"] == digest_of(home, record["counts"])
-        ):
+        kinds = [[*map(type, row)] for row in record["shards"]]
+        told = [record["version"], kinds, digest_of(home, record["counts"], record["skipped"])]
+        if told == [VERSION, [[str, int, str]] * len(record["counts"]), record["digest"]]:
             return record
     return None
 

@@ -152,7 +152,8 @@ def test_an_index_is_kept_rebuilt_or_refused(tmp_path, capsys):
     shards.build(str(folder), 1)
     assert len(shards.Index(str(folder))) == 16
     record = json.loads((folder / "index/index.json").read_text())
-    for wrong in ({"version": 0}, {"counts": ["5"] * 3}, {"shards": 7}, {"counts": [6, 5, 6]}):
+    for wrong in ({"version": 0}, {"counts": ["5"] * 3}, {"shards": 7}, {"counts": [6, 5, 6]},
+                  {"skipped": []}, {"shards": [[7, 7, 7]] * 3}):  # fmt: skip
         (folder / "index/index.json").write_text(json.dumps(record | wrong))
         with pytest.raises(InputError, match="has no index of this version that is whole"):
             shards.Index(str(folder))
