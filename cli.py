@@ -70,7 +70,11 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
 
 def told(error: BaseException) -> tuple[int, list[str]]:
     """(exit code, sentences) for an error; an InputError holds one sentence or more."""
-    kind, first = type(error).__name__, next(iter(str(error).splitlines()), "")
+    kind, lines = type(error).__name__, str(error).splitlines() or [""]
+    first = lines[0]
+    if "Original Traceback (most recent call last):" in lines:  # a data worker's error, as text
+        first = lines[-1].partition("Error: ")[2]
+        error.args = (first,)
     if isinstance(error, InputError):
         return 2, list(error.args)
     if isinstance(error, Stopped):

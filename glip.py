@@ -564,7 +564,6 @@ class GLIP(nn.Module):
 # Save and load: plain dicts and tensors
 # ------------------------------------------------------------------------------------------------
 
-
 CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parent / ".cache"))
 
 

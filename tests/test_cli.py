@@ -20,6 +20,12 @@ from glip import InputError
 from tests.test_resume import TORCHRUN
 from tests.test_train import command
 
+WORKER = """Caught InputError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "worker.py", line 3, in fetch
+masks.InputError: give --y
+"""
+
 
 def ended(monkeypatch, capsys, error, *words):
     """(exit code, lines on stderr) of a script in which something is raised."""
@@ -43,6 +49,8 @@ def ended(monkeypatch, capsys, error, *words):
         (OSError(36, "File name too long", "xx"), 2, "xx: File name too long; check the name"),
         (torch.OutOfMemoryError("CUDA out of memory\nTry"), 2, "OutOfMemoryError: CUDA out"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (InputError(WORKER), 2, "give --y"),
+        (RuntimeError(WORKER), 1, "RuntimeError: give --y; nanoGLIP did not"),
     ],
 )
 def test_an_error_is_one_sentence(monkeypatch, capsys, error, code, words):
