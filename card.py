@@ -11,10 +11,10 @@ from glip import SIZES, GLIPConfig
 
 
 def architecture(config: GLIPConfig) -> str:
-    """The name in SIZES of what a model is made of, picture size and activation aside."""
+    """The name in SIZES of what a model is made of; sizes of inputs and activation aside."""
     for name in SIZES:
-        plain = replace(config, image_size=SIZES[name][0], siglip=False, quick_gelu=False)
-        if plain == GLIPConfig.named(name):
+        plain = GLIPConfig.named(name, config.image_size, config.context_length)
+        if replace(config, siglip=False, quick_gelu=False) == plain:
             return name
     return f"ViT of {config.layers} layers of width {config.width}, patches of {config.patch_size}"
 
