@@ -85,6 +85,8 @@ def told(error: BaseException) -> tuple[int, list[str]]:
         return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
     if isinstance(error, MemoryError) or "memory" in first or "DataLoader worker" in first:
         return 2, [f"{kind}: {first}; if memory is short, lower --batch-size or --workers"]
+    if isinstance(error, dist.DistBackendError) or "gloo/transport" in first:
+        return 1, [f"another process of this run ended ({first}); give the same command again"]
     return 1, [
         f"{kind}: {first}; nanoGLIP did not foresee this: please report it with the command (with "
         "--debug it shows the traceback)"

@@ -49,6 +49,7 @@ def ended(monkeypatch, capsys, error, *words):
         (OSError(36, "File name too long", "xx"), 2, "xx: File name too long; check the name"),
         (torch.OutOfMemoryError("CUDA out of memory\nTry"), 2, "OutOfMemoryError: CUDA out"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:547] Connection closed"), 1, "another proc"),
         (InputError(WORKER), 2, "give --y"),
         (RuntimeError(WORKER), 1, "RuntimeError: give --y; nanoGLIP did not"),
     ],

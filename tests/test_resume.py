@@ -242,13 +242,20 @@ def test_what_may_differ(unfinished, straight):
         train.train(config)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_workers_let_it(tmp_path, number):
-    folder = make_shards(tmp_path / "shards", 4, 20)
+@pytest.fixture(scope="module")
+def on_shards(tmp_path_factory):
+    """(the flags of a run on shards, such a run that nothing happened to)."""
+    folder = make_shards(tmp_path_factory.mktemp("on") / "shards", 4, 20)
     shards.build(str(folder), 1)
     flags = [*BASE, "--data", str(folder), "--workers", "2", "--tune-batch-size", "32",
              "--tune-epochs", "1"]  # fmt: skip
-    finish(tmp_path / "straight", flags)
+    finish(folder.parent / "straight", flags)
+    return flags, folder.parent / "straight"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_workers_let_it(on_shards, tmp_path, number):
+    flags, straight = on_shards
     out = tmp_path / "run"
     process = start(out, [*flags, "--save-every", "0", "--eval-every", "3"])
     wait_for_checkpoint(out, process)
@@ -260,7 +267,7 @@ def test_a_signal_saves_and_the_workers_let_it(tmp_path, number):
     assert f"stopped after pretrain step {step}," in told
     finish(out, [*flags, "--eval-every", "3"])
     one, two = (torch.load(run / "model.pt", weights_only=True)["model"]
-                for run in (tmp_path / "straight", out))  # fmt: skip
+                for run in (straight, out))  # fmt: skip
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -372,7 +379,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         whole = [name for name in ("latest.pt", "previous.pt") if (small / "run" / name).exists()]
         assert torch.load(small / "run" / whole[0], weights_only=True)["step"] >= 1
         process = start(small / "run", [*BASE, "--steps", "2000"])
-        time.sleep(12)
+        wait_for_checkpoint(small / "run", process)
         end(process, signal.SIGTERM)
         assert "going on after" in process.communicate(timeout=60)[0]
     finally:
