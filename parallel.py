@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU; 0 for what is none."""
+    """Bytes of a GPU's memory; 0 for any other device."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
@@ -119,9 +119,9 @@ def spread(
             network, static_graph=static_graph, gradient_as_bucket_view=True
         )
         if device.type == "cpu":
-            # DDP divides the gradients into other buckets after its first step, and in another
-            # bucket a gradient is summed in another order: the step after a resume would differ
-            # in its last bits. Here the buckets of all steps are made at once.
+            # After its first step DDP rebuilds its buckets, and in another bucket the processes'
+            # gradients are summed in another order: the first step after a resume would differ in
+            # the last bits. So the buckets are rebuilt before the first step, which happens once.
             network.reducer._push_all_rebuilt_params()
             network.reducer._rebuild_buckets()
     return network
