@@ -85,6 +85,23 @@ def test_robustness_changes_pixels_and_only_them():
     assert all("zero-shot top-1" in table for table in found.values())
 
 
+def test_prompts_are_asked_one_by_one():
+    """A stand-in that knows names after "an image of" alone: all are right there, none elsewhere.
+    """
+    art = data.Emoji("emoji", 64, ("Twtr",), "test")
+    table = dict(zip(art.captions, torch.eye(len(art.captions)), strict=True))
+
+    class Knower:
+        def texts(self, captions):
+            if not captions[0].startswith("an image of a"):
+                return torch.zeros(len(captions), len(table))
+            return torch.stack([table[caption.split(" ", 4)[4]] for caption in captions])
+
+    found = evaluate.prompted(Knower(), art, torch.eye(len(art.captions))[art.concept])
+    assert found.pop("an image of a ...") == 1 and "a photo of a ..." in found
+    assert set(found.values()) == {0}
+
+
 def test_retrieval_equals_a_plain_loop():
     images, texts = features(90, 8), features(30, 8, seed=2)
     concept = torch.arange(90) % 30
