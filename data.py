@@ -429,20 +429,23 @@ class Batches(Dataset):
         aspects = np.ones(self.share, np.float32) if self.views else None
         draws = self.noise("augment", position, DRAWS).numpy()
         ids, images, bad = self.pairs.read(ids, draws, aspects)
-        if self.text_mask:  # of emoji it has the names alone
-            words = self.noise("text mask", position, LONGEST)
-            tokens = self.text_mask(self.pairs.texts(ids), words)
-        elif self.prompts:
-            chosen = self.noise("prompt", position, 1)[:, 0].numpy()
-            tokens = tokenize(prompted(self.pairs.texts(ids), chosen), self.context_length)
-        else:
-            tokens = cut_tokens(self.pairs.tokens(ids), self.context_length)
+        tokens = self.tokens(ids, position)
         tokens = tokens[:, : int(lengths(tokens).max())]
         masks = self.noise("mask", position, self.patches)
         views = self.noise("extra", position, self.views)
         if aspects is not None:
             views = torch.cat([views, torch.from_numpy(aspects)[:, None]], dim=1)
         return images, tokens, masks, views, bad
+
+    def tokens(self, ids: np.ndarray, position: int) -> Tensor:
+        """Token ids of pictures that stand from a position on, (B, T)."""
+        if self.text_mask:  # of emoji it has the names alone
+            words = self.noise("text mask", position, LONGEST)
+            return self.text_mask(self.pairs.texts(ids), words)
+        if self.prompts:
+            chosen = self.noise("prompt", position, 1)[:, 0].numpy()
+            return tokenize(prompted(self.pairs.texts(ids), chosen), self.context_length)
+        return cut_tokens(self.pairs.tokens(ids), self.context_length)
 
     def noise(self, purpose: str, position: int, n: int) -> Tensor:
         """This process's numbers for a purpose, from a position on: (B, n)."""

@@ -323,7 +323,8 @@ def tell(config: TrainConfig, stages: list) -> str:
 def longest(stage: object) -> float:
     """Tokens of the longest caption of a batch, the mean over some batches."""
     steps = range(0, stage.steps, max(1, stage.steps // 10))
-    tokens = (stage.batches.pairs.tokens(stage.batches.order.batch(step)) for step in steps)
+    batches, size = stage.batches, stage.batches.order.batch_size
+    tokens = (batches.tokens(batches.order.batch(step), step * size) for step in steps)
     found = [int(glip.lengths(block).max()) for block in tokens]
     return sum(found) / len(found)
 

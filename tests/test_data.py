@@ -9,6 +9,7 @@ from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torchvision.transforms import RandomResizedCrop
 import aclip
 import data
 import embedded
+import estimate
 import glip
 import pictures
 import shards
@@ -269,6 +271,8 @@ def test_captions_are_names_in_templates_drawn_by_position(emoji):
     assert len(seen) >= 4 and 0.2 < seen[""] / seen.total() < 0.6  # bare names have a good share
     assert not torch.equal(whole[0][1], Batches(
         train, ConceptOrder(train.concept, 256, 0, "tune"), NANO, 0, 1, prompts=True)[0][1])
+    widths = [whole[step][1].shape[1] for step in range(3)]  # what --estimate counts with
+    assert estimate.longest(SimpleNamespace(steps=3, batches=whole)) == sum(widths) / 3
 
 
 def test_articles_suit_the_names():
