@@ -36,8 +36,8 @@ def place() -> tuple[int, int, int]:
     world = os.environ.get("WORLD_SIZE") or "1"
     if world == "1":
         return 0, 0, 1
-    numbers = {"LOCAL_RANK": "0", "MASTER_PORT": "", "RANK": "", "WORLD_SIZE": ""}
-    numbers |= {name: os.environ[name] for name in numbers if os.environ.get(name)}
+    numbers = {name: os.environ.get(name) or "" for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
+    numbers["LOCAL_RANK"] = os.environ.get("LOCAL_RANK") or "0"
     wrong = [name for name, value in numbers.items() if not value.isdecimal()]
     if wrong or not os.environ.get("MASTER_ADDR"):
         raise InputError(

@@ -137,14 +137,6 @@ def samples(
     return [[*map(as_png, both), text] for *both, text in zip(images, hidden, words, strict=True)]
 
 
-def are_samples(rows: object) -> bool:
-    """Whether something from a checkpoint is made like samples()."""
-    return isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == 3 and all(isinstance(x, str) for x in row)
-        for row in rows
-    )
-
-
 def figures(rows: list[list[str]]) -> str:
     """samples() as HTML."""
     return "".join(

@@ -144,16 +144,10 @@ def test_a_state_that_does_not_fit_is_told(unfinished):
     out, config, stages = unfinished
     good = runs.last_state(out, config, stages, False)
     model = train.first_model(config, stages[0].model, good)
-    groups = [group["params"] for group in good["optimizers"][0]["param_groups"]]
-    flat = {"state": {i: {"exp_avg": torch.zeros(7)} for i in range(len(groups[0]))}}
-    optimizers = ([], [1, 2], [good["optimizers"][0] | flat, good["optimizers"][1]])
-    for wrong in ({"mask": {}}, *({"optimizers": content} for content in optimizers)):
+    for wrong in ({"mask": {}}, {"optimizers": []}, {"optimizers": [1, 2]}):
         with pytest.raises(InputError, match=r"latest\.pt: its mask, heads or optimizers are not"):
             runs.restore(good | wrong, stages[0], model, train.make_optimizers(model, config))
     runs.restore(good, stages[0], model, train.make_optimizers(model, config))
-    changed(out / "latest.pt", step=15)
-    with pytest.raises(InputError, match=r"latest\.pt: this run has no such step"):
-        runs.last_state(out, config, stages, False)
 
 
 def test_foreign_lines_and_html_do_not_come_along(unfinished, capsys):
