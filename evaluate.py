@@ -592,7 +592,7 @@ def describe(results: dict) -> str:
             f"{shares['visible']:.1%}"
         )
     for prompt, value in results.get("prompted", {}).items():
-        lines.append(f"zero-shot top-1, {prompt:35}" + f"{100 * value:>6.1f} %")
+        lines.append(f"{'zero-shot top-1, ' + prompt:40}{100 * value:>8.1f} %")
     lines += probe.describe(results.get("linear_probe", {}))
     for name, table in results.get("robustness", {}).items():
         for metric, value in list(table.items())[:1]:
