@@ -39,7 +39,7 @@ from files import open_regular, read_regular, text_of
 from glip import InputError, Masker
 from metrics import aupr, classification, multilabel, named, per_class, retrieved, shares
 from pictures import SUFFIXES, check_pixels, decode
-from significance import interval
+from significance import by_unit, interval
 
 # ------------------------------------------------------------------------------------------------
 # What is published, and under which names
@@ -133,6 +133,12 @@ class Benchmark:
     def metric(self) -> str:
         """The metric that the set is reported by."""
         return METRICS.get(self.name) or METRICS.get(self.kind, "acc1")
+
+    def single(self, metric: str, right: np.ndarray) -> np.ndarray:
+        """A metric's answers (n,); counted by picture, (M, 2), where these have several."""
+        if metric.startswith("image_retrieval"):  # asked about every caption
+            return by_unit(right, np.repeat(self.labels, [len(texts) for texts in self.captions]))
+        return by_unit(right, self.labels) if self.kind == "choice" else right
 
 
 def open_benchmarks(place: str, root: str, split: str = "test") -> list[Benchmark]:
@@ -405,8 +411,8 @@ def open_sugar_crepe(folder: Path, task: str) -> Benchmark:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path}: not SugarCrepe's list of captions: copy it anew") from None
     read, where = of_files([folder / "val2017" / Path(name).name for name in names])
-    return Benchmark(f"sugar_crepe/{task}", "choice", np.arange(len(names)), read, where,
-                     captions=captions)  # fmt: skip
+    return Benchmark(f"sugar_crepe/{task}", "choice", np.unique(names, return_inverse=True)[1],
+                     read, where, captions=captions)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -506,7 +512,7 @@ def measure(
 
 
 def intervals(benchmark: Benchmark, hits: dict[str, np.ndarray]) -> dict[str, tuple]:
-    """The 95 % interval, by bootstrap over answers (n,), of each metric that comes from them."""
+    """The 95 % interval, by bootstrap over pictures, of each metric that comes from `single`'s."""
     found = {metric: interval(right) for metric, right in hits.items()}
     if benchmark.metric == "mean_per_class_recall" and "acc1" in hits:
         found[benchmark.metric] = interval(hits["acc1"], benchmark.labels, statistic=per_class)
@@ -524,8 +530,8 @@ def evaluate_sets(
 ) -> tuple[dict[str, dict], dict[str, dict], list[str]]:  # fmt: skip
     """Of `places` (with classes) and `captioned`: results by set, answers, what is wrong with some.
 
-    Answers are whether each was right, (n,), by set, column and metric; a set that is broken gets
-    a sentence. Of several processes each encodes its blocks, and the first has what is found.
+    Answers are Benchmark.single's, by set, column and metric; a set that is broken gets a sentence.
+    Of several processes each encodes its blocks, and the first has what is found.
     """
     results, answers, problems, kept, seen = {}, {}, [], {}, set()
     for place in (*places, *captioned):
@@ -553,7 +559,8 @@ def evaluate_sets(
             for column, (encoder, _) in columns.items():
                 found = measure(benchmark, encoder, features[column])
                 metrics[column], right, scores[column] = found
-                hits[column] = {metric: each.numpy() for metric, each in right.items()}
+                hits[column] = {metric: benchmark.single(metric, each.numpy())
+                                for metric, each in right.items()}  # fmt: skip
             answers[benchmark.name] = hits
             results[benchmark.name] = {
                 "kind": benchmark.kind, "metric": benchmark.metric,

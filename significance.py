@@ -2,6 +2,8 @@
 
     interval(hits)              95 % interval of a share; hits (n,): is each example right?
     interval(x, y, statistic=f) of any f(x, y), x and y (n,) of the same examples
+    by_unit(hits, unit)         where examples belong together (the captions of one picture): takes
+                                the place of hits in what stands above and below
     difference(a, b)            two models on the same examples: difference, interval, p
     compare(a, b)               the same for every metric of two runs, with a verdict
     keep, kept                  arrays of a run to a file, and back
@@ -23,24 +25,50 @@ from glip import InputError
 LEVEL, DRAWS = 0.95, 2999
 
 
+def by_unit(hits: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Of each unit how many answers are right, and how many there are. (n,) twice -> (U, 2).
+
+    Units are independent of each other, answers within one are not; `unit` counts them from 0.
+    """
+    return np.stack([np.bincount(unit, hits), np.bincount(unit)], axis=1).astype(int)
+
+
+def as_counts(hits: np.ndarray) -> np.ndarray:
+    """by_unit()'s counts (U, 2) as they are; of hits (n,) each is its own unit, (n, 2)."""
+    return hits if hits.ndim == 2 else by_unit(hits, np.arange(len(hits)))
+
+
+def resampled(counts: np.ndarray) -> np.ndarray:
+    """Sums (DRAWS, k) over units drawn with replacement from counts (U, k), whole numbers."""
+    kinds, number = np.unique(counts, axis=0, return_counts=True)
+    # To draw as many units as there are is to draw how many of each kind.
+    draws = np.random.default_rng(0).multinomial(len(counts), number / len(counts), DRAWS)
+    return draws @ kinds
+
+
 def interval(
     *outcomes: np.ndarray, statistic: Callable = np.mean, level: float = LEVEL
 ) -> tuple[float, float]:
     """Percentile bootstrap of statistic(*outcomes) over examples; outcomes (n,) each.
 
-    The resampled mean of n rights and wrongs is binomial, so that a share needs no drawing. Where
-    all are right, or all wrong, no resample differs: there the exact binomial interval is given.
-    Of no examples nothing is known: 0 to 1.
+    The resampled mean of n rights and wrongs is binomial, so that a share needs no drawing. Counts
+    of by_unit() are resampled by unit. Where all are right, or all wrong, no resample differs: the
+    exact binomial interval of as many units is given. Of no examples nothing is known: 0 to 1.
     """
     first = np.asarray(outcomes[0])
-    if statistic is np.mean and first.dtype == bool:
-        right, n = int(first.sum()), len(first)
+    if statistic is np.mean and (first.dtype == bool or first.ndim == 2):
+        counts = as_counts(first)
+        n, (right, asked) = len(counts), counts.sum(axis=0).tolist()
         if not n:
             return 0.0, 1.0
-        if right in (0, n):
-            low, high = scipy.stats.binomtest(right, n).proportion_ci(level, "exact")
+        if right in (0, asked):
+            found = scipy.stats.binomtest(n * bool(right), n).proportion_ci(level, "exact")
+        elif asked == n:
+            found = (k / n for k in scipy.stats.binom.interval(level, n, right / n))
         else:
-            low, high = (k / n for k in scipy.stats.binom.interval(level, n, right / n))
+            drawn = resampled(counts)
+            found = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
+        low, high = found
         return float(low), float(high)
     found = scipy.stats.bootstrap(
         outcomes, statistic, paired=True, vectorized=False, n_resamples=DRAWS,
@@ -50,21 +78,35 @@ def interval(
 
 
 def difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> dict[str, float]:
-    """Shares of two models, b's lead, its interval (paired bootstrap), p (McNemar's exact test).
+    """Shares of two models, b's lead, its interval (paired bootstrap), p (test by flipped signs).
 
-    a and b (n,) bool: which of the same n examples each gets right. An example says something only
-    where the two differ: if neither were better, each would win half of these.
+    a and b (n,) bool: which of the same n examples each gets right; or by_unit()'s counts of them.
     """
-    n, gained, lost = len(a), int((b & ~a).sum()), int((a & ~b).sum())
-    shares = [lost / n, gained / n, 1 - (lost + gained) / n]
-    # To draw n of the examples with replacement is to draw how many of each of three kinds.
-    drawn = np.random.default_rng(0).multinomial(n, shares, DRAWS)             # (DRAWS, 3)
-    low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [(1 - level) / 2, (1 + level) / 2])
-    p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    a, b = as_counts(a), as_counts(b)
+    lead, asked = b[:, 0] - a[:, 0], a[:, 1]
+    drawn = resampled(np.stack([lead, asked], axis=1))
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
     return {
-        "a": float(a.mean()), "b": float(b.mean()), "difference": (gained - lost) / n,
-        "low": float(low), "high": float(high), "p": float(p),
+        "a": float(a[:, 0].sum() / asked.sum()), "b": float(b[:, 0].sum() / asked.sum()),
+        "difference": float(lead.sum() / asked.sum()), "low": float(low), "high": float(high),
+        "p": flipped(lead),
     }  # fmt: skip
+
+
+def flipped(lead: np.ndarray) -> float:
+    """Exact p of a sign-flip test; lead (U,): by how many answers one model leads in each unit.
+
+    Were the models equal, each unit could as well favour the other as much. Where no unit leads by
+    more than one answer, this is McNemar's exact test.
+    """
+    chances = np.ones(1)  # of every total that flipped signs can give: -T, -T + 2, ..., T
+    sizes, counts = np.unique(np.abs(lead[lead != 0]), return_counts=True)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        own = np.zeros(size * count + 1)
+        own[::size] = scipy.stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, own)
+    totals = np.arange(-len(chances) + 1, len(chances), 2)
+    return min(1.0, float(chances[np.abs(totals) >= abs(lead.sum())].sum()))
 
 
 def compare(

@@ -637,6 +637,39 @@ def test_a_mean_over_classes_has_its_own_interval(models, tmp_path):
     assert told in benchmarks.describe({"pets": found})
 
 
+def test_answers_about_one_picture_are_one_example(models, tmp_path):
+    """Intervals of captions that are right or wrong together are those of so many pictures."""
+    lines = ["\n".join(f"picture {i} said {w}" for w in range(5)) for i in range(40)]
+    samples = [(encoded(i), ("txt", text)) for i, text in enumerate(lines)]
+    flickr = write_set(tmp_path / "flickr", samples, kind=["retrieval"])
+    sugar = write_sugar_crepe(tmp_path / "sugar")
+    rows = json.loads((sugar / "swap_obj.json").read_text())
+    for place, row in enumerate(rows.values()):  # three questions about each of four pictures
+        row["filename"] = f"{3 - place // 3}.jpg"
+    (sugar / "swap_obj.json").write_text(json.dumps(rows))
+
+    def words(text):
+        if text.startswith("picture"):  # of the second half another picture is found
+            number = int(text.split()[1])
+            return torch.eye(40)[number if number < 20 else 20 + (number + 1) % 20]
+        return torch.eye(40)[0 if text[-3:] == "mat" else 39]
+
+    oracle = Oracle(models[1].model, torch.eye(40), words)
+    found, answers, _ = benchmarks.evaluate_sets({"c": (oracle, None)}, (), [str(flickr)], ".")
+    half = significance.interval(np.arange(40) < 20)
+    for way in ("image", "text"):
+        assert found["flickr"]["columns"]["c"][f"{way}_retrieval_recall@1"] == 0.5
+        drawn = found["flickr"]["intervals"]["c"][f"{way}_retrieval_recall@1"]
+        assert drawn == pytest.approx(half, abs=0.03)
+    right = answers["flickr"]["c"]["image_retrieval_recall@1"]
+    row = significance.difference(right, np.full((40, 2), 5))
+    assert row["p"] == pytest.approx(2 * 0.5**20) and row["difference"] == 0.5
+    oracle.given = torch.eye(40)[[0] * 6 + [39] * 6]
+    found = ours(oracle, sugar, captions=True)["sugar_crepe/swap_obj"]
+    assert found["columns"]["full picture"]["text_acc"] == 0.5
+    assert found["intervals"]["full picture"]["text_acc"] == (0, 1)  # two of four
+
+
 def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "a")
     samples = [(encoded(i), ("cls", str(label))) for i, label in enumerate(LABELS[:90])]

@@ -1,5 +1,6 @@
 """Intervals and verdicts against scipy's bootstrap, McNemar's test in closed form, and chance."""
 
+import itertools
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ import evaluate
 import figures
 import glip
 import significance
-from significance import compare, difference, interval
+from significance import by_unit, compare, difference, interval
 from tests.test_data import make_pictures
 
 
@@ -74,6 +75,54 @@ def test_difference_is_mcnemars_exact_test_and_the_paired_bootstrap():
     assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.005)
     other = difference(b, a)
     assert other["p"] == found["p"] and other["difference"] == -found["difference"]
+
+
+def captions_found(seed, pictures=200, each=5):
+    """Two equal models' rights (P, C); captions of one picture tend to be right together."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=(pictures, 1))  # by both models
+    own = rng.normal(size=(2, pictures, 1))
+    noise = rng.normal(size=(2, pictures, each))
+    return 0.57 * (shared + own) + 0.59 * noise > 0.25 * (2 * 0.57**2 + 0.59**2) ** 0.5
+
+
+def test_captions_of_one_picture_are_no_independent_examples():
+    """Intervals cover 95 %, equal models differ in 5 %; taken as independent, in 75 and 19 %."""
+    unit, truth = np.repeat(np.arange(200), 5), 1 - scipy.stats.norm.cdf(0.25)
+    held, spans_zero, fooled, trials = 0, 0, 0, 800
+    for seed in range(trials):
+        a, b = (by_unit(found.ravel(), unit) for found in captions_found(seed))
+        low, high = interval(a)
+        held += low <= truth <= high
+        found = difference(a, b)
+        spans_zero += found["low"] <= 0 <= found["high"]
+        fooled += found["p"] < 0.05
+    assert 0.93 <= held / trials <= 0.97 and 0.93 <= spans_zero / trials <= 0.97
+    assert 0.03 <= fooled / trials <= 0.07
+
+
+def test_units_of_one_answer_are_examples():
+    """And several units' answers, all right or all wrong, say what so many units say."""
+    a, b = rights(300, 0.4), rights(300, 0.5, seed=1)
+    order = np.random.default_rng(2).permutation(300)
+    ones = [by_unit(hits[order], order) for hits in (a, b)]
+    assert interval(ones[0]) == interval(a) and difference(*ones) == difference(a, b)
+    unit = np.repeat(np.arange(100), 5)
+    for hits in (np.zeros(500, bool), np.ones(500, bool)):
+        assert interval(by_unit(hits, unit)) == interval(hits[:100])
+    uneven = by_unit(np.array([True, False, False, False]), np.array([0, 1, 1, 1]))
+    assert uneven.tolist() == [[1, 1], [0, 3]] and difference(uneven, uneven)["a"] == 0.25
+
+
+def test_flipped_signs_are_counted_out():
+    """Against every flip in turn, for leads of several answers."""
+    lead = np.array([3, -1, 2, 0, 2, -2, 1, 5])
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(lead))))
+    asked = np.full(len(lead), 5)
+    a, b = (np.stack([np.maximum(x, 0), asked], axis=1) for x in (-lead, lead))
+    found = difference(a, b)
+    assert found["p"] == pytest.approx((np.abs(signs @ lead) >= abs(lead.sum())).mean())
+    assert found["difference"] == lead.sum() / asked.sum()
 
 
 def test_a_run_against_itself_has_no_real_difference():
