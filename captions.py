@@ -3,7 +3,6 @@
 Both need to know how often words are said: one pass over the training captions, kept in the cache.
 """
 
-import contextlib
 import hashlib
 import inspect
 import math
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 import glip
 from embedded import Emoji
-from files import open_regular
+from files import cached_array, open_regular
 from glip import (
     TEXT_MASKS,
     InputError,
@@ -30,7 +29,6 @@ from glip import (
     mask_text,
     tokenize,
     words,
-    write_safely,
 )
 from pictures import Source
 
@@ -227,15 +225,13 @@ def read_clusters(path: str, count: int) -> np.ndarray:
 def caption_scores(pairs: Source, threshold: float) -> np.ndarray:
     """Mean over each caption's words of min(1, sqrt(threshold / word's share)), (M,), cached."""
     path = glip.CACHE / f"scores-{captions_key(pairs)}-{threshold:g}.npy"
-    with contextlib.suppress(Exception):  # numpy has many kinds for what something cut
-        found = np.load(path)
-        if found.shape == (len(pairs),) and found.dtype == np.float32:
-            return found
-    shares, scores = word_shares(pairs), np.zeros(len(pairs), np.float32)
-    for ids, texts in captions_of(pairs, "scoring captions"):
-        for i, text in zip(ids, texts, strict=True):
-            chances = [min(1.0, math.sqrt(threshold / shares[w])) for w in words(text)]
-            scores[i] = sum(chances) / max(1, len(chances))
-    with contextlib.suppress(InputError):  # a cache that cannot be written to
-        write_safely(path, lambda file: np.save(file, scores))
-    return scores
+
+    def score() -> np.ndarray:
+        shares, scores = word_shares(pairs), np.zeros(len(pairs), np.float32)
+        for ids, texts in captions_of(pairs, "scoring captions"):
+            for i, text in zip(ids, texts, strict=True):
+                chances = [min(1.0, math.sqrt(threshold / shares[w])) for w in words(text)]
+                scores[i] = sum(chances) / max(1, len(chances))
+        return scores
+
+    return cached_array(path, len(pairs), score)

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -10,9 +11,10 @@ import platform
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from masks import InputError
@@ -146,6 +148,27 @@ def check_finite(weights: dict[str, torch.Tensor], path: Path | str) -> None:
     for name, value in weights.items():
         if not value.isfinite().all():
             raise InputError(f"{path}: {name} is not finite; name a checkpoint from before that")
+
+
+def digest(paths: Iterable[Path], text: str) -> str:
+    """What tells the contents of files, and a text, from others: their SHA-256."""
+    total = hashlib.sha256(text.encode())
+    for path in paths:
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def cached_array(path: Path, count: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """fp32 (count, ...) from a .npy, or made, and kept if possible; what was cut is made anew."""
+    with contextlib.suppress(Exception):  # numpy has many kinds for what something cut
+        found = np.load(path)
+        if len(found) == count and found.dtype == np.float32:
+            return found
+    array = make()
+    with contextlib.suppress(InputError):  # a folder that cannot be written to
+        write_safely(path, lambda file: np.save(file, array))
+    return array
 
 
 def cached(path: Path, make: Callable[[], dict]) -> dict:

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import benchmarks
 import data
-import glip
 from data import Emoji
+from files import cached_array, digest
 from glip import InputError
 from metrics import per_class
 from pictures import SUFFIXES, BadPicture, Pictures
@@ -140,7 +141,8 @@ def best_fit(
     device: str | torch.device,
 ) -> float:  # fmt: skip
     """The C whose fit on `train` is right most often on `valid`; of equals the smallest."""
-    predictors = fits(features[train], labels[train], STRENGTHS, device)
+    predictors = tqdm(fits(features[train], labels[train], STRENGTHS, device), "fits",
+                      len(STRENGTHS), leave=False, disable=None)  # fmt: skip
     right = [(predict(features[valid]) == labels[valid]).mean() for predict in predictors]
     return STRENGTHS[int(np.argmax(right))]
 
@@ -356,14 +358,9 @@ def cached_features(
     The key is the checkpoint's content, the precision, and `stamp`, what the pictures' content is
     known by. `encoder` is an evaluate.Encoder of the run's model.
     """
-    with open(run / "model.pt", "rb") as file:
-        key = hashlib.file_digest(file, "sha256")
-    key.update(f"{encoder.bf16} {encoder.model.config.pixels} {stamp}".encode())
-    cache = run / f"features-{name.replace(' ', '-')}-{key.hexdigest()[:16]}.npy"
-    if not cache.exists():
-        features = encoder.images(render, count).numpy()
-        glip.write_safely(cache, lambda file: np.save(file, features))
-    return np.load(cache)
+    key = digest([run / "model.pt"], f"{encoder.bf16} {encoder.model.config.pixels} {stamp}")
+    cache = run / f"features-{name.replace(' ', '-')}-{key[:16]}.npy"
+    return cached_array(cache, count, lambda: encoder.images(render, count).numpy())
 
 
 def probe_all(

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import evaluate
+import files
 import glip
 import probe
 from tests.test_train import command
@@ -176,6 +177,21 @@ def test_bad_folders_are_told_in_a_sentence(tmp_path):
     with pytest.raises(glip.InputError, match=r"2 of 24 pictures .*train/class_1/1.png \("):
         probe.probe_all(encoder, tmp_path / "run", [opened], embedded=False)
     assert not list((tmp_path / "run").glob("features-*"))
+
+
+def test_kept_arrays_that_are_torn_are_computed_again(tmp_path):
+    """And where nothing can be kept, what was computed is not lost."""
+    path, wanted = tmp_path / "x.npy", np.arange(1000, dtype=np.float32)
+    for content in (None, b"", b"torn", b"PK\x03\x04", "cut", "short"):
+        if content == "cut":
+            path.write_bytes(path.read_bytes()[:-80])
+        elif content == "short":
+            np.save(path, wanted[:900])
+        elif content is not None:
+            path.write_bytes(content)
+        assert (files.cached_array(path, 1000, wanted.copy) == wanted).all()
+        assert (files.cached_array(path, 1000, lambda: None) == wanted).all()
+    assert (files.cached_array(path / "x.npy", 1000, wanted.copy) == wanted).all()
 
 
 def test_the_command_probes_folders(tmp_path, monkeypatch, capsys):
