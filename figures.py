@@ -4,17 +4,20 @@ Art that may not be published is left out. Written by evaluate.py.
 """
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 import glip
 from data import Emoji, HeldOut
 from glip import Masker
+from metrics import ranks
 
 GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
 
@@ -27,6 +30,17 @@ def figure(height: float, width: float, **room: float) -> object:
     if room:
         fig.subplots_adjust(left=0.01, right=0.99, **room)
     return fig
+
+
+def save(fig: object, path: Path) -> None:
+    """Write a figure as PNG; a "$" in a caption or a file's name is a dollar, and no formula."""
+    from matplotlib.text import Text
+
+    for text in fig.findobj(Text):
+        text.set_parse_math(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks some letters
+        glip.write_safely(path, lambda file: fig.savefig(file, format="png"))
 
 
 def show(axes: object, image: Tensor) -> None:
@@ -80,7 +94,8 @@ def draw_masks(
     noise = torch.from_numpy(data.noise(0, "gallery", 0, len(many), n)).to(encoder.device)
     fig = figure(1.1 * (len(picks) + 1.5), 1.1 * len(glip.MASKS) + 0.4)
     axes = fig.subplots(len(picks) + 1, len(glip.MASKS), squeeze=False)
-    for column, mask in zip(axes.T, glip.MASKS, strict=True):
+    columns = list(zip(axes.T, glip.MASKS, strict=True))
+    for column, mask in tqdm(columns, "masks", leave=False, disable=None):
         column[0].set_title(mask, fontsize=9)
         masker = replace(own, mask=mask, mask_ratio=ratio, teacher=own.teacher or tower)
         masker = replace(masker, threshold=own.threshold if mask == own.mask else None)
@@ -107,17 +122,26 @@ def draw_masks(
 
 
 def draw_top5(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
-    """Held-out pictures with the five captions the model finds likeliest, the right one in blue."""
+    """Held-out pictures with the five captions the model finds likeliest, the right one in blue.
+
+    Where it is not among the five, it stands below them with its rank.
+    """
     columns, rows = 6, -(-len(picks) // 6)
-    fig = figure(2.25 * rows, 1.75 * columns, top=0.99, bottom=0.5 / rows, hspace=0.75)
+    fig = figure(2.4 * rows, 1.75 * columns, top=0.99, bottom=0.55 / rows, hspace=0.9)
     for cell in fig.subplots(rows, columns, squeeze=False).flat:
         cell.axis("off")
     for cell, i in zip(fig.axes, picks, strict=False):
         show(cell, pairs.render(np.array([i]), None)[0])
-        for line, j in enumerate((images[i] @ texts.T).topk(min(5, len(texts))).indices.tolist()):
-            right = j == pairs.concept[i]
+        scores, wanted = images[i] @ texts.T, int(pairs.concept[i])
+        found = scores.topk(min(5, len(texts))).indices.tolist()
+        rank = 1 + int(ranks(scores[None], (torch.arange(len(texts)) == wanted)[None]))
+        lines = [shorten(pairs.captions[j], 27) for j in found]
+        if wanted not in found:
+            lines.append(f"{rank:,}. {shorten(pairs.captions[wanted], 22)}")
+        for line, (j, text) in enumerate(zip([*found, wanted], lines)):
+            right = j == wanted
             cell.text(
-                0.5, -0.05 - 0.13 * line, shorten(pairs.captions[j], 27), fontsize=6.5, va="top",
+                0.5, -0.05 - 0.13 * line, text, fontsize=6.5, va="top",
                 ha="center", transform=cell.transAxes, color=GOOD if right else "#555555",
                 fontweight="bold" if right else "normal",
             )  # fmt: skip
@@ -127,13 +151,17 @@ def draw_top5(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.n
 def draw_retrieval(
     pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray
 ) -> object:
-    """Captions and the pictures found for them, best first, the right ones framed."""
+    """Captions and the pictures found for them, best first, the right ones framed.
+
+    Where none is right, the caption is followed by the best right one's rank.
+    """
     columns = 8
     fig = figure(1.3 * len(picks), 1.1 * columns, top=0.97, bottom=0.01, hspace=0.3)
     axes = fig.subplots(len(picks), columns, squeeze=False)
     for row, i in zip(axes, picks, strict=True):
         caption = pairs.concept[i]
-        found = (images @ texts[caption]).topk(min(columns, len(images))).indices.numpy()
+        scores, wanted = images @ texts[caption], torch.from_numpy(pairs.concept == caption)
+        found = scores.topk(min(columns, len(images))).indices.numpy()
         for cell in row:
             cell.set_axis_off()
         for cell, j in zip(row, found, strict=False):
@@ -142,8 +170,10 @@ def draw_retrieval(
             right = pairs.concept[j] == caption
             for side in cell.spines.values():
                 side.set(color=GOOD if right else "#dddddd", linewidth=3 if right else 1)
-        row[0].text(0, 1.06, shorten(pairs.captions[caption], 90), transform=row[0].transAxes,
-                    fontsize=8)  # fmt: skip
+        told = shorten(pairs.captions[caption], 90)
+        if not wanted[found].any():
+            told += f"   (right: rank {1 + int(ranks(scores[None], wanted[None])):,})"
+        row[0].text(0, 1.06, told, transform=row[0].transAxes, fontsize=8)
     return fig
 
 
@@ -172,5 +202,5 @@ def draw_all(
         figures["top5.png"] = draw_top5(test, *features, sample[:18])
         figures["retrieval.png"] = draw_retrieval(test, *features, sample[-8:])
     for name, fig in figures.items():
-        glip.write_safely(run / name, lambda file, fig=fig: fig.savefig(file, format="png"))
+        save(fig, run / name)
     return list(figures)

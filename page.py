@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +28,16 @@ td { padding: .1em 1em .1em 0; vertical-align: top; overflow-wrap: anywhere }
 tr.changed td { font-weight: bold } svg text { font: 12px system-ui, sans-serif; fill: #555 }
 """
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
-WIDTH, HEIGHT, LEFT, BOTTOM = 440, 220, 58, 24  # of a chart, and of its margins
+WIDTH, HEIGHT, BOTTOM = 440, 220, 24  # of a chart, and of its margin
+
+
+def ticks(low: float, high: float) -> tuple[np.ndarray, list[str], str]:
+    """Round numbers over a range, their labels, and the power of ten that the labels leave out."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    form, numbers = ScalarFormatter(), MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    form.create_dummy_axis()
+    return numbers, form.format_ticks(numbers), form.get_offset()
 
 
 def chart(title: str, lines: dict[str, list[tuple[float, float]]], dashed: float | None) -> str:
@@ -38,19 +48,21 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], dashed: float
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
     heights = [y for _, y in points] + ([] if dashed is None else [dashed])
     y0, y1 = min(0.0, *heights), max(heights)
-    y1 = y1 if y1 > y0 else y0 + 1
+    marks, labels, power = ticks(y0, y1 if y1 > y0 else y0 + 1)
+    y0, y1 = marks[0], marks[-1]
+    left = 14 + 7 * max(map(len, labels))  # 7: a digit's width
 
     def across(x: float) -> float:
-        return LEFT + (WIDTH - LEFT - 8) * (x - x0) / max(x1 - x0, 1)
+        return left + (WIDTH - left - 8) * (x - x0) / max(x1 - x0, 1)
 
     def up(y: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * (y - y0) / (y1 - y0)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">']
-    for y in np.linspace(y0, y1, 5):
+    for y, label in zip(marks, labels, strict=True):
         parts.append(
-            f'<path d="M{LEFT} {up(y):.1f}H{WIDTH - 8}" stroke="#ddd"/>'
-            f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
+            f'<path d="M{left} {up(y):.1f}H{WIDTH - 8}" stroke="#ddd"/>'
+            f'<text x="{left - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{label}</text>'
         )
     for x, anchor in ((x0, "start"), (x1, "end")):
         parts.append(
@@ -58,7 +70,7 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], dashed: float
         )
     if dashed is not None:
         parts.append(
-            f'<path d="M{LEFT} {up(dashed):.1f}H{WIDTH - 8}" stroke="#555" stroke-dasharray="5 4"/>'
+            f'<path d="M{left} {up(dashed):.1f}H{WIDTH - 8}" stroke="#555" stroke-dasharray="5 4"/>'
         )
     for colour, line in zip(COLOURS, lines.values(), strict=False):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in line)
@@ -70,7 +82,8 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], dashed: float
         f'<span style="color:{colour}">&#9632;</span> {html.escape(name)}'
         for colour, name in zip(COLOURS, lines, strict=False)
     )
-    caption = f"<b>{title}</b> over the step" + f": {names}" * (len(lines) > 1)
+    caption = f"<b>{title}</b>" + f", in {power}," * bool(power) + " over the step"
+    caption += f": {names}" * (len(lines) > 1)
     return f"<figure>{''.join(parts)}</svg><figcaption>{caption}</figcaption></figure>"
 
 
@@ -101,6 +114,11 @@ def charts(records: list[dict], clip: bool) -> str:
     found = [(title, {n: line(n) for n in names}, dashed) for title, names, dashed in named]
     return "".join(chart(title, {n: x for n, x in lines.items() if x}, dashed)
                    for title, lines, dashed in found)  # fmt: skip
+
+
+def embedded(png: str) -> str:
+    """A PNG in base64 as an <img>."""
+    return f'<img alt="" src="data:image/png;base64,{html.escape(png)}">'
 
 
 def as_png(pixels: Tensor) -> str:
@@ -141,7 +159,7 @@ def figures(rows: list[list[str]]) -> str:
     """samples() as HTML."""
     return "".join(
         "<figure>"
-        + "".join(f'<img alt="" src="data:image/png;base64,{html.escape(png)}">' for png in both)
+        + "".join(map(embedded, both))
         + f"<figcaption>{html.escape(words)}</figcaption></figure>"
         for *both, words in rows
     )
@@ -180,3 +198,38 @@ def write(
 <h2>Settings (bold: not the recipe's)</h2>{settings(config)}</html>
 """
     glip.write_bytes(out / "report.html", text.encode())
+
+
+WHOLE = """
+.results pre { overflow-x: auto } .results figure { max-width: none; margin: 1em 0 }
+.results img { width: auto; max-width: 100%; image-rendering: auto }
+"""
+FIGURES = {
+    "top5.png": "Held-out pictures and their likeliest five captions; the right one in blue",
+    "retrieval.png": "Captions and the pictures found for them, best first; right ones framed",
+    "masks.png": "Every mask on the same pictures, and how often it keeps each patch",
+}
+
+
+def add_results(out: Path, what: str, tables: str, pictures: list[str]) -> Path | None:
+    """The path of a run's page, if it has one, to which an evaluation of `what` was added.
+
+    Its tables, and those of its `pictures` that are in FIGURES, replace an earlier evaluation's.
+    """
+    path = out / "report.html"
+    if not path.is_file():
+        return None
+    found = {name: base64.b64encode((out / name).read_bytes()).decode()
+             for name in FIGURES if name in pictures}  # fmt: skip
+    shown = "".join(
+        f"<figure>{embedded(png)}<figcaption>{FIGURES[name]}</figcaption></figure>"
+        for name, png in found.items()
+    )
+    start, end = f'<section class="results" title="{what}">', "</section>\n"
+    old = re.compile(re.escape(start) + ".*?" + end, re.DOTALL)
+    text = old.sub("", path.read_text("utf-8"))
+    title = f"<style>{WHOLE}</style><h2>Evaluation: {what}</h2>"
+    added = f"{start}{title}<pre>{html.escape(tables)}</pre>{shown}{end}"
+    text = text.replace("<h2>Curves</h2>", f"{added}<h2>Curves</h2>", 1)
+    glip.write_bytes(path, text.encode())
+    return path

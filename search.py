@@ -8,14 +8,12 @@ Tables go to the screen, search.png and attention.png into the run's folder. Pic
 evaluation: the centred square, at the model's size. `encoder` is evaluate's Encoder.
 """
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import figures
 import glip
@@ -63,9 +61,7 @@ def use(encoder: object, run: Path, options: object) -> None:
 
 def save(figure: object, path: Path) -> None:
     """Write a figure as PNG, and say so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the font lacks letters of a file's name
-        glip.write_safely(path, lambda file: figure.savefig(file, format="png"))
+    figures.save(figure, path)
     print(f"wrote {path}")
 
 
@@ -100,14 +96,8 @@ def encode_files(encoder: object, paths: list[Path]) -> tuple[Tensor, dict[int, 
             bad[i] = getattr(error, "strerror", None) or str(error)
             return torch.zeros(3, side, side, dtype=torch.uint8)
 
-    bar = tqdm(total=len(paths), unit=" pictures", leave=False, disable=None)
-    with ThreadPoolExecutor() as pool, bar:
-
-        def render(ids: list[int]) -> Tensor:
-            bar.update(len(ids))
-            return torch.stack(list(pool.map(read, ids)))                      # (B, 3, S, S)
-
-        return encoder.images(render, len(paths)), bad
+    with ThreadPoolExecutor() as pool:
+        return encoder.images(lambda ids: torch.stack(list(pool.map(read, ids))), len(paths)), bad
 
 
 def encode_texts(encoder: object, texts: list[str], flag: str) -> Tensor:
@@ -189,13 +179,13 @@ def draw_hits(text: str, found: list[tuple[Path, float]]) -> object:
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
     fig = figures.figure(2.5 * rows + 0.4, 2.2 * max(columns, 2))
-    fig.suptitle(shorten(text, 60), fontsize=10, parse_math=False)
+    fig.suptitle(shorten(text, 60), fontsize=10)
     for cell in fig.subplots(rows, columns, squeeze=False).flat:
         cell.axis("off")
     for cell, (path, score) in zip(fig.axes, found):
         figures.show(cell, one_picture(path, SHOWN))
         label = f"{shorten(printable(path.name), 26)}\n{score:+.3f}"
-        cell.set_title(label, fontsize=7, y=-0.02, pad=0, va="top", parse_math=False)
+        cell.set_title(label, fontsize=7, y=-0.02, pad=0, va="top")
     return fig
 
 
@@ -208,7 +198,7 @@ def draw_attention(path: Path, heat: Tensor) -> object:
         figures.show(axes, image)
     times, corners = (heat * heat.numel()).numpy(), (0, SHOWN, SHOWN, 0)
     drawn = right.imshow(times, extent=corners, alpha=0.7, vmin=0)
-    left.set_title(shorten(printable(path.name), 40), fontsize=8, parse_math=False)
+    left.set_title(shorten(printable(path.name), 40), fontsize=8)
     right.set_title("where the class token looks", fontsize=8)
     fig.colorbar(drawn, ax=right, shrink=0.9, label="times an even share")
     return fig

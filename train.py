@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -436,6 +437,8 @@ def train(config: TrainConfig) -> Path:
         if rank == 0:
             for name in ("latest.pt", "previous.pt"):
                 (out / name).unlink(missing_ok=True)
+            print(f"trained: {out}/model.pt; the run on one page: {out}/report.html; "
+                  f"next: python evaluate.py {shlex.quote(str(out))}")  # fmt: skip
     return out
 
 
