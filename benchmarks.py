@@ -87,7 +87,7 @@ def suite(root: Path) -> tuple[list[str], list[str], list[str]]:
     """What `root` holds of the paper's sets, with classes and with captions, and what it lacks.
 
     A set is a folder under its name, or a data set of torchvision. What is missing comes with how
-    to get it. Raises InputError where nothing is there.
+    to get it.
     """
     found, missing = {}, []
     signs = ("*/nshards.txt", "classnames.txt", "n[0-9]*", "*/n[0-9]*", "0", "*/0")
@@ -105,8 +105,6 @@ def suite(root: Path) -> tuple[list[str], list[str], list[str]]:
             place = f"clip-benchmark/wds_{'vtab-' * (name in VTAB)}{name}"
             how = f"hf download --repo-type dataset {place} --local-dir {root / name}"
             missing.append(f"not there: {name}: {how}")
-    if not found:
-        raise InputError(f"--root {root}: none of the paper's sets is in it; see the README")
     captioned = [place for name, place in found.items() if name in SETS["T4"]]
     return [place for place in found.values() if place not in captioned], captioned, missing
 
@@ -310,7 +308,7 @@ def open_tree(folder: Path, split: str) -> Benchmark:
     """A folder a class. Folders of whole numbers are class numbers; WordNet's are ImageNet's.
 
     Otherwise the lines of classnames.txt stand in the folders' alphabetic order, as torchvision
-    numbers them.
+    numbers them; without that file the folders' names are the classes'.
     """
     home = next(h for h in (folder / split, folder / "val", folder) if h.is_dir())
     folders = sorted(path for path in home.iterdir() if path.is_dir())
@@ -331,6 +329,9 @@ def open_tree(folder: Path, split: str) -> Benchmark:
         known = imagenet_names()
         every = numbered and len(names) == len(known)  # ImageNet-V2
         classes = [known[name] for name in (known if every else names) if name in known]
+        wordnet = any(re.fullmatch(r"n\d{8}", name) for name in names)
+        if len(names) > 1 and not numbered and not wordnet:
+            classes = [name.replace("_", " ") for name in names]
     if not classes or (not numbered and len(classes) != len(names)):
         raise InputError(
             f"{folder}/classnames.txt: {len(classes) or 'no'} names for the {len(names)} folders "
@@ -606,10 +607,11 @@ def compare_with_imagenet(results: dict[str, dict], kept: dict, columns: Columns
                 found["drop"] = shares(right)["acc1"] - found["acc1"]
 
 
-def describe(results: dict[str, dict]) -> str:
+def describe(results: dict[str, dict], precision: str) -> str:
     """One run's results: each set's own metric, with one prompt, and what it is compared by."""
     columns = list(next(iter(results.values()))["columns"])
-    lines = [f"{'set, metric (%, 95 % interval)':58}" + "".join(f"{c:>22}" for c in columns)]
+    title = f"set, metric (%, 95 % interval), in {precision}"
+    lines = [f"{title:58}" + "".join(f"{c:>22}" for c in columns)]
     for name, entry in sorted(results.items()):
         each, metric = entry["columns"], entry["metric"]
         shown = [metric, f"{metric}_one_prompt", "drop", "aupr"]

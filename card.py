@@ -1,6 +1,5 @@
 """What a checkpoint tells of itself, and the model card that goes with every export."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -134,8 +133,8 @@ def plain(text: object) -> str:
 def card(to: str, path: Path, content: dict, config: GLIPConfig) -> str:
     """The model card of an export; its results are what evaluate.py wrote beside the model."""
     rows, written = ["Not evaluated on held-out pairs before the export."], {}
-    if path.name == "model.pt" and (path.parent / "results.json").is_file():
-        written = json.loads((path.parent / "results.json").read_text())
+    if path.name == "model.pt":
+        written = evaluate.known_results(path.parent)
     if tables := written.get("held_out"):  # not there after published sets alone
         names = " | ".join(map(plain, tables))
         rows = [f"| held-out pairs | {names} |", "| --- |" + " --- |" * len(tables)]

@@ -1,4 +1,4 @@
-"""What every script does with an error: one sentence, printed once, and an exit code."""
+"""What every script shows: errors as one sentence, printed once, an exit code, progress bars."""
 
 import contextlib
 import functools
@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
 
 from masks import InputError
 
@@ -29,6 +32,14 @@ def printable(text: object) -> str:
 def say(text: str) -> None:
     """Print lines of text that may hold names from elsewhere."""
     print("\n".join(map(printable, text.split("\n"))))
+
+
+def blocks(count: int, size: int, what: str) -> Iterator[Tensor]:
+    """Numbers from 0 to `count`, `size` at a time, with a progress bar on a terminal."""
+    with tqdm(total=count, desc=what, leave=False, disable=None) as bar:
+        for ids in torch.arange(count).split(size):
+            yield ids
+            bar.update(len(ids))
 
 
 def place() -> tuple[int, int, int]:

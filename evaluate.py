@@ -15,7 +15,7 @@ answer) and PNGs: loss.png, masks.png, top5.png, retrieval.png. Pictures show Go
 art only, whose licences allow it.
 """
 
-import hashlib
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -38,13 +38,15 @@ import cli
 import data
 import figures
 import glip
+import page
 import probe
 import search
 import significance
 from data import Emoji, HeldOut
+from files import digest
 from glip import GLIP, InputError, Masker
 from metrics import WITHIN, hits, ranks, retrieval, zero_shot  # noqa: F401
-from parallel import pick_device, processes
+from parallel import pick_device, precision_of, processes, read_lines, use_bf16  # noqa: F401
 from probe import (  # noqa: F401 - one name for users, evaluate
     STRENGTHS,
     linear_probe,
@@ -55,28 +57,6 @@ from probe import (  # noqa: F401 - one name for users, evaluate
 # ------------------------------------------------------------------------------------------------
 # The machine
 # ------------------------------------------------------------------------------------------------
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to multiply in bf16; `auto` does so where the hardware does it natively."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
-
-
-def cpu_flags() -> set[str]:
-    """What Linux says that the processor can do; empty elsewhere."""
-    for line in read_lines("/proc/cpuinfo"):
-        if line.startswith(("flags", "Features")):
-            return set(line.split())
-    return set()
-
-
-def read_lines(path: str) -> list[str]:
-    """The lines of a system file, none where the system has no such file."""
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def machine(device: torch.device) -> dict:
@@ -112,12 +92,13 @@ class Encoder:
 
     def __init__(self, model: GLIP, device: torch.device, precision: str) -> None:
         self.model, self.device = model.eval(), device
-        self.bf16 = use_bf16(precision, device)
+        self.precision = precision_of(precision, device)
+        self.bf16 = self.precision == "bf16"
 
     def images(self, render: object, count: int, masker: Masker | None = None) -> Tensor:
         """image_features (count, E) of render(ids) -> (B, 3, S, S), under a mask if given."""
-        blocks = torch.arange(count).split(256)
-        return torch.cat([self.block(render(x.numpy()), int(x[0]), masker) for x in blocks])
+        return torch.cat([self.block(render(ids.numpy()), int(ids[0]), masker)
+                          for ids in cli.blocks(count, 256, "pictures")])  # fmt: skip
 
     @torch.inference_mode()
     def block(self, images: Tensor, start: int, masker: Masker | None = None) -> Tensor:
@@ -138,8 +119,9 @@ class Encoder:
     @torch.inference_mode()
     def texts(self, captions: list[str]) -> Tensor:
         """text_features (n, E) of n captions."""
-        features = []
-        for block in glip.tokenize(captions, self.model.config.context_length).split(512):
+        features, tokens = [], glip.tokenize(captions, self.model.config.context_length)
+        for ids in cli.blocks(len(tokens), 512, "texts"):
+            block = tokens[ids]
             block = block[:, : int(glip.lengths(block).max())]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 features.append(self.model.encode_text(block).cpu())
@@ -246,8 +228,16 @@ def robustness(encoder: Encoder, pairs: Emoji | HeldOut) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 
-def keep_ranks(run: Path, found: dict[str, dict[str, Tensor]], pairs: Emoji | HeldOut) -> None:
-    """Write every answer's rank, and which pairs were asked about, to the run's outcomes.npz."""
+def identity(run: Path, precision: str) -> str:
+    """What tells a run's models, and how they multiply, from others: by content."""
+    models = [run / name for name in ("model.pt", "pretrained.pt") if (run / name).is_file()]
+    return digest(models, precision)
+
+
+def keep_ranks(
+    run: Path, found: dict[str, dict[str, Tensor]], pairs: Emoji | HeldOut, model: str
+) -> None:
+    """Write every answer's rank to outcomes.npz, which pairs were asked about, and the `model`."""
     if isinstance(pairs, HeldOut):  # by name: the folder may move
         each = zip(pairs.sources, pairs.chosen, strict=True)
         pictures = [Path(source.where(i)).name for source, ids in each for i in ids]
@@ -256,15 +246,16 @@ def keep_ranks(run: Path, found: dict[str, dict[str, Tensor]], pairs: Emoji | He
     asked = json.dumps([pictures, pairs.captions, pairs.concept.tolist()])
     arrays = {column: {question: rank.numpy() for question, rank in questions.items()}
               for column, questions in found.items()}  # fmt: skip
-    significance.keep(run / "outcomes.npz", arrays, hashlib.sha256(asked.encode()).hexdigest())
+    significance.keep(run / "outcomes.npz", arrays, digest([], asked), model)
 
 
 def kept_ranks(run: Path, options: "EvaluateConfig") -> tuple[dict[str, dict[str, Tensor]], str]:
-    """What keep_ranks wrote; a run that changed since, or was never evaluated, is evaluated."""
-    path, trained = run / "outcomes.npz", (run / "model.pt").stat().st_mtime_ns
-    if not path.is_file() or path.stat().st_mtime_ns < trained:
+    """What keep_ranks wrote; evaluates where that is missing, or of another model or precision."""
+    path = run / "outcomes.npz"
+    model = identity(run, precision_of(options.precision, pick_device(options.device)))
+    if not path.is_file() or significance.kept(path)[2] != model:
         run_evaluation(replace(options, run=str(run), other=""))
-    arrays, pairs = significance.kept(path)
+    arrays, pairs, _ = significance.kept(path)
     found = {column: {question: torch.from_numpy(rank) for question, rank in questions.items()
                       if question in WITHIN} for column, questions in arrays.items()}  # fmt: skip
     return found, pairs
@@ -297,7 +288,8 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
             "compare runs of the same stages, on sets whose metric is a share of answers"
         )
     tables = significance.compare(*({column: side[column] for column in both} for side in (a, b)))
-    cli.say(f"A: {runs[0]}\nB: {runs[1]}\n{significance.describe(tables)}")
+    precision = precision_of(options.precision, pick_device(options.device))
+    cli.say(f"A: {runs[0]}\nB: {runs[1]}\nin {precision}\n{significance.describe(tables)}")
     return problems
 
 
@@ -310,8 +302,15 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
 class EvaluateConfig:
     """Evaluate a run on what was held out; draw it; keep the numbers."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""  # folder of a run (default: the latest)
-    other: Annotated[str, tyro.conf.Positional] = ""  # another: compare both, example by example
+    run: Annotated[
+        str, tyro.conf.Positional,
+        tyro.conf.arg(metavar="[RUN]", help_behavior_hint="(default: the run written last)"),
+    ] = ""
+    """folder of a run"""
+    other: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="[OTHER]", help_behavior_hint="(optional)")
+    ] = ""
+    """folder of a second run: compare both, example by example"""
     search: str = ""  # a text: which of --images fit it best; needs no data of the run's
     images: str = ""  # a folder of pictures, for --search
     classify: str = ""  # a picture: which of --names fits it best
@@ -348,6 +347,7 @@ def last_run() -> Path:
 def run_folder(name: str) -> Path:
     """A run's folder, the latest for ""; raises InputError where no model is in it."""
     run = Path(name) if name else last_run()
+    run = run.resolve() if run.name in ("", "..") else run  # results are told by the folder's name
     if not (run / "model.pt").is_file():
         raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
     return run
@@ -426,6 +426,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         data.load, config["data"], vendors=tuple(config["vendors"]), held_out=config["held_out"],
         max_bad=config.get("max_bad", data.MAX_BAD),
     )  # fmt: skip
+    known = known_results(run)  # told before the work if it cannot be read
     train, test = opened(image_size=encoder.model.config.pixels[0])
     before_test = test
     if before.model.config != encoder.model.config:
@@ -440,7 +441,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         if masker.mask != "none":
             shares = mask_shares(before, before_test, masker)
     results = {
-        **known_results(run), **record_of(run, content),
+        **known, **record_of(run, content),
         "counts": {**train.counts, "training pictures": len(train) - len(train.held),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
         "evaluated_on": machine(device), "evaluation_bf16": encoder.bf16,
@@ -455,11 +456,13 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         results["linear_probe"] = {**results.get("linear_probe", {}), **probed}
     if options.robustness and len(test.concept):
         results["robustness"] = robustness(encoder, test)
+    told = describe(results)
+    cli.say(told)  # before anything is written: the folder may be read-only
     write_results(run, results)
-    keep_ranks(run, found, test)
-    cli.say(describe(results))
+    keep_ranks(run, found, test, identity(run, encoder.precision))
     pictures = figures.draw_all(run, config, last, test, before, before_test, masker)
-    print(f"wrote {run}/results.json, {', '.join(pictures)}")
+    files = ["results.json", "outcomes.npz", *pictures]
+    print_files(run, files, page.add_results(run, "held-out pairs", told, pictures))
     publish(run, options, pictures)
     return results
 
@@ -472,9 +475,13 @@ def run_benchmarks(
     Returns the answers, on the first process, and what is wrong with some sets. Probes are its
     alone: of the suite's sets, too, where they have training shards and no second run is asked.
     """
-    places, captioned, missing, probed = options.zero_shot, options.retrieval, [], []
+    places, captioned, probed = options.zero_shot, options.retrieval, []
     if options.suite != "none":
         own, own_captioned, missing = benchmarks.suite(Path(options.root))
+        if rank == 0 and missing:
+            print("\n".join(missing))
+        if not own and not own_captioned:
+            raise InputError(f"--root {options.root}: none of the paper's sets is in it")
         places, captioned = (*places, *own), (*captioned, *own_captioned)
         probed = [place for place in own if benchmarks.set_name(Path(place)) in benchmarks.PROBED
                   and (Path(place) / "train/nshards.txt").exists() and not options.other
@@ -482,19 +489,21 @@ def run_benchmarks(
     run, content, encoder, before, masker = open_run(options, device)
     columns = columns_of(encoder, before, masker, content["stage"] == "tune")
     folders = labelled_folders(options, encoder.model.config.pixels[0])
+    known = known_results(run)
     new, answers, problems = benchmarks.evaluate_sets(
         columns, places, captioned, options.root, rank, world
     )
     if rank:
         return answers, problems
-    results = {**known_results(run), **record_of(run, content)}
+    results = {**known, **record_of(run, content)}
     where = {"evaluated_on": machine(device), "bf16": encoder.bf16}
     new = {name: {**entry, **where} for name, entry in new.items()}
     results["benchmarks"] = {**results.get("benchmarks", {}), **new}
+    found, told = {}, []
     if new:
+        told.append(benchmarks.describe(new, encoder.precision))
+        cli.say(told[0])
         write_results(run, results)
-        cli.say(benchmarks.describe(new))
-    found = {}
     try:
         folders += [probe.to_probe(place, encoder.model.config.pixels[0]) for place in probed]
         found = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
@@ -502,23 +511,32 @@ def run_benchmarks(
         problems.append(str(error))
     if found:
         results["linear_probe"] = {**results.get("linear_probe", {}), **found}
+        told += probe.describe(found)
         cli.say("\n".join(probe.describe(found)))
-    if new or found:
         write_results(run, results)
-        print(f"wrote {run}/results.json")
+    if told:
+        written = page.add_results(run, "published sets", "\n".join(told), [])
+        print_files(run, ["results.json"], written)
         publish(run, options, [])
-    for line in missing:
-        print(line)
     return answers, problems
 
 
+def print_files(run: Path, files: list[str], written: Path | None) -> None:
+    """Say what was written, and which page shows it."""
+    print(f"wrote {', '.join(files)} into {run}" + f"; see {written}" * bool(written))
+
+
 def known_results(run: Path) -> dict:
-    """What an earlier evaluation, perhaps of other sets, left in results.json."""
-    try:
-        content = json.loads((run / "results.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """What an earlier evaluation, perhaps of other sets, left in results.json.
+
+    Raises InputError for a file that is not whole: to write it anew would lose what it held.
+    """
+    path, content = run / "results.json", None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not what evaluate.py writes: remove it, or bring a whole one")
+    return content
 
 
 def record_of(run: Path, content: dict) -> dict:
@@ -571,7 +589,7 @@ def describe(results: dict) -> str:
         f"{results['name']}: {config['model']}, {config['data']}, mask {config['mask']} "
         f"{config['mask_ratio']:.1%}{', A-CLIP' * config['aclip']}, "
         + f"text mask {config['text_mask']}, " * (config["text_mask"] != "none")
-        + f"seed {config['seed']}; "
+        + f"{'bf16' if results['evaluation_bf16'] else 'fp32'}, seed {config['seed']}; "
         f"{results['counts']['held-out pictures']:,} held-out pictures"
     ]
     if any(tables.values()):

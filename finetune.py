@@ -354,6 +354,12 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     for share in config.wise:
         classifier.load_state_dict(interpolate(start, end, share))
         tables[f"WiSE-FT {share:g}"] = accuracy(classifier, encoder, source, test)
+    cli.say(
+        f"{run.name} on {source.name}: {len(source.captions)} classes, {len(ids)} training and "
+        f"{len(test)} test pictures; top-1, mean per class, in {encoder.precision}"
+    )
+    for name, row in tables.items():
+        print(f"{name:24}" + "".join(f"{100 * share:>10.1f} %" for share in row.values()))
     save(out, model, end, source.captions)
     record = {**asdict(config), "run": run.name, "data": source.name, "out": out.name}
     results = {
@@ -366,10 +372,6 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     known = evaluate.known_results(run)  # the run's own, which report.py reads once published
     found = {source.name: {**tables[final], "from": out.name}}
     evaluate.write_results(run, {**known, "fine_tune": {**known.get("fine_tune", {}), **found}})
-    cli.say(f"{run.name} on {source.name}: {len(source.captions)} classes, {len(ids)} training and "
-            f"{len(test)} test pictures; top-1, mean per class")  # fmt: skip
-    for name, row in tables.items():
-        print(f"{name:24}" + "".join(f"{100 * share:>10.1f} %" for share in row.values()))
     print(f"wrote {out}/model.pt, results.json, log.jsonl; {run}/results.json has the accuracy")
     return results
 

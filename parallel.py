@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,33 @@ import cli
 from glip import InputError
 
 T = TypeVar("T")
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to multiply in bf16; `auto` does so where the hardware does it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
+
+
+def precision_of(precision: str, device: torch.device) -> str:
+    """What numbers are multiplied in, "bf16" or "fp32"."""
+    return "bf16" if use_bf16(precision, device) else "fp32"
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that the processor can do; empty elsewhere."""
+    for line in read_lines("/proc/cpuinfo"):
+        if line.startswith(("flags", "Features")):
+            return set(line.split())
+    return set()
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a system file, none where the system has no such file."""
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def pick_device(name: str) -> torch.device:

@@ -149,17 +149,22 @@ def describe(tables: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def keep(path: Path, columns: dict[str, dict[str, np.ndarray]], examples: str) -> None:
-    """Write whole numbers (n,) by column and question; `examples` says which were asked about."""
+def keep(
+    path: Path, columns: dict[str, dict[str, np.ndarray]], examples: str, model: str
+) -> None:  # fmt: skip
+    """Write whole numbers (n,) by column and question.
+
+    `examples` says which were asked about, and `model` who was asked.
+    """
     arrays = {
         f"{column}/{question}": found.astype(np.int32)
         for column, questions in columns.items() for question, found in questions.items()
     }  # fmt: skip
-    arrays["examples"] = np.array(examples)
+    arrays |= {"examples": np.array(examples), "model": np.array(model)}
     glip.write_safely(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def kept(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str]:
+def kept(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str, str]:
     """What keep() was given; executes nothing. Raises InputError for another file."""
     columns = {}
     try:
@@ -168,7 +173,7 @@ def kept(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str]:
                 column, _, question = name.partition("/")
                 if question:
                     columns.setdefault(column, {})[question] = arrays[name]
-            return columns, str(arrays["examples"])
+            return columns, str(arrays["examples"]), str(arrays.get("model", ""))
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: not what evaluate.py writes ({type(error).__name__}); remove it, and the run "

@@ -348,6 +348,15 @@ def test_trees_of_folders_are_the_shards_of_the_same_pictures(models, tmp_path):
         assert ours(models[1], folder)[folder.name]["columns"] == wanted
 
 
+def test_folders_names_are_classes_where_nothing_else_is_said(tmp_path):
+    write_tree(tmp_path / "flowers/val", ["red_tulip", "daisy"], 2)
+    (found,) = benchmarks.open_benchmarks(str(tmp_path / "flowers"), ".")
+    assert found.classes == ["daisy", "red tulip"] and found.labels.tolist() == [0, 0, 1, 1]
+    for name, folders in (("one", ["train"]), ("numbers", ["0", "1"])):
+        with pytest.raises(glip.InputError, match=f"no names for the {len(folders)}"):
+            benchmarks.open_benchmarks(str(write_tree(tmp_path / name, folders)), ".")
+
+
 def test_a_set_with_training_shards_is_probed(models, tmp_path):
     """The same features as zero-shot's, training pictures first; a fifth of them for validation."""
     samples = [(encoded(i), ("cls", str(label))) for i, label in enumerate(LABELS[:90])]
@@ -436,7 +445,7 @@ def test_robustness_is_compared_on_the_same_classes(models, tmp_path):
     assert found["objectnet"]["against"] == "imagenet1k, 7 classes, 90 pictures"
     assert drop["imagenet-o"] is None and drop["alone"] is None
     assert 0 < found["imagenet-o"]["columns"]["full picture"]["aupr"] < 1
-    table = benchmarks.describe(found)
+    table = benchmarks.describe(found, "fp32")
     assert "imagenet-a T3, drop" in table and "imagenet1k T1 T2 T6 T7, acc1_one_prompt" in table
 
 
@@ -457,8 +466,7 @@ def test_the_papers_suite_takes_what_is_there_and_names_the_rest(tmp_path):
     assert any("cub/CLASS/*.jpg" in line for line in missing)
     (pets,) = benchmarks.open_benchmarks(str(tmp_path / "wds_vtab-pets"), ".")
     assert pets.name == "pets" and pets.metric == "mean_per_class_recall"
-    with pytest.raises(glip.InputError, match="none of the paper's sets"):
-        benchmarks.suite(tmp_path / "imagenet1k")
+    assert benchmarks.suite(tmp_path / "imagenet1k")[:2] == ([], [])
 
 
 # --- broken sets ----------------------------------------------------------------------------------
@@ -541,7 +549,7 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
     broken("speech", "a set for retrieval: give it to --retrieval")
     write_captions(tmp_path / "speech", 3)
     broken("tree", "no names for the 2 folders")
-    write_tree(tmp_path / "tree", ["cat", "dog"])
+    write_tree(tmp_path / "tree", ["n00000001", "n00000002"])
     broken("hollow", "neither test/nshards.txt")
     (tmp_path / "hollow").mkdir()
     for name, content in (("sugar", "[1]"), ("crepe", '{"0": {"filename": 3}}')):
@@ -634,7 +642,7 @@ def test_a_mean_over_classes_has_its_own_interval(models, tmp_path):
     low, high = found["intervals"]["full picture"]["mean_per_class_recall"]
     assert 0.5 <= low < share < high < 0.65
     told = f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-    assert told in benchmarks.describe({"pets": found})
+    assert told in benchmarks.describe({"pets": found}, "fp32")
 
 
 def test_answers_about_one_picture_are_one_example(models, tmp_path):
@@ -681,6 +689,11 @@ def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, caps
                             tmp_path / "sets")  # fmt: skip
     results = json.loads((run / "results.json").read_text())
     assert code == 0 and set(results["benchmarks"]) == {"cifar10", "mnist"}
+    nothing = run_main(monkeypatch, capsys, run, "--suite", "paper", "--root", tmp_path / "a")
+    assert nothing[0] == 2 and "none of the paper's sets" in nothing[2]
+    assert "download --repo-type dataset clip-benchmark/wds_imagenet1k " in nothing[1]
+    assert out.index("not there: food101") < out.index("set, metric") < out.index(" in bf16" if
+        evaluate.use_bf16("auto", torch.device("cpu")) else " in fp32")  # fmt: skip
     assert results["linear_probe"].keys() == {"cifar10"}
     assert results["linear_probe"]["cifar10"]["test"] == 30
     assert "linear probe, cifar10" in out and "not there: food101" in out

@@ -1,6 +1,7 @@
 """Metrics against plain loops, the probe against scikit-learn, the command end to end."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -178,11 +179,20 @@ def test_train_then_evaluate_by_the_readmes_commands(tmp_path):
     for extra in (["--tune-epochs", "0"], tuned):
         done = command(str(ROOT / "train.py"), *words, *extra, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = [p for p in (tmp_path / "runs").iterdir() if "scenes" in p.name]
+    own, told = f"runs/{run.name}", done.stdout.splitlines()[-1]
+    for word in (f"{own}/model.pt", f"{own}/report.html", f"python evaluate.py {own}"):
+        assert word in told
     done = command(
         str(ROOT / "evaluate.py"), "--linear-probe", "--precision", "fp32", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (run,) = [p for p in (tmp_path / "runs").iterdir() if "scenes" in p.name]
+    assert {"top5.png", "retrieval.png", f"{own}/report.html"} <= set(
+        re.split("[, ;]+", done.stdout.splitlines()[-1])
+    )
+    shown = (run / "report.html").read_text()
+    assert shown.count("Evaluation: held-out pairs") == 1 and "zero-shot top-1" in shown
+    assert ", fp32, seed 0; " in done.stdout
     results = json.loads((run / "results.json").read_text())
     assert set(results["held_out"]) == {"masked inference", "full picture", "after tuning"}
     assert results["counts"]["held-out pictures"] == 1809

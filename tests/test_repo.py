@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
     "losses", "masks", "cli", "files", "glip", "parallel", "significance", "metrics", "aclip",
     "embedded", "shards", "pictures", "fetch", "captions", "data", "benchmarks", "probe", "figures",
-    "search", "evaluate", "card", "recipes", "page", "runs", "estimate", "convert", "train",
+    "search", "recipes", "page", "evaluate", "card", "runs", "estimate", "convert", "train",
     "finetune",
 ]  # fmt: skip
 CHAIN = [  # each does import the one before it

@@ -18,6 +18,7 @@ import card
 import data
 import evaluate
 import glip
+import parallel
 import runs
 import train
 from train import RECIPES, TrainConfig, lr_at, parse, run_name
@@ -184,7 +185,7 @@ def test_muon_is_torchs_muon():
 def test_auto_precision_follows_the_hardware(monkeypatch):
     cpu = torch.device("cpu")
     for flags, native in (({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"avx2"}, False)):
-        monkeypatch.setattr(evaluate, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(parallel, "cpu_flags", lambda flags=flags: flags)
         assert evaluate.use_bf16("auto", cpu) == native
         assert evaluate.use_bf16("bf16", cpu) and not evaluate.use_bf16("fp32", cpu)
 
