@@ -456,8 +456,9 @@ def main() -> None:
     size = (16_000, 512, 300)
     parser.add_argument("--size", type=int, nargs=3, default=size, help="probe: of what")
     options = parser.parse_args()
-    if options.rounds < 1 or options.seconds <= 0 or options.pictures < 5:
-        raise InputError("--rounds and --seconds must be above 0, --pictures 5 or more")
+    cli.check_numbers(options, ("rounds", "seconds"))
+    if options.pictures < 5:
+        raise InputError("--pictures must be 5 or more")
     if min(options.size) < 2:
         raise InputError("--size: give pictures, width and classes of 2 at least")
     found = {

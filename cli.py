@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
+import math
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -123,3 +124,19 @@ def print_once(text: str) -> None:
     if store is not None:
         with contextlib.suppress(RuntimeError):
             store.set("printed", "yes")
+
+
+def check_numbers(
+    config: object, above_0: Collection[str] = (), at_least_0: Collection[str] = ()
+) -> None:
+    """Refuse numbers of a command line that are not finite or not as large as they have to be."""
+    for name, value in vars(config).items():
+        rule = "above 0 and " * (name in above_0) or "at least 0 and " * (name in at_least_0)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                continue
+            low = number <= 0 if name in above_0 else number < 0 and name in at_least_0
+            whole = isinstance(number, int)
+            if low or not abs(number) < (2**63 if whole else math.inf):
+                end = "below 2^63" if whole else "finite"
+                raise InputError(f"--{name.replace('_', '-')} must be {rule}{end}")

@@ -510,6 +510,7 @@ class IndexConfig:
 
 def snapshot(config: SnapshotConfig) -> dict:
     """Bring the shards, then index; returns the index's record."""
+    cli.check_numbers(config, ("connections",), ("processes",))
     from huggingface_hub import snapshot_download
 
     repository, expected = SNAPSHOTS[config.name]
@@ -535,6 +536,7 @@ def snapshot(config: SnapshotConfig) -> dict:
 
 def index(config: IndexConfig) -> dict:
     """Index shards and say what was found; returns the index's record."""
+    cli.check_numbers(config, at_least_0=("processes",))
     location = config.location
     local = not shards.is_remote(location) and not location.endswith(".tar")
     if local and not Path(location).is_dir():

@@ -45,6 +45,7 @@ import benchmarks
 import cli
 import evaluate
 import glip
+from cli import check_numbers
 from evaluate import Encoder, machine, pick_device
 from glip import GLIP, InputError
 from metrics import per_class
@@ -110,6 +111,10 @@ def settled(config: FineTuneConfig, count: int) -> FineTuneConfig:
 
 def check(config: FineTuneConfig) -> None:
     """Raise InputError for a setting that cannot work."""
+    check_numbers(config, ("epochs", "lr", "layer_decay"),
+                  ("warmup_epochs", "weight_decay", "mixup", "cutmix", "workers", "seed"))
+    if config.batch_size < 2:
+        raise InputError(f"--batch-size {config.batch_size}: mixup wants pairs, so at least 2")
     shares = [("wise", share) for share in config.wise]
     names = ("layer_decay", "min_crop", "drop_path", "ema", "label_smoothing")
     for flag, share in shares + [(name, getattr(config, name)) for name in names]:
@@ -117,17 +122,11 @@ def check(config: FineTuneConfig) -> None:
             raise InputError(f"--{flag.replace('_', '-')} {share:g}: give a share from 0 to 1")
     if not 0 <= config.rand_augment <= 9:
         raise InputError(f"--rand-augment {config.rand_augment}: give a magnitude from 0 to 9")
-    for flag in ("epochs", "batch_size", "lr", "layer_decay"):
-        if getattr(config, flag) <= 0:
-            raise InputError(f"--{flag.replace('_', '-')} must be above 0")
     if config.warmup_epochs >= config.epochs:
         raise InputError(
             f"--warmup-epochs {config.warmup_epochs:g} is no less than --epochs {config.epochs}: "
             "the learning rate would never be reached"
         )
-    for flag in ("warmup_epochs", "weight_decay", "mixup", "cutmix", "workers"):
-        if getattr(config, flag) < 0:
-            raise InputError(f"--{flag.replace('_', '-')} must not be below 0")
 
 
 # ------------------------------------------------------------------------------------------------

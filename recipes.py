@@ -5,7 +5,6 @@ The defaults are the demo's; a recipe changes some; a flag given by hand wins.
 
 import argparse
 import contextlib
-import math
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ import tyro
 
 import data
 import glip
+from cli import check_numbers
 from data import EMBEDDED, HELD_OUT, MAX_BAD, SAMPLINGS, VENDORS
 from glip import GLIPConfig, InputError, Masker
 from masks import MIN_SIGMA
@@ -308,19 +308,13 @@ def check(config: TrainConfig, world: int) -> None:
             raise InputError(f"{flag} {size}: a contrast needs at least 2 pairs")
         if size % world:
             raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
-    for name in ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"):
-        if not all(0 < value < math.inf for value in as_tuple(getattr(config, name))):
-            raise InputError(f"{flag_of(name)} must be above 0 and finite")
+    check_numbers(
+        config, ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"),
+        ("epochs", "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every",
+         "save_every", "micro_batch", "clip_grad_norm", "seed"),
+    )  # fmt: skip
     if min(as_tuple(config.sigma)) < MIN_SIGMA:
         raise InputError(f"--sigma must be {MIN_SIGMA} at least")
-    if not 0 <= config.seed < 2**63:
-        raise InputError(f"--seed {config.seed} is outside [0, 2^63)")
-    for name in (
-        "epochs", "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every",
-        "save_every", "micro_batch", "clip_grad_norm",
-    ):  # fmt: skip
-        if not 0 <= getattr(config, name) < math.inf:
-            raise InputError(f"{flag_of(name)} must be at least 0 and finite")
     if config.aclip and (config.micro_batch or config.loss != "clip"):
         raise InputError(
             "--aclip compares pictures across the batch and with CLIP's loss: leave --micro-batch "

@@ -265,6 +265,7 @@ def run(name: str, flags: tuple[str, ...], threads: int, more: tuple[str, ...] =
 def main() -> None:
     """The command line."""
     options = tyro.cli(SweepConfig, description=__doc__)
+    cli.check_numbers(options, above_0=("jobs",))
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     path = RESULTS / "cost.json"
     cost = json.loads(path.read_text()) if path.exists() else None

@@ -1,7 +1,11 @@
 """Every script ends in one sentence, whatever happens, and on however many processes."""
 
+import itertools
+import math
 import signal
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ import data
 import evaluate
 import finetune
 import parallel
+import recipes
 import report
 import sweep
 import train
@@ -85,6 +90,40 @@ def test_a_terminal_obeys_nothing_in_a_sentence(monkeypatch, capsys):
 def test_every_script_has_the_handler():
     for script in (bench, convert, data, evaluate, finetune, report, sweep, train):
         assert script.main.__wrapped__.__module__ == script.__name__
+
+
+CHECKS = {
+    "train": (lambda config: recipes.check(config, 1), train.TrainConfig()),
+    "finetune": (finetune.check, finetune.settled(finetune.FineTuneConfig("run", "data"), 240)),
+    "snapshot": (data.snapshot, data.SnapshotConfig("cc3m", Path("nowhere"))),
+    "index": (data.index, data.IndexConfig("https://nowhere.invalid")),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_number_that_is_none_is_refused_by_its_flag(name):
+    """Every setting that is a number, with what is not finite or has more than 63 bits."""
+    check, config = CHECKS[name]
+    numbers = [n for n, value in vars(config).items() if type(value) in (int, float)]
+    assert numbers
+    for setting, value in itertools.product(numbers, (math.nan, math.inf, -math.inf, 10**30)):
+        with pytest.raises(InputError, match=f"^--{setting.replace('_', '-')} "):
+            check(replace(config, **{setting: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("finetune", "batch_size", 1), ("finetune", "seed", -1), ("finetune", "lr", 0),
+        ("finetune", "workers", -1), ("finetune", "wise", (0.5, math.nan)), ("train", "seed", -1),
+        ("train", "sigma", (0.2, math.inf)), ("index", "processes", -1),
+        ("snapshot", "connections", 0),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused_by_its_flag(name, setting, value):
+    check, config = CHECKS[name]
+    with pytest.raises(InputError, match=f"^--{setting.replace('_', '-')} "):
+        check(replace(config, **{setting: value}))
 
 
 NUMBERS = {
