@@ -37,12 +37,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import idna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 from PIL import Image
 
-from glip import InputError, write_bytes, write_safely
+from cli import check_numbers
+from files import open_regular
+from glip import InputError, locked, write_bytes, write_safely
 from pictures import FORMATS, LICENCE, TOO_LARGE, BadPicture, check_pixels, check_scans
 from shards import end_with_parent, printable_error, whole_stats
 
@@ -71,6 +74,7 @@ DIRECTIVES = OPT_OUTS | {  # what may stand behind the name of a crawler
     "unavailable_after", "archive",
 }  # fmt: skip
 AGENT = "nanoGLIP/1.0 (image-text research; img2dataset 1.47.0{})"
+WEB = re.compile(r"(?is)(https?://(?:[^/?#@]*@)?)([^/?#:]*)(.*)")  # until its host, host, rest
 
 
 CLOSED = [ipaddress.ip_network(x) for x in ("192.88.99.0/24", "3fff::/20", "5f00::/16")]
@@ -106,20 +110,35 @@ def opted_out(headers: Message) -> bool:
     """Whether response headers ask not to be used: X-Robots-Tag in all its forms, TDM's, AIPREF's.
 
     A name, a colon and a directive aim at one crawler from there on; other colons stand in values.
+    In doubt it is an opt-out: of TDM-Reservation's values only 0 is not.
     """
     for header in headers.get_all("X-Robots-Tag", []):
         agent = "*"
-        for piece in re.split("[,;]", header.lower()):
+        for piece in re.split("[,;]", re.sub("[\"']", "", header.lower())):
             name, colon, rest = piece.partition(":")
             directive = re.split(r"[\s:]+", f"{rest} ".lstrip())[0]
             if colon and name.strip() not in DIRECTIVES and directive in DIRECTIVES:
                 agent, piece = name.strip().partition("/")[0], rest
-            if agent in OURS and OPT_OUTS & set(piece.split()):
+            if agent in OURS and OPT_OUTS & set(re.findall(r"[\w-]+", piece)):
                 return True
-    usage = re.split("[,;]", ",".join(headers.get_all("Content-Usage", [])).lower())
-    if {"train-ai=n", "bots=n"} & {piece.strip() for piece in usage}:
+    usage, tdm = (re.sub(r"[\s\"']", "", ",".join(headers.get_all(name, [])).lower())
+                  for name in ("Content-Usage", "TDM-Reservation"))  # fmt: skip
+    if {"train-ai=n", "bots=n"} & set(re.split("[,;]", usage)):
         return True
-    return any(value.strip() == "1" for value in headers.get_all("TDM-Reservation", []))
+    return any(value.partition(";")[0] != "0" for value in tdm.split(",") if value)
+
+
+def ascii_url(url: str) -> str:
+    """A URL as it is asked for: an international host by IDNA, the rest percent-encoded."""
+    found = WEB.match(url.strip())
+    if not found:
+        raise Refused("not http or https")
+    start, host, rest = found.groups()
+    try:
+        host = host if host.isascii() else idna.encode(host, uts46=True).decode()
+    except UnicodeError:
+        raise Refused("unknown host") from None
+    return urllib.parse.quote(start + host + rest, safe="%/:=&?~#+!$,;'@()*[]")
 
 
 class Watch:
@@ -266,10 +285,7 @@ class Guard:
 
     def fetched(self, url: str, seconds: float) -> bytes:
         """A URL's picture, whole and of bearable size. Raises Refused."""
-        url = urllib.parse.quote((url or "").strip(), safe="%/:=&?~#+!$,;'@()*[]")
-        if not re.match(r"https?://", url, re.IGNORECASE):
-            raise Refused("not http or https")
-        watch = Watch(seconds, self.allowed)
+        url, watch = ascii_url(url or ""), Watch(seconds, self.allowed)
         try:
             content = self.body(url, watch)
         except Refused:
@@ -360,8 +376,8 @@ LOOKED_AT = 200  # rows from which the columns are told
 
 def lines_of(path: Path) -> Iterator[list[str]]:
     """A TSV's rows; quotes mean nothing in these lists."""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
+    with open_regular(path) as file:
+        for line in io.TextIOWrapper(file, "utf-8-sig", "replace", newline="\n"):
             yield line.rstrip("\r\n").split("\t")
 
 
@@ -371,10 +387,8 @@ def url_column(path: Path, name: str) -> int:
         rows = [row for row, _ in zip(lines_of(path), range(LOOKED_AT), strict=False)]
     except OSError as error:
         raise InputError(f"--list {path}: cannot be read ({error.strerror})") from None
-    alike = [
-        sum(len(row) > 1 and bool(re.match(r"https?://\S+$", row[c].strip())) for row in rows)
-        for c in (0, 1)
-    ]
+    urls = re.compile(r"\s*https?://\S+\s*", re.IGNORECASE)
+    alike = [sum(len(row) > 1 and bool(urls.fullmatch(row[c])) for row in rows) for c in (0, 1)]
     found = [c for c in (0, 1) if alike[c] >= 0.9 * len(rows) > 0]
     if len(found) != 1:
         raise InputError(
@@ -435,34 +449,46 @@ class FetchConfig:
 
 def fetch(config: FetchConfig) -> dict:
     """Everything that `python data.py fetch` does; returns what it reports."""
-    for name in ("threads", "timeout", "shard_size"):
-        if getattr(config, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0")
-    if config.retries < 0:
-        raise InputError("--retries must be at least 0")
+    check_numbers(config, ("threads", "timeout", "shard_size"), ("retries", "processes"))
+    if config.timeout > threading.TIMEOUT_MAX:
+        raise InputError(f"--timeout {config.timeout:g} is longer than a timer can wait: give less")
+    if not (config.contact.isascii() and config.contact.isprintable()):
+        raise InputError("--contact has to fit into a header: give ASCII letters in one line")
     if config.distributor != "multiprocessing" and not importlib.util.find_spec(config.distributor):
         raise InputError(f"--distributor {config.distributor}: pip install {config.distributor}")
-    plan = open_plan(config)
-    going_on = bool(unfinished(config, plan))  # then what failed is not asked for yet again
-    for number in range(len(plan["rounds"])):
-        run_round(config, plan, number)
-    retrying = going_on and len(plan["rounds"]) > 1
-    if config.retry_failed and not retrying and not unfinished(config, plan):
-        add_round(config, plan)
-        run_round(config, plan, len(plan["rounds"]) - 1)
-    return report(config, plan)
+    column = url_column(config.list, config.name)
+    with locked(config.out, "fetching into"):
+        plan = open_plan(config, column)
+        going_on = bool(unfinished(config, plan))  # then what failed is not asked for yet again
+        for number in range(len(plan["rounds"])):
+            run_round(config, plan, number)
+        retrying = going_on and len(plan["rounds"]) > 1
+        if config.retry_failed and not retrying and not unfinished(config, plan):
+            add_round(config, plan)
+            run_round(config, plan, len(plan["rounds"]) - 1)
+        return report(config, plan)
 
 
-def open_plan(config: FetchConfig) -> dict:
+def open_plan(config: FetchConfig, column: int) -> dict:
     """The content of fetch.json: which lists are fetched into which shards."""
-    column, path = url_column(config.list, config.name), config.out / "fetch.json"
+    path = config.out / "fetch.json"
     with open(config.list, "rb") as file:
         check = zlib.crc32(file.read(2**20))
     about = {"name": config.name, "bytes": config.list.stat().st_size, "crc": check,
              "shard_size": config.shard_size}  # fmt: skip
     if path.is_file():
-        plan = json.loads(path.read_text())
-        if plan["about"] != about:
+        try:
+            plan = json.loads(path.read_text())
+            known, _ = plan["about"], plan["left_out"].items()
+            rounds = [(shards_of_round(config, r), r["given_up"].items()) for r in plan["rounds"]]
+        except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError):
+            rounds = []
+        if not rounds:
+            raise InputError(
+                f"{path} is damaged: put a copy of it back, or choose another --out; finished "
+                "shards can still be indexed and trained on"
+            )
+        if known != about:
             raise InputError(
                 f"{config.out} holds a fetch of another list, or of another --shard-size: give the "
                 "same again, or choose another --out"
@@ -475,7 +501,7 @@ def open_plan(config: FetchConfig) -> dict:
 
     def rows() -> Iterator[tuple[str, str]]:
         for row in lines_of(config.list):
-            if len(row) < 2 or not re.match(r"https?://", row[column].strip()):
+            if len(row) < 2 or not WEB.match(row[column].strip()):
                 left_out["rows without a URL"] += 1
             elif not row[1 - column].strip():
                 left_out["rows without a caption"] += 1
@@ -496,9 +522,10 @@ def shards_of_round(config: FetchConfig, a_round: dict) -> range:
 
 
 def finished(config: FetchConfig) -> dict[int, dict]:
-    """Number -> statistics of each finished shard."""
-    return {int(p.name.removesuffix("_stats.json")): json.loads(p.read_text())
-            for p in whole_stats(config.out)}  # fmt: skip
+    """Number -> statistics of each finished shard; one whose tar was deleted is not."""
+    numbers = (re.match("[0-9]{5,9}(?=_stats.json$)", p.name) for p in whole_stats(config.out))
+    return {int(n[0]): json.loads((config.out / f"{n[0]}_stats.json").read_text())
+            for n in numbers if n and (config.out / f"{n[0]}.tar").is_file()}  # fmt: skip
 
 
 def unfinished(config: FetchConfig, plan: dict) -> list[int]:
@@ -516,8 +543,15 @@ def add_round(config: FetchConfig, plan: dict) -> None:
 
     def rows() -> Iterator[tuple[str, str]]:
         for number in shards_of_round(config, last):
-            table = pq.read_table(config.out / f"{number:05}.parquet")
-            columns = (table[n].to_pylist() for n in ("url", "caption", "status", "error_message"))
+            path, names = config.out / f"{number:05}.parquet", ("url", "caption", "status")
+            try:
+                table = pq.read_table(path)
+                columns = [table[name].to_pylist() for name in (*names, "error_message")]
+            except (OSError, LookupError, ValueError) as error:  # pyarrow's are among these
+                raise InputError(
+                    f"{path} cannot be read ({printable_error(error)}): remove {number:05}.tar, "
+                    "and the same command fetches this shard anew"
+                ) from None
             for url, caption, status, why in zip(*columns, strict=True):
                 if why == "opted out":
                     given_up[why] += 1

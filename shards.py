@@ -289,7 +289,7 @@ def whole_stats(folder: Path) -> Iterator[Path]:
             content = json.loads(read_regular(path, 2**24))
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(content, dict) and "successes" in content:
+        if isinstance(content, dict) and isinstance(content.get("successes"), int):
             yield path
 
 

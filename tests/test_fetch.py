@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import tarfile
 import threading
 import time
 import zlib
+from dataclasses import replace
 from email.message import Message
 from pathlib import Path
 
@@ -26,8 +28,10 @@ from PIL import Image
 
 pytest.importorskip("imghdr", reason="img2dataset needs Python 3.12 or older")
 import data
+import evaluate
 import fetch
 import shards
+import train
 from glip import InputError
 from tests.test_shards import left_by_kill, make_shards
 
@@ -61,7 +65,8 @@ OPTED_OUT = [  # every form of X-Robots-Tag that concerns us
     ["otherbot: noindex, img2dataset: noai"], ["noai; noindex"], ["noarchive noai"],
     ["unavailable_after: Wed, 25 Jun 2030 15:00:00 GMT, noai"], ["max-foo: 3, noai"],
     ["unavailable_after: Friday, 25-Jun-30 15:00:00 UTC, noimageai"], ["nanoglip/1.0: noai"],
-    ["nofollow, max-snippet: -1, noindex"],
+    ["nofollow, max-snippet: -1, noindex"], ['"noai"'], ["'noindex','noai'"], ["noai=1"],
+    ['img2dataset: "noai"'], ["noai: true"],
 ]  # fmt: skip
 ALLOWED = [["all"], ["otherbot: noai"], ["max-image-preview: large"], ["nofollow"], ["noarchive"],
            ["otherbot: noindex, noai"], ["unavailable_after: 25 Jun 2030 15:00:00 PST"],
@@ -242,6 +247,10 @@ def test_opt_outs_in_every_form(tags):
 
 @pytest.mark.parametrize(("name", "value", "out"), [
     ("TDM-Reservation", "1", True), ("tdm-reservation", "0", False),
+    ("TDM-Reservation", "1, 1", True), ("TDM-Reservation", '"1"', True),
+    ("TDM-Reservation", "1; policy=x", True), ("TDM-Reservation", "0, 1", True),
+    ("TDM-Reservation", "true", True), ("TDM-Reservation", '"0"; policy=x', False),
+    ("Content-Usage", 'train-ai="n"', True), ("Content-Usage", "train-ai = n", True),
     ("Content-Usage", "train-ai=n", True), ("Content-Usage", "search=n", False),
     ("Content-Usage", "Search=y,Train-AI=n;p=1", True), ("Content-Usage", "train-ai=y", False),
 ])  # fmt: skip
@@ -249,6 +258,18 @@ def test_opt_outs_in_other_headers(name, value, out):
     headers = Message()
     headers[name] = value
     assert fetch.opted_out(headers) == out
+
+
+@pytest.mark.parametrize(("url", "asked"), [
+    ("HTTP://example.org/a b.jpg", "HTTP://example.org/a%20b.jpg"),
+    (" http://b\u00fccher.example:80/\u00e4?q=\u00f6#x", "http://xn--bcher-kva.example:80/%C3%A4?q=%C3%B6#x"),
+    ("https://me:pw@fa\u00df.de/@x", "https://me:pw@xn--fa-hia.de/@x"),
+    ("http://\u4f8b\u3048.\u30c6\u30b9\u30c8", "http://xn--r8jz45g.xn--zckzah"),
+    ("http://[::1]:8/x", "http://[::1]:8/x"), ("http://x.example/?u=http://\u00e4.de/",
+                                              "http://x.example/?u=http://%C3%A4.de/"),
+])  # fmt: skip
+def test_international_urls_are_asked_for_in_ascii(url, asked):
+    assert fetch.ascii_url(url) == asked
 
 
 @pytest.mark.parametrize(("address", "public"), [
@@ -282,6 +303,8 @@ def test_what_is_refused_and_why(web, private):
         (f"http://{web}/to/httpCOLON//127.0.0.1:{port}/", "private address"),
         (f"http://{web}/to/fileCOLON///etc/passwd", "HTTP 302"),
         (f"http://{web}/to/ftpCOLON//127.0.0.1:{port}/", "URLError|unknown|str"),
+        ("http://\u2460\u2461\u2466.0.0.1/x.jpg", "private address"),  # 127 in circles
+        ("http://a\uff0fb.\u00e4.invalid/", "unknown host"),
         ("file:///etc/passwd", "not http"), ("ftp://example.org/x.jpg", "not http"),
         ("", "not http"), ("http://", ""), ("http://nosuch.invalid/x.jpg", "unknown host"),
         ("http://[bad", ""), (f"http://{web}/to/http", "HTTP 404|HTTP 302"),
@@ -289,7 +312,7 @@ def test_what_is_refused_and_why(web, private):
         begun, found = time.monotonic(), reason(web, url)
         assert found is not None and any(part in found for part in why.split("|")), (url, found)
         assert time.monotonic() - begun < 3, url
-    assert reason(web, f"http://{web}/good/1") is None
+    assert reason(web, f"HTTP://{web}/good/1") is None
     agents = {agent for path, agent in Web.asked if path == "/good/1"}
     assert agents == {"nanoGLIP/1.0 (image-text research; img2dataset 1.47.0; me@example.org)"}
     begun = time.monotonic()
@@ -344,8 +367,9 @@ def all_rows(web, port):
     return rows
 
 
-def test_full_circle(web, private, tmp_path):
-    """List, fetch with the real img2dataset, index, train, evaluate: the README's commands."""
+def test_full_circle(web, private, tmp_path, capsys):
+    """List, fetch with the real img2dataset, index, train, evaluate: as the README's commands do,
+    of which the first runs as a command."""
     rows = all_rows(web, private.getsockname()[1])
     rows += [((f"http://{web}/good/{n}", f"more of picture {n}"), True) for n in range(9, 60)]
     path = write_tsv(tmp_path / "list.tsv", [row for row, _ in rows], url_first=False)
@@ -368,27 +392,28 @@ def test_full_circle(web, private, tmp_path):
                 assert min(image.size) == 256 or image.size == (30, 40)
     # What failed, once more, into shards of its own; then nothing is left to ask.
     DEAD.clear()
-    done = run(*ask, "--allow-host", web, "--retry-failed")
+    done = fetch.fetch(fetch.FetchConfig(
+        "cc3m", path, out, retry_failed=True, shard_size=20, threads=8, processes=1, timeout=2.0,
+        retries=1, allow_host=(web,),
+    ))  # fmt: skip
     DEAD.append(True)
-    assert done.returncode == 0 and f"got {got + 3} (" in done.stdout, done.stdout
-    assert f"{len(OPTED_OUT) + 1:>10,}  opted out" in done.stdout
-    urls = [row["url"] for n in (5, 6) if (out / f"{n:05}.parquet").exists()
-            for row in pq.read_table(out / f"{n:05}.parquet").to_pylist()]  # fmt: skip
+    assert done["got"] == got + 3 and done["reasons"]["opted out"] == len(OPTED_OUT) + 1
+    second = [out / f"{-(-len(rows) // 20) + n:05}.parquet" for n in (0, 1)]
+    urls = [row["url"] for path in second if path.exists()
+            for row in pq.read_table(path).to_pylist()]  # fmt: skip
     assert urls and not any("optout" in url or "good" in url for url in urls)
-    done = run("index", out, "--processes", 1)
-    assert done.returncode == 0 and f"{got + 3} pairs" in done.stdout, done.stderr
+    capsys.readouterr()
+    data.index(data.IndexConfig(str(out), 1))
+    assert f"{got + 3} pairs" in capsys.readouterr().out
     index = shards.Index(str(out))
     texts = {glip_text(index, i) for i in range(len(index))}
     assert len(index) == got + 3 and 'a " good " picture 3' in texts
-    script = [sys.executable, "train.py", "--data", str(out), "--out", str(tmp_path / "run"),
-              "--steps", "3", "--batch-size", "16", "--tune-batch-size", "16", "--workers", "1",
-              "--model", "ViT-nano-8", "--image-size", "16"]  # fmt: skip
-    trained = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
-    assert trained.returncode == 0, trained.stderr
-    assert re.search(r"an epoch is 4 steps of 16 = 64, \d+ left over", trained.stdout)
-    script = [sys.executable, "evaluate.py", str(tmp_path / "run")]
-    evaluated = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
-    assert evaluated.returncode == 0, evaluated.stderr
+    train.train(train.parse([
+        "--data", str(out), "--out", str(tmp_path / "run"), "--steps", "3", "--batch-size", "16",
+        "--tune-batch-size", "16", "--workers", "1", "--model", "ViT-nano-8", "--image-size", "16",
+    ]))  # fmt: skip
+    assert re.search(r"an epoch is 4 steps of 16 = 64, \d+ left over", capsys.readouterr().out)
+    evaluate.run_evaluation(evaluate.EvaluateConfig(str(tmp_path / "run")))
     results = json.loads((tmp_path / "run/results.json").read_text())
     held = results["counts"]["held-out pictures"]
     assert held == len(data.Shards(str(out), 16).held) and results["config"]["data"] == "cc3m"
@@ -401,12 +426,18 @@ def glip_text(index, i):
 
 
 def test_a_killed_fetch_goes_on(web, tmp_path):
-    """kill -9 in the middle, restart: everything once, finished shards untouched."""
-    rows = [(f"http://{web}/good/{n % 40}?{n}", f"picture number {n}") for n in range(120)]
+    """kill -9 in the middle, restart: everything once, finished shards untouched. While the first
+    is at work, a second one is refused. A shard whose tar is deleted is fetched again."""
+    rows = [(f"http://{web}/good/{n}?{n}", f"picture number {n}") for n in range(40)]
+    rows[0] = (rows[0][0].replace("http", "HTTP"), rows[0][1])
     path = write_tsv(tmp_path / "list.tsv", rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a BOM
     out = tmp_path / "out"
-    ask = ("fetch", "cc12m", "--list", path, "--out", out, "--shard-size", 10, *FAST,
+    ask = ("fetch", "cc12m", "--list", path, "--out", out, "--shard-size", 5, *FAST,
            "--allow-host", web)  # fmt: skip
+    again = fetch.FetchConfig(
+        "cc12m", path, out, shard_size=5, processes=1, threads=8, allow_host=(web,)
+    )
     process = subprocess.Popen(
         command(*ask), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -414,26 +445,43 @@ def test_a_killed_fetch_goes_on(web, tmp_path):
     limit = time.monotonic() + 120
     while len(list(out.glob("*_stats.json"))) < 3 and time.monotonic() < limit:
         time.sleep(0.01)
+    with pytest.raises(InputError, match=f"process {process.pid} .*is fetching into it"):
+        fetch.fetch(again)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = {p.stem: p.with_name(p.name.replace("_stats.json", ".tar")).stat().st_mtime_ns
                 for p in shards.whole_stats(out)}  # fmt: skip
-    assert 3 <= len(finished) < 12
+    assert 3 <= len(finished) < 8
     with pytest.raises(InputError, match="another list"):
         other = write_tsv(tmp_path / "other.tsv", rows[:50])
         fetch.fetch(fetch.FetchConfig("cc12m", other, out))
-    done = run(*ask)
-    assert done.returncode == 0 and "expected 120 pairs, got 120 (100.0%)" in done.stdout
+    (out / "notes_stats.json").write_text('{"successes": 7}')  # another program's
+    (out / "00099_stats.json").write_text('{"successes": "7"')  # torn
+    done = fetch.fetch(again)
+    assert (done["expected"], done["got"]) == (40, 40)
     for name, changed in finished.items():
         tar = out / f"{name.removesuffix('_stats')}.tar"
         assert tar.stat().st_mtime_ns == changed
     shards.build(str(out), 1)
     index = shards.Index(str(out))
     texts = [glip_text(index, i).replace(" ", "") for i in range(len(index))]
-    assert sorted(texts) == sorted(f"picturenumber{n}" for n in range(120))
+    assert sorted(texts) == sorted(f"picturenumber{n}" for n in range(40))
     before = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
-    assert run(*ask).returncode == 0  # nothing to do
+    fetch.fetch(again)  # nothing to do
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+    (out / "00001.tar").unlink()
+    assert fetch.fetch(again)["got"] == 40
+    assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {out / "00001.tar"}
+    # What is damaged is told with its name, and nothing is fetched or written over.
+    (out / "00002.parquet").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"00002.parquet cannot be read .* remove 00002.tar"):
+        fetch.fetch(replace(again, retry_failed=True))
+    plan = json.loads((out / "fetch.json").read_text())
+    for content in ("{", "[]", "{}", json.dumps(plan | {"rounds": [{"start": "0"}]})):
+        (out / "fetch.json").write_text(content)
+        with pytest.raises(InputError, match=r"fetch.json is damaged"):
+            fetch.fetch(again)
+        assert (out / "fetch.json").read_text() == content
 
 
 def test_workers_end_with_their_parent(web, tmp_path):
@@ -477,6 +525,9 @@ def test_bad_lists_are_told(tmp_path, monkeypatch):
             (tmp_path / name).write_text(content)
         with pytest.raises(InputError, match=words):
             fetch.fetch(config("cc12m", tmp_path / name, tmp_path / "out"))
+    os.mkfifo(tmp_path / "pipe.tsv")
+    with pytest.raises(InputError, match=r"pipe.tsv: cannot be read \(not a regular file\)"):
+        fetch.fetch(config("cc12m", tmp_path / "pipe.tsv", tmp_path / "out"))
     good = write_tsv(tmp_path / "good.tsv", [("http://example.org/a.jpg", "a")])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/0.tar").write_bytes(b"")
@@ -485,15 +536,24 @@ def test_bad_lists_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install"):
         fetch.fetch(config("cc12m", good, tmp_path / "x", distributor="pyspark"))
-    with pytest.raises(InputError, match="--timeout must be above 0"):
-        fetch.fetch(config("cc12m", good, tmp_path / "x", timeout=0.0))
+    for flag, value in (
+        ("timeout", 0.0), ("timeout", math.nan), ("timeout", math.inf), ("timeout", 1e12),
+        ("contact", "me\n@example.org"), ("contact", "\u043c\u0435@example.org"), ("threads", -1),
+        ("processes", -1), ("retries", -1), ("shard_size", 0),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} "):
+            fetch.fetch(config("cc12m", good, tmp_path / "x", **{flag: value}))
+    assert not (tmp_path / "x").exists()
 
 
-def test_the_command_line_tells(tmp_path):
+def test_the_command_line_tells(tmp_path, monkeypatch, capsys):
     for words, told in (([], "fetch cc3m|cc12m"), (["index", tmp_path / "no"], "no such folder"),
                         (["index", tmp_path], "no finished .tar shard")):  # fmt: skip
-        done = run(*words)
-        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            data.main()
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and told in err and "Traceback" not in err
 
 
 # --- the snapshot -------------------------------------------------------------------------------
