@@ -120,8 +120,9 @@ are for research and teaching.
 - Texts are lower-cased and cut to {tokens} tokens; pictures are resized (bicubic) and cut at the
   centre to {size} pixels, height by width.
 - Masks act in training: this model sees whole pictures.
-- transformers' tokenizer repairs neither mojibake nor HTML entities, open_clip's and ours do: such
-  texts have other tokens there.
+- The tokenizer for transformers repairs neither mojibake nor HTML entities, open_clip's and ours
+  do: such texts have other tokens there. Load it by CLIPProcessor or AutoTokenizer: CLIPTokenizer
+  builds another one, which leaves typographic quotes as they are, too.
 """
 
 

@@ -29,7 +29,9 @@ from torch import Tensor
 import cli
 import evaluate
 import glip
+import hf_tokenizer
 from card import architecture, card, facts
+from files import read_regular
 from glip import GLIP, GLIPConfig, InputError, Masker
 from recipes import TrainConfig
 
@@ -177,7 +179,7 @@ def hf_config(c: GLIPConfig) -> dict:
 
 
 def to_hf(model: GLIP) -> dict[str, bytes]:
-    """For transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor."""
+    """For transformers' CLIPModel and CLIPProcessor."""
     c = model.config
     if c.pixels[0] != c.pixels[1]:
         raise InputError(
@@ -196,21 +198,11 @@ def to_hf(model: GLIP) -> dict[str, bytes]:
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": glip.MEAN,
         "image_std": glip.STD,
     }  # fmt: skip
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    _, ids, ranks = glip.vocabulary()
-    pieces = {piece: i for piece, i in ids.items() if i < glip.START}
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    tokenizer = special | {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": c.context_length,
-        "do_lower_case": True, "errors": "replace",
-    }  # fmt: skip
-    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in ranks)])
+    tokenizer, settings = hf_tokenizer.tokenizer(c.context_length)
     return {
         "model.safetensors": as_safetensors(weights_to_hf(model.state_dict())),
         "config.json": as_json(hf_config(c)), "preprocessor_config.json": as_json(pixels),
-        "vocab.json": as_json(pieces | {start: glip.START, end: glip.END}),
-        "merges.txt": f"{merges}\n".encode(), "tokenizer_config.json": as_json(tokenizer),
-        "special_tokens_map.json": as_json(special),
+        "tokenizer.json": as_json(tokenizer), "tokenizer_config.json": as_json(settings),
     }  # fmt: skip
 
 
@@ -256,9 +248,17 @@ class ArchiveReader(pickle.Unpickler):
     torch.jit.load would compile and run it, so that it is not for files from elsewhere.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(stored(archive, f"{root}/data.pkl")))
-        self.archive, self.root = archive, root
+    def __init__(self, archive: zipfile.ZipFile, root: str, room: int) -> None:
+        self.archive, self.root, self.room, self.storages = archive, root, room, {}
+        super().__init__(io.BytesIO(self.stored("data.pkl")))
+
+    def stored(self, name: str) -> bytes:
+        """A member, not compressed, all of them no larger than the file; else it may be a bomb."""
+        member = self.archive.getinfo(f"{self.root}/{name}")
+        self.room -= member.file_size
+        if member.compress_type != zipfile.ZIP_STORED or self.room < 0:
+            raise zipfile.BadZipFile("more than there is")
+        return self.archive.read(member)
 
     def find_class(self, module: str, name: str) -> object:
         if module.split(".")[0] == "__torch__":
@@ -276,21 +276,16 @@ class ArchiveReader(pickle.Unpickler):
 
     def persistent_load(self, saved: tuple) -> Tensor:
         _, dtype, key, _, _ = saved
-        content = bytearray(stored(self.archive, f"{self.root}/data/{key}"))
-        return torch.frombuffer(content, dtype=dtype)
-
-
-def stored(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member of an archive, which torch never compresses, so that none can be a bomb."""
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise zipfile.BadZipFile("compressed")
-    return archive.read(name)
+        if key not in self.storages:
+            content = bytearray(self.stored(f"data/{key}"))
+            self.storages[key] = torch.frombuffer(content, dtype=dtype)
+        return self.storages[key]
 
 
 def tensors_of(thing: object, place: str = "") -> Weights:
-    """The tensors inside an Inert, by the path of attributes that leads to each."""
-    found = {}
-    for name, value in thing.fields.items():
+    """The tensors inside an Inert, by the path of attributes that leads first to each."""
+    found, fields, thing.fields = {}, thing.fields, {}  # walked once, however many lead there
+    for name, value in fields.items():
         if isinstance(value, Tensor):
             found[place + name] = value
         elif isinstance(value, Inert):
@@ -301,10 +296,11 @@ def tensors_of(thing: object, place: str = "") -> Weights:
 def torch_content(path: Path) -> object:
     """What torch.save or torch.jit.save wrote; no code in it is run."""
     if zipfile.is_zipfile(path):
+        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             for root, _, name in (x.rpartition("/") for x in archive.namelist()):
                 if name == "constants.pkl":  # torch.jit.save's alone
-                    return tensors_of(ArchiveReader(archive, root).load())
+                    return tensors_of(ArchiveReader(archive, root, size).load())
     return glip.load_tensors(path)
 
 
@@ -323,12 +319,12 @@ def read_weights(path: Path) -> Weights:
             content = content["state_dict"]
         if not content or sum(v.nbytes for v in content.values()) > path.stat().st_size:
             raise ValueError("no weights, or views that claim more than there is")
+        return {re.sub(r"^(module|_orig_mod)\.", "", name): v for name, v in content.items()}
     except Exception as error:  # many kinds, for torn, foreign and malicious files
         raise InputError(
             f"{path}: not a readable file of weights ({type(error).__name__}); nothing in it was "
             "executed; copy it anew, or save its state_dict with safetensors"
         ) from None
-    return {re.sub(r"^(module|_orig_mod)\.", "", name): v for name, v in content.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,7 +351,9 @@ def fitted(config: GLIPConfig, weights: Weights, file: Path) -> GLIP:
         if name not in found:
             raise InputError(f"{file}: {name} is missing; copy the file anew")
         if name not in wanted:
-            raise InputError(f"{file}: {name} is of an architecture that is not here: only ViT")
+            raise InputError(
+                f"{file}: {name[:99]} is of an architecture that is not here: only ViT"
+            )
         if found[name] != wanted[name]:
             raise InputError(
                 f"{file}: {name} has shape {found[name]}, its config says {wanted[name]}: is that "
@@ -471,7 +469,7 @@ def from_hf(file: Path, config: str) -> tuple[GLIPConfig, Weights]:
 def read_json(path: Path) -> dict:
     """An object from a JSON file; else InputError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_regular(path, 2**24))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable JSON file ({type(error).__name__})") from None
     if not isinstance(content, dict):

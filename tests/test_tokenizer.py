@@ -1,13 +1,18 @@
-"""Token ids equal open_clip's on any text."""
+"""Token ids equal open_clip's on any text, and those of our export in transformers."""
 
+import html
+import json
 import random
 
+import emoji
+import ftfy
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 import data
 import glip
+import hf_tokenizer
 
 NASTY = [
     "", " ", "a", "A photo of a dog.", "don't can't I'll we've they're I'm he'd it's", "DON'T",
@@ -52,3 +57,28 @@ def test_truncation_keeps_the_end_token(length):
 
 def test_one_string_is_a_batch_of_one():
     assert torch.equal(glip.tokenize("a dog"), glip.tokenize(["a dog"]))
+
+
+def test_transformers_has_our_ids(tmp_path):
+    """Of every emoji's name, of hostile strings and of random mixtures of scripts; but for what the
+    model card names. Read back, they are our texts."""
+    from transformers import AutoTokenizer
+
+    for name, content in zip(("", "_config"), hf_tokenizer.tokenizer(77), strict=True):
+        (tmp_path / f"tokenizer{name}.json").write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    names = sorted({row["en"].strip(":").replace("_", " ") for row in emoji.EMOJI_DATA.values()})
+    assert len(names) > 3000 and sum("\u2019" in name for name in names) > 20
+    repaired = [text for text in strings() if html.unescape(text) == text == ftfy.fix_encoding(text)
+                and not any(name in text.lower() for name in glip.SPECIAL)]  # fmt: skip
+    assert len(repaired) > 2000
+    texts = [*names, *repaired, "\uff26\uff35\uff2c\uff2c\u3000width", "it\uff07s \uff76\uff9e",
+             "\u201ehi\u201d", "\x1b[31mred\x1b[0m", "a\x85b \x9f", "'\u017f",
+             "e\u0301 \ufb01\u017f", "\u039f\u0394\u039f\u03a3 \u03a3\u03b1\u03a3"]  # fmt: skip
+    found = theirs(texts, truncation=True)["input_ids"]
+    ours = [row[: row.argmax() + 1].tolist() for row in glip.tokenize(texts)]
+    assert [text for text, a, b in zip(texts, found, ours, strict=True) if a != b] == []
+    for text in ("", *names[::50]):
+        shown = theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
+        assert shown == glip.decode_tokens(glip.encode(text))
+    assert theirs("&amp;")["input_ids"] != theirs("&")["input_ids"]  # as the card says
