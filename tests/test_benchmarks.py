@@ -33,6 +33,7 @@ import metrics
 import probe
 import significance
 import train
+from tests.test_resume import TORCHRUN
 from tests.test_significance import run_main
 from tests.test_train import command
 
@@ -177,15 +178,6 @@ def theirs_of(folder):
     found = build_wds_dataset("x", transform=transform, split="test", data_dir=str(folder))
     loader = torch.utils.data.DataLoader(found.batched(16), batch_size=None)
     return loader, found.classes, found.templates
-
-
-@pytest.fixture(autouse=True)
-def numpy_of_its_time(monkeypatch):
-    """CLIP_benchmark 1.6.2 makes floats of arrays of one number, which numpy 2.4 refuses."""
-    monkeypatch.setattr(
-        zeroshot_classification, "float", lambda x: float(getattr(x, "item", lambda: x)()),
-        raising=False,
-    )  # fmt: skip
 
 
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32")
@@ -711,27 +703,32 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "small")
 
 
-def test_the_command_on_one_and_two_processes(run, tmp_path):
+def test_the_command_on_one_and_two_processes(run, tmp_path, monkeypatch, capsys):
     """Equal numbers, which stand beside what was there; a broken set is told by the exit code."""
     classes = write_classes(tmp_path / "classes", 530)  # three blocks: 256, 256, 18
     captions = write_captions(tmp_path / "captions", 270)
     few = write_classes(tmp_path / "few", 200)  # the second process has none of them
     words = [str(run), "--zero-shot", str(classes), str(few), "nowhere", "--retrieval",
-             str(captions), "--precision", "fp32", "--device", "cpu"]  # fmt: skip
+             str(captions), "--precision", "fp32"]  # fmt: skip
     (run / "results.json").write_text('{"held_out": {"a": 1}, "benchmarks": {"old": {}}}')
     found = []
-    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        again = words[:1] if launch else []  # compared with itself, by two processes
-        done = command(*launch, str(ROOT / "evaluate.py"), *again, *words)
-        told = [line for line in done.stderr.splitlines() if line.startswith("evaluate.py: ")]
-        assert done.returncode != 0 and len(told) == 1 and "nowhere: no such folder" in told[0]
-        assert done.returncode == 2 or launch
+    for processes in (1, 2):
+        again = words[: processes - 1]  # compared with itself, by two processes
+        if processes == 1:
+            code, out, told = run_main(monkeypatch, capsys, *words)
+            assert code == 2
+        else:
+            done = command(*TORCHRUN, str(ROOT / "evaluate.py"), *again, *words, "--device", "cpu")
+            (told,) = (row for row in done.stderr.splitlines() if row.startswith("evaluate.py: "))
+            assert done.returncode != 0
+            out = done.stdout
+        assert told.startswith("evaluate.py: ") and "nowhere: no such folder" in told
         results = json.loads((run / "results.json").read_text())
         assert results["held_out"] == {"a": 1}
         assert set(results["benchmarks"]) == {"old", "classes", "few", "captions"}
         found.append({n: results["benchmarks"][n] for n in ("classes", "few", "captions")})
-        assert done.stdout.count("classes, acc1 ") == 1 + len(again)
-        assert done.stdout.count("0 of 30 differences are real") == len(again)
+        assert out.count("classes, acc1 ") == 1 + len(again)
+        assert out.count("0 of 30 differences are real") == len(again)
     for name, count in (("classes", 530), ("few", 200), ("captions", 270)):
         alone, two = (each[name] for each in found)
         assert alone["pictures"] == two["pictures"] == count
