@@ -5,7 +5,8 @@
     DIR/dataset_type.txt                        retrieval, multilabel, or not there
     DIR/test/nshards.txt, 0.tar, 1.tar, ...     KEY.webp|png|jpg|jpeg beside KEY.cls (a class),
                                                 KEY.npy (0 or 1 a class) or KEY.txt (captions)
-    DIR/CLASS/*.jpg, or DIR/test/CLASS/*.jpg    a tree of folders, and DIR/classnames.txt
+    DIR/CLASS/*.jpg, or DIR/test/CLASS/*.jpg    a folder a class; DIR/classnames.txt, if there,
+                                                calls them otherwise
     DIR/val2017/*.jpg, DIR/replace_obj.json     SugarCrepe: which of two captions fits
     CIFAR10, Food101, ...                       torchvision's own, in the folder --root
 

@@ -11,8 +11,8 @@
     python evaluate.py runs/demo --search "a red apple" --images DIR        see search.py
 
 Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
-answer) and PNGs: loss.png, masks.png, top5.png, retrieval.png. Pictures show Google's and Twitter's
-art only, whose licences allow it.
+answer) and PNGs: loss.png, masks.png, top5.png, retrieval.png; report.html shows them.
+Pictures show Google's and Twitter's art only, whose licences allow it.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Every script ends in one sentence, whatever happens, and on however many processes."""
 
+import io
 import itertools
 import math
 import signal
@@ -180,3 +181,15 @@ def test_the_sentence_is_there_on_several_processes(tmp_path, when, who):
     done = command(*TORCHRUN, str(tmp_path / "fails.py"), when, who)
     told = [line for line in done.stderr.splitlines() if line.startswith("fails.py: ")]
     assert done.returncode != 0 and len(told) == 1 and told[0][:-1] == "fails.py: wrong on "
+
+
+def test_blocks_are_all_numbers_in_order_under_a_bar(monkeypatch):
+    """On a terminal; elsewhere nothing is printed."""
+    for terminal in (True, False):
+        screen = io.StringIO()
+        screen.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stderr", screen)
+        found = list(cli.blocks(600, 256, "pictures"))
+        assert torch.cat(found).tolist() == list(range(600)) and len(found) == 3
+        assert ("pictures" in screen.getvalue() and "/600" in screen.getvalue()) == terminal
+        assert terminal or not screen.getvalue()
