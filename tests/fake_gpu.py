@@ -51,11 +51,15 @@ class FakeGPU(FakeTensorMode):
     `waits` lists what would have made the host wait for a GPU.
     """
 
-    avoid_device_init, right = True, set()
+    avoid_device_init = True
 
-    def __init__(self):
+    def __init__(self, processes=False):
         super().__init__(allow_non_fake_inputs=True)
-        self.waits, self.pinned, self.inside = [], {}, False
+        self.waits, self.pinned, self.inside, self.processes = [], {}, False, processes
+        self.right = set()  # what was called, and with which kinds of arguments
+
+    def __deepcopy__(self, memo):  # with a tensor's attributes
+        return self
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -79,11 +83,15 @@ class FakeGPU(FakeTensorMode):
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             return func(*twins, **named)
         alike, found = (func, *kwargs, *map(kind, flat)), None
-        if alike not in self.right:  # or else torch found nothing wrong with one alike
+        shares = any(result.alias_info for result in func._schema.returns)
+        again = torch.Tag.inplace_view not in func.tags
+        if shares and (self.processes or torch.is_inference_mode_enabled()):
+            again = False  # DDP looks at the storage of views, inference mode at their versions
+        if not again or alike not in self.right:  # else torch found nothing wrong with one alike
             self.inside = True
             try:
                 found = super().__torch_dispatch__(func, types, args, kwargs)
-                if not any(result.alias_info for result in func._schema.returns):
+                if again:
                     self.right.add(alike)
             except (DynamicOutputShapeException, DataDependentOutputException):
                 self.waits.append(f"{func}: its shape depends on values")
@@ -92,7 +100,7 @@ class FakeGPU(FakeTensorMode):
         known = {id(x.real_tensor): x for x in given}
         real = func(*twins, **named)
         if found is None:
-            return tree_map(lambda x: self.made(x) if is_tensor(x) else x, real)
+            return tree_map(lambda x: self.made(x, known) if is_tensor(x) else x, real)
         fakes, reals = tree_leaves(found), tree_leaves(real)
         for fake, twin in zip(fakes, reals, strict=True):
             if isinstance(fake, FakeTensor) and id(twin) not in known:
@@ -101,7 +109,9 @@ class FakeGPU(FakeTensorMode):
                 fake.real_tensor = twin
         return found
 
-    def made(self, real):
+    def made(self, real, known):
+        if id(real) in known:
+            return known[id(real)]
         shape = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
         return FakeTensor(self, shape, CUDA, real_tensor=real)
 
@@ -167,7 +177,7 @@ def fake_gpu(world=1):
 
     Yields the mode, with its list of waits.
     """
-    mode, save, load, generator = FakeGPU(), torch.save, torch.load, torch.Generator
+    mode, save, load, generator = FakeGPU(world > 1), torch.save, torch.load, torch.Generator
     join = dist.init_process_group
 
     def saved(content, file, **how):
