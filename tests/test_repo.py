@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
     "losses", "masks", "cli", "files", "glip", "parallel", "significance", "metrics", "aclip",
     "embedded", "shards", "pictures", "fetch", "captions", "data", "benchmarks", "probe", "figures",
-    "search", "recipes", "page", "evaluate", "card", "runs", "estimate", "convert", "train",
-    "finetune",
+    "search", "recipes", "page", "evaluate", "card", "runs", "estimate", "hf_tokenizer", "convert",
+    "train", "finetune",
 ]  # fmt: skip
 CHAIN = [  # each does import the one before it
     "masks", "glip", "shards", "pictures", "captions", "data", "probe", "evaluate", "train",
