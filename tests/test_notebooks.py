@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -30,10 +31,30 @@ def printed(cell):
     return "".join(out.text for out in cell.outputs if out.output_type == "stream")
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """One for all notebooks: to import torch anew takes longer than many a lesson."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOGLIP_QUICK", "1")
+        manager, client = start_new_kernel(kernel_name="python3", cwd=str(FOLDER))
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+FRESH = f"""
+%reset -f
+import matplotlib.pyplot, torch
+matplotlib.pyplot.close("all")
+torch.manual_seed(0)
+%cd -q {FOLDER}
+%reset -f
+"""  # what one notebook leaves to the next: what it imported
+
+
 @every_notebook
-def test_notebook_runs_and_its_exercises_can_be_solved(path, monkeypatch):
+def test_notebook_runs_and_its_exercises_can_be_solved(path, kernel):
     """All cells with small sizes, exercises unsolved; then each solution with its check again."""
-    monkeypatch.setenv("NANOGLIP_QUICK", "1")
     book = nbformat.read(path, as_version=4)
     text = (FOLDER / "solutions" / f"{path.stem}.py").read_text()
     solutions = re.split(r"^# %% exercise \d$", text, flags=re.MULTILINE)[1:]
@@ -42,7 +63,8 @@ def test_notebook_runs_and_its_exercises_can_be_solved(path, monkeypatch):
     solved = [nbformat.v4.new_code_cell(cell.source) for cell in asked]
     for solution, check in zip(solutions, solved, strict=True):
         book.cells += [nbformat.v4.new_code_cell(solution), check]
-    NotebookClient(book, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    book.cells.insert(0, nbformat.v4.new_code_cell(FRESH))
+    NotebookClient(book, km=kernel, timeout=600).execute()
     for number, (before, after) in enumerate(zip(asked, solved, strict=True), 1):
         assert printed(before) == f"exercise {number}: not solved yet\n"
         assert printed(after) == f"exercise {number}: solved\n"
