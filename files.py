@@ -97,6 +97,8 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
             file = held.enter_context(open(path, "a+"))
             try:  # not flock, which forked data workers would hold on to after this process
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(file.fileno()).st_nlink:  # its owner has removed it since
+                    raise BlockingIOError
             except (BlockingIOError, PermissionError):
                 file.seek(0)
                 raise InputError(

@@ -1,7 +1,7 @@
 """Pre-train a CLIP model under a mask, then tune it for a moment without: one loop, two stages.
 
     python train.py                                         the demo, on the embedded emoji
-    torchrun --nproc_per_node 8 train.py --out runs/eight   the same on eight processes
+    torchrun --nproc_per_node 8 train.py --mask gaussian    the same on eight processes
     python train.py --data my_pictures/ --epochs 30         your own pictures
     python train.py --recipe cc12m --data cc12m/            the paper's settings, on indexed shards
     python train.py --mask attentive --aclip                a rival's whole method
