@@ -228,13 +228,9 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     with contextlib.suppress(argparse.ArgumentError):  # tyro tells it better
         recipe = first.parse_known_args(arguments)[0].recipe
     default = TrainConfig(recipe, **RECIPES[recipe]) if recipe in RECIPES else TrainConfig()
-    grouped = make_dataclass("Grouped", [(group.__name__.lower(), group) for group in GROUPS])
-    found = tyro.cli(
-        grouped, args=arguments, description=TrainConfig.__doc__,
-        default=grouped(*(group(*values_of(default, group)) for group in GROUPS)),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )  # fmt: skip
-    config = TrainConfig(*(value for part in vars(found).values() for value in vars(part).values()))
+    if {"-h", "--help"} & set(arguments):
+        show_help(default)
+    config = tyro.cli(TrainConfig, args=arguments, default=default)
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in arguments if a.startswith("--")}
     if {"steps", "epochs"} <= given:
         raise InputError("--steps and --epochs both set the length: give one of them")
@@ -275,9 +271,14 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     return config
 
 
-def values_of(config: TrainConfig, group: type) -> list:
-    """A configuration's values for the fields of one of GROUPS."""
-    return [getattr(config, field.name) for field in fields(group)]
+def show_help(default: TrainConfig) -> None:
+    """Print every flag under its group, with its default, and leave."""
+    grouped = make_dataclass("Grouped", [(group.__name__.lower(), group) for group in GROUPS])
+    values = (group(*(getattr(default, f.name) for f in fields(group))) for group in GROUPS)
+    tyro.cli(
+        grouped, args=["--help"], description=TrainConfig.__doc__, default=grouped(*values),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
 
 
 FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it

@@ -17,10 +17,11 @@ from sklearn.preprocessing import StandardScaler
 import data
 import evaluate
 import glip
+import train
 from evaluate import metrics, ranks, retrieval, zero_shot
 from tests.test_data import make_pictures
 from tests.test_model import broken_checkpoints
-from tests.test_train import command
+from tests.test_train import command, inside
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,13 +172,14 @@ def test_probe_keeps_groups_together():
     assert evaluate.linear_probe(x, labels, groups)["accuracy"] < 0.85
 
 
-def test_train_then_evaluate_by_the_readmes_commands(tmp_path):
+def test_train_then_evaluate_by_the_readmes_commands(tmp_path, monkeypatch, capsys):
     """In an empty folder: two runs, the one written last is evaluated; numbers and pictures."""
+    monkeypatch.chdir(tmp_path)
     words = ["--batch-size", "32", "--image-size", "32", "--steps", "4", "--eval-every", "100",
              "--precision", "fp32"]  # fmt: skip
     tuned = ["--tune-epochs", "0.01", "--tune-batch-size", "32", "--data", "scenes-center"]
     for extra in (["--tune-epochs", "0"], tuned):
-        done = command(str(ROOT / "train.py"), *words, *extra, cwd=tmp_path)
+        done = inside(monkeypatch, capsys, train.main, "train.py", *words, *extra)
         assert done.returncode == 0, done.stderr[-2000:]
     (run,) = [p for p in (tmp_path / "runs").iterdir() if "scenes" in p.name]
     own, told = f"runs/{run.name}", done.stdout.splitlines()[-1]
@@ -224,16 +226,15 @@ def test_train_then_evaluate_by_the_readmes_commands(tmp_path):
     assert len({json.dumps(t) for t in results["held_out"].values()}) == 3
 
 
-def test_own_pictures_are_evaluated_by_retrieval(tmp_path, monkeypatch):
+def test_own_pictures_are_evaluated_by_retrieval(tmp_path, monkeypatch, capsys):
     make_pictures(tmp_path / "own", 60)
-    monkeypatch.setenv("NANOGLIP_CACHE", str(tmp_path / "cache"))
     words = ["--data", "own", "--batch-size", "8", "--tune-batch-size", "8", "--image-size", "16",
              "--steps", "3", "--tune-epochs", "0.3", "--precision", "fp32",
              "--workers", "1"]  # fmt: skip
-    done = command(str(ROOT / "train.py"), *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    done = command(str(ROOT / "evaluate.py"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.chdir(tmp_path)
+    for main, *arguments in ((train.main, "train.py", *words), (evaluate.main, "evaluate.py")):
+        done = inside(monkeypatch, capsys, main, *arguments)
+        assert done.returncode == 0, done.stderr[-2000:]
     (run,) = (tmp_path / "runs").iterdir()
     results = json.loads((run / "results.json").read_text())
     assert "text to image R@1" in results["held_out"]["after tuning"]

@@ -242,12 +242,12 @@ def test_a_file_alone_rebuilds_the_model(tmp_path):
 @torch.no_grad()
 def test_positions_are_resampled_as_open_clip_does(tmp_path):
     torch.manual_seed(0)
-    small = open_clip.create_model("ViT-B-32", force_image_size=160).eval()
+    small = open_clip.create_model("ViT-S-16", force_image_size=160).eval()
     state = {k: v.clone() for k, v in small.state_dict().items()}
-    large = open_clip.create_model("ViT-B-32", force_image_size=224).eval()
+    large = open_clip.create_model("ViT-S-16", force_image_size=224).eval()
     wanted = dict(state)
     open_clip.model.resize_pos_embed(wanted, large)
-    ours = GLIP(GLIPConfig.named("ViT-B-32", 160))
+    ours = GLIP(GLIPConfig.named("ViT-S-16", 160))
     ours.load_state_dict(state)
     glip.save_checkpoint(tmp_path / "m.pt", ours)
     resized, config = glip.load_model(tmp_path / "m.pt", image_size=224)

@@ -16,7 +16,7 @@ import evaluate
 import files
 import glip
 import probe
-from tests.test_train import command
+import train
 
 
 def blobs(n=900, width=20, classes=5, noise=1.5, seed=0):
@@ -197,10 +197,9 @@ def test_kept_arrays_that_are_torn_are_computed_again(tmp_path):
 def test_the_command_probes_folders(tmp_path, monkeypatch, capsys):
     words = ["--batch-size", "32", "--image-size", "16", "--steps", "2", "--tune-epochs", "0",
              "--precision", "fp32", "--out", "run"]  # fmt: skip
-    done = command(str(evaluate.Path(evaluate.__file__).parent / "train.py"), *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    make_folder(tmp_path / "colours", (20, 20, 20))
     monkeypatch.chdir(tmp_path)
+    train.train(train.parse(words))
+    make_folder(tmp_path / "colours", (20, 20, 20))
     words = ["evaluate.py", "run", "--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", [*words, "--probe-data", "colours", "--few-shot"])
     evaluate.main()

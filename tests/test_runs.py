@@ -75,7 +75,8 @@ class Tags(html.parser.HTMLParser):
 def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finish(tmp_path / "a <b>", [*BASE, "--tensorboard", "--eval-every", "7"])
+    words = [*BASE, "--tensorboard", "--eval-every", "7", "--out", str(tmp_path / "a <b>")]
+    train.train(train.parse(words))
     text = (tmp_path / "a <b>/report.html").read_text()
     tags = Tags()
     tags.feed(text)

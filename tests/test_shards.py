@@ -29,9 +29,11 @@ import data
 import glip
 import pictures
 import shards
+import train
 from data import Batches, MixedOrder, ShardOrder
 from glip import GLIPConfig, InputError
 from tests.test_data import check_order_is_pure
+from tests.test_train import command, inside
 
 ROOT = Path(__file__).parent.parent
 NANO = GLIPConfig.named("ViT-nano-8", 16)
@@ -757,25 +759,24 @@ def spoil(folder, numbers):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch, world):
+def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch, capsys, world):
     """Each once in quarantine.jsonl, whoever read it and in whatever epoch; the log counts."""
     folder = make_shards(tmp_path / "shards", 4, 75)
     shards.build(str(folder), 1)
     held = set(pictures.Shards(str(folder), 16).held.tolist())
     bad = [i for i in range(220, 260) if i not in held][:6]  # behind what is looked at before
     spoil(folder, bad)
-    launch = [sys.executable]
-    if world > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
 
-    def train(name, *flags):
+    def trained(name, *flags):
         words = ["train.py", "--data", str(folder), "--batch-size", "18", "--tune-epochs", "0",
                  "--image-size", "16", "--log-every", "1", "--eval-every", "1000", "--precision",
                  "fp32", "--workers", "1", "--out", str(tmp_path / name), *flags]  # fmt: skip
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run([*launch, *words], cwd=ROOT, capture_output=True, text=True, env=env)
+        if world == 1:
+            return inside(monkeypatch, capsys, train.main, *words)
+        return command(*launch, *words)
 
-    done = train("all", "--epochs", "3", "--max-bad", "0.2")
+    done = trained("all", "--epochs", "3", "--max-bad", "0.2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(rf"^{len(bad)} pictures could not be read: .*JPEG.* \({len(bad)}\); ",
                      done.stdout, re.MULTILINE), done.stdout  # fmt: skip
@@ -785,7 +786,7 @@ def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch
     assert all(set(line) == {"data", "where", "why"} and "JPEG" in line["why"] for line in lines)
     log = [json.loads(x) for x in (tmp_path / "all/log.jsonl").read_text().splitlines()]
     assert [r["bad"] for r in log if "bad" in r][-1] >= 3 * len(bad) - 3  # once an epoch, or more
-    done = train("stop", "--epochs", "30", "--max-bad", "0.005")
+    done = trained("stop", "--epochs", "30", "--max-bad", "0.005")
     assert done.returncode != 0
     told = [x for x in done.stderr.splitlines() if x.startswith("train.py: ")]
     assert len(told) == 1 and "more than --max-bad 0.005" in told[0] and "quarantine" in told[0]
