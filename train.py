@@ -6,7 +6,7 @@
     python train.py --recipe cc12m --data cc12m/            the paper's settings, on indexed shards
     python train.py --mask attentive --aclip                a rival's whole method
 
-The demo trains for four minutes on two CPU cores with native bf16, and then names about 46 % of
+The demo trains for six minutes on two CPU cores with native bf16, and then names about 46 % of
 1,809 emoji in the style of an artist that it never saw (three seeds in results/; chance: 0.06 %).
 
 Writes to runs/NAME: config.json, log.jsonl, pretrained.pt (before tuning), model.pt; until it is
