@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from masks import InputError
 
+SHORT = ("out of memory", "allocate memory", "shared memory", "DataLoader worker")
+LOST = ("gloo/transport", "Connection closed", "remote process exited")
 STOPPED = 75  # the exit code of a run that was asked to stop and can be resumed
 
 
@@ -68,6 +70,9 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
         sys.argv = [word for word in sys.argv if word != "--debug"]
         try:
             main()
+        except BrokenPipeError:  # whoever read the output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt | Stopped):
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would end it otherwise
@@ -95,10 +100,12 @@ def told(error: BaseException) -> tuple[int, list[str]]:
         return 130, ["interrupted; the same command goes on from what was kept"]
     if isinstance(error, OSError) and error.filename is not None:
         return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
-    if isinstance(error, MemoryError) or "memory" in first or "DataLoader worker" in first:
-        return 2, [f"{kind}: {first}; if memory is short, lower --batch-size or --workers"]
-    if isinstance(error, dist.DistBackendError) or "gloo/transport" in first:
+    if isinstance(error, MemoryError) or any(words in first for words in SHORT):
+        return 2, [f"{kind}: {first}; if memory is short, ask for less at once"]
+    if any(words in first for words in LOST):
         return 1, [f"another process of this run ended ({first}); give the same command again"]
+    if isinstance(error, dist.DistBackendError):  # NCCL names the cause on a later line
+        first = " ".join(lines)
     return 1, [
         f"{kind}: {first}; nanoGLIP did not foresee this: please report it with the command (with "
         "--debug it shows the traceback)"

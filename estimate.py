@@ -305,7 +305,7 @@ def tell(config: TrainConfig, stages: list) -> str:
     ]
     kept = 3 * (12 * total - 4 * (config.optimizer == "muon") * learned["blocks"]) + 4 * total
     disk = f"disk: {kept / 1e9:.3g} GB of checkpoints (two and one being written, pretrained.pt)"
-    if not config.data:
+    if not config.data and config.recipe in PAIRS:
         pairs = PAIRS[config.recipe]
         disk += (f", {pairs * SHARD_BYTES / 1e9:,.0f} GB of shards ({pairs:,} pairs, pictures of "
                  f"256 pixels, {SHARD_BYTES / 1e3:.0f} KB a pair)")  # fmt: skip

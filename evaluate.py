@@ -479,8 +479,8 @@ def run_benchmarks(
     if options.suite != "none":
         own, own_captioned, missing = benchmarks.suite(Path(options.root))
         if rank == 0 and missing:
-            print("\n".join(missing))
-        if not own and not own_captioned:
+            cli.say("\n".join(missing))
+        if not (own or own_captioned or places or captioned):
             raise InputError(f"--root {options.root}: none of the paper's sets is in it")
         places, captioned = (*places, *own), (*captioned, *own_captioned)
         probed = [place for place in own if benchmarks.set_name(Path(place)) in benchmarks.PROBED

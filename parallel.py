@@ -108,9 +108,15 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     if world > 1:  # the others wait while the first decodes, checks pictures or evaluates
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
-    yield rank, world, device
-    if world > 1:  # after an error the group stays, so that others do not fail before it is told
-        dist.destroy_process_group()
+    leave = world > 1  # not after an error, so that others do not fail before it is told
+    try:
+        yield rank, world, device
+    except BaseException as error:
+        leave = leave and isinstance(error, cli.Stopped)
+        raise
+    finally:
+        if leave:
+            dist.destroy_process_group()
 
 
 def by_first(rank: int, world: int, work: Callable[[], T]) -> T | None:

@@ -256,7 +256,9 @@ class Report:
         bad, self.news = [row for rows in news for row in rows], []
         path = self.out / "quarantine.jsonl"
         if not self.quarantined and path.exists():  # of the run before it was cut short
-            self.quarantined = {quarantined(json.loads(x)) for x in path.read_text().splitlines()}
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # still being written
+                    self.quarantined.add(quarantined(json.loads(line)))
         for row in bad:
             if tuple(row) not in self.quarantined:
                 self.quarantined.add(tuple(row))

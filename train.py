@@ -418,7 +418,7 @@ def train(config: TrainConfig) -> Path:
             for torn in out.glob("*.tmp"):  # of a run that was killed while it wrote
                 torn.unlink()
             told = f", going on after {state['stage']} step {state['step']}" if state else ""
-            print(f"{config.model} on {device.type}, writing to {out}{told}")
+            cli.say(f"{config.model} on {device.type}, writing to {out}{told}")
         report = Report(config, out, rank, world, device)
         if state:
             report.go_on(state)
@@ -437,8 +437,8 @@ def train(config: TrainConfig) -> Path:
         if rank == 0:
             for name in ("latest.pt", "previous.pt"):
                 (out / name).unlink(missing_ok=True)
-            print(f"trained: {out}/model.pt; the run on one page: {out}/report.html; "
-                  f"next: python evaluate.py {shlex.quote(str(out))}")  # fmt: skip
+            cli.say(f"trained: {out}/model.pt; the run on one page: {out}/report.html; "
+                    f"next: python evaluate.py {shlex.quote(str(out))}")  # fmt: skip
     return out
 
 

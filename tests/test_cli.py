@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import bench
 import cli
@@ -54,6 +55,8 @@ def ended(monkeypatch, capsys, error, *words):
         (KeyError("stage"), 1, "KeyError: 'stage'; nanoGLIP did not foresee this: please report"),
         (OSError(36, "File name too long", "xx"), 2, "xx: File name too long; check the name"),
         (torch.OutOfMemoryError("CUDA out of memory\nTry"), 2, "OutOfMemoryError: CUDA out"),
+        (RuntimeError("CUDA error: an illegal memory access"), 1, "RuntimeError: CUDA error: an ill"),
+        (dist.DistBackendError("NCCL error\nno space"), 1, "DistBackendError: NCCL error no sp"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:547] Connection closed"), 1, "another proc"),
         (InputError(WORKER), 2, "give --y"),
