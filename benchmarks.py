@@ -331,7 +331,8 @@ def open_tree(folder: Path, split: str) -> Benchmark:
         every = numbered and len(names) == len(known)  # ImageNet-V2
         classes = [known[name] for name in (known if every else names) if name in known]
         wordnet = any(re.fullmatch(r"n\d{8}", name) for name in names)
-        if len(names) > 1 and not numbered and not wordnet:
+        direct = {path.parent for path, _ in found} >= set(folders)  # not train/CLASS, val/CLASS
+        if direct and len(names) > 1 and not numbered and not wordnet:
             classes = [name.replace("_", " ") for name in names]
     if not classes or (not numbered and len(classes) != len(names)):
         raise InputError(

@@ -101,7 +101,7 @@ def told(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(error, OSError) and error.filename is not None:
         return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
     if isinstance(error, MemoryError) or any(words in first for words in SHORT):
-        return 2, [f"{kind}: {first}; if memory is short, ask for less at once"]
+        return 2, [f"{kind}: {first}; if memory is short, lower --batch-size or --workers"]
     if any(words in first for words in LOST):
         return 1, [f"another process of this run ended ({first}); give the same command again"]
     if isinstance(error, dist.DistBackendError):  # NCCL names the cause on a later line

@@ -426,7 +426,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         data.load, config["data"], vendors=tuple(config["vendors"]), held_out=config["held_out"],
         max_bad=config.get("max_bad", data.MAX_BAD),
     )  # fmt: skip
-    known = known_results(run)  # told before the work if it cannot be read
+    known_results(run)  # told before the work if it cannot be read
     train, test = opened(image_size=encoder.model.config.pixels[0])
     before_test = test
     if before.model.config != encoder.model.config:
@@ -441,7 +441,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         if masker.mask != "none":
             shares = mask_shares(before, before_test, masker)
     results = {
-        **known, **record_of(run, content),
+        **known_results(run), **record_of(run, content),
         "counts": {**train.counts, "training pictures": len(train) - len(train.held),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
         "evaluated_on": machine(device), "evaluation_bf16": encoder.bf16,
@@ -489,13 +489,13 @@ def run_benchmarks(
     run, content, encoder, before, masker = open_run(options, device)
     columns = columns_of(encoder, before, masker, content["stage"] == "tune")
     folders = labelled_folders(options, encoder.model.config.pixels[0])
-    known = known_results(run)
+    known_results(run)  # as above
     new, answers, problems = benchmarks.evaluate_sets(
         columns, places, captioned, options.root, rank, world
     )
     if rank:
         return answers, problems
-    results = {**known, **record_of(run, content)}
+    results = {**known_results(run), **record_of(run, content)}
     where = {"evaluated_on": machine(device), "bf16": encoder.bf16}
     new = {name: {**entry, **where} for name, entry in new.items()}
     results["benchmarks"] = {**results.get("benchmarks", {}), **new}

@@ -154,7 +154,7 @@ def check_finite(weights: dict[str, torch.Tensor], path: Path | str) -> None:
 
 def digest(paths: Iterable[Path], text: str) -> str:
     """What tells the contents of files, and a text, from others: their SHA-256."""
-    total = hashlib.sha256(text.encode())
+    total = hashlib.sha256(text.encode(errors="surrogatepass"))
     for path in paths:
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())

@@ -386,7 +386,10 @@ def table_rows(path: Path) -> list[tuple[Path, str, str]]:
     tabs, rows, endings = path.suffix.lower() == ".tsv", [], "|".join(SUFFIXES).replace(".", "\\.")
     torn = re.compile(r"\t" if tabs else rf'({endings})"?\s*(,|$)', re.IGNORECASE | re.MULTILINE)
     csv.field_size_limit(2**24)
-    lines = io.StringIO(text_of(read_regular(path, 2**32)), newline="")
+    text = text_of(content := read_regular(path, 2**32))
+    if content and not text:
+        raise InputError(f"{path}: it is no UTF-8, or holds NUL bytes; save it as UTF-8")
+    lines = io.StringIO(text, newline="")
     table = csv.reader(lines, delimiter="\t" if tabs else ",")
     try:
         heading = next(table, [])

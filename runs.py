@@ -88,7 +88,7 @@ def listening() -> Iterator[None]:
 def stamp_of(pairs: object) -> str:
     """What tells these training data from others."""
     text = pairs.stamp(np.arange(0)) if isinstance(pairs, data.Source) else str(pairs.counts)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 STATE = {  # what going on needs of a checkpoint, beside its weights

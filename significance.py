@@ -13,6 +13,7 @@ of the same training is another model, and its distance from the first is in non
 """
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def kept(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str, str]:
                 if question:
                     columns.setdefault(column, {})[question] = arrays[name]
             return columns, str(arrays["examples"]), str(arrays.get("model", ""))
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: not what evaluate.py writes ({type(error).__name__}); remove it, and the run "
             "is evaluated again"

@@ -344,6 +344,9 @@ def test_folders_names_are_classes_where_nothing_else_is_said(tmp_path):
     write_tree(tmp_path / "flowers/val", ["red_tulip", "daisy"], 2)
     (found,) = benchmarks.open_benchmarks(str(tmp_path / "flowers"), ".")
     assert found.classes == ["daisy", "red tulip"] and found.labels.tolist() == [0, 0, 1, 1]
+    write_tree(tmp_path / "splits", ["train/a", "train/b", "validation/a", "validation/b"], 1)
+    with pytest.raises(glip.InputError, match="no names for the 2"):
+        benchmarks.open_benchmarks(str(tmp_path / "splits"), ".")
     for name, folders in (("one", ["train"]), ("numbers", ["0", "1"])):
         with pytest.raises(glip.InputError, match=f"no names for the {len(folders)}"):
             benchmarks.open_benchmarks(str(write_tree(tmp_path / name, folders)), ".")

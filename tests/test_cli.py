@@ -55,7 +55,7 @@ def ended(monkeypatch, capsys, error, *words):
         (KeyError("stage"), 1, "KeyError: 'stage'; nanoGLIP did not foresee this: please report"),
         (OSError(36, "File name too long", "xx"), 2, "xx: File name too long; check the name"),
         (torch.OutOfMemoryError("CUDA out of memory\nTry"), 2, "OutOfMemoryError: CUDA out"),
-        (RuntimeError("CUDA error: an illegal memory access"), 1, "RuntimeError: CUDA error: an ill"),
+        (RuntimeError("CUDA error: an illegal memory access"), 1, "RuntimeError: CUDA error: "),
         (dist.DistBackendError("NCCL error\nno space"), 1, "DistBackendError: NCCL error no sp"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:547] Connection closed"), 1, "another proc"),
@@ -85,7 +85,7 @@ def test_a_terminal_obeys_nothing_in_a_sentence(monkeypatch, capsys):
     wild = "a\x1b[31mb\ntrain.py: all is well\r\x9b\udcff\u202ec"
     for error in (InputError(wild, "two"), OSError(2, "No such file", wild)):
         _, lines = ended(monkeypatch, capsys, error)
-        assert len(lines) == len(error.args) if isinstance(error, InputError) else 1
+        assert len(lines) == (len(error.args) if isinstance(error, InputError) else 1)
         assert all(line.isprintable() and line.startswith("train.py: ") for line in lines)
     cli.say("one\x1b[2J\ntwo")
     assert capsys.readouterr().out == "one?[2J\ntwo\n"

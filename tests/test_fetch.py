@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 pytest.importorskip("imghdr", reason="img2dataset needs Python 3.12 or older")
 import data
@@ -644,3 +644,12 @@ def test_a_snapshot_is_brought_and_counted(tmp_path):
     server.server_close()
     done = run("snapshot", "cc3m", "--out", tmp_path / "other", env=env)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "go on" in done.stderr
+
+
+def test_a_picture_with_much_text_beside_it_is_no_torn_one():
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("Comment", "text " * 2**19, zip=True)
+    Image.new("RGB", (64, 64), "teal").save(file, "PNG", pnginfo=info)
+    fetch.check_picture(file.getvalue())
+    with pytest.raises(fetch.Refused, match="torn picture"):
+        fetch.check_picture(file.getvalue()[:-60])
