@@ -41,6 +41,7 @@ import data
 import estimate
 import evaluate
 import glip
+import parallel
 import probe
 import shards
 import train
@@ -267,7 +268,7 @@ def a_step(flags: list[str], batch: int) -> tuple[object, TrainConfig, GLIPConfi
     tokens[:, -1] = glip.END
     stage = argparse.Namespace(aclip=False, masker=masker)
     device = torch.device("cpu")
-    bf16 = evaluate.use_bf16("auto", device)
+    bf16 = parallel.use_bf16("auto", device)
 
     def step() -> None:
         drawn = (images, tokens, torch.rand(batch, patches), torch.zeros(batch, 0), [])

@@ -3,10 +3,8 @@
 Both need to know how often words are said: one pass over the training captions, kept in the cache.
 """
 
-import hashlib
 import inspect
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 import glip
 from embedded import Emoji
-from files import cached_array, open_regular
+from files import cached_array, digest, open_regular
 from glip import (
     TEXT_MASKS,
     InputError,
@@ -114,7 +112,7 @@ def captions_key(pairs: Emoji | Source) -> str:
     stamp = pairs.stamp(np.arange(0)) if isinstance(pairs, Source) else ""
     if not stamp:
         stamp = "\n".join(text for _, texts in captions_of(pairs, "") for text in texts)
-    return hashlib.sha256(os.fsencode(stamp)).hexdigest()[:16]
+    return digest([], stamp)[:16]
 
 
 CLASSES = ("NN", "JJ", "VB")  # nouns, adjectives, verbs: how their tags begin

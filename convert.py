@@ -31,7 +31,7 @@ import evaluate
 import glip
 import hf_tokenizer
 from card import architecture, card, facts
-from files import read_regular
+from files import check_finite, load_tensors, read_regular
 from glip import GLIP, GLIPConfig, InputError, Masker
 from recipes import TrainConfig
 
@@ -301,7 +301,7 @@ def torch_content(path: Path) -> object:
             for root, _, name in (x.rpartition("/") for x in archive.namelist()):
                 if name == "constants.pkl":  # torch.jit.save's alone
                     return tensors_of(ArchiveReader(archive, root, size).load())
-    return glip.load_tensors(path)
+    return load_tensors(path)
 
 
 def read_weights(path: Path) -> Weights:
@@ -359,7 +359,7 @@ def fitted(config: GLIPConfig, weights: Weights, file: Path) -> GLIP:
                 f"{file}: {name} has shape {found[name]}, its config says {wanted[name]}: is that "
                 "config its own?"
             )
-    glip.check_finite(weights, file)
+    check_finite(weights, file)
     model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
     return model
 

@@ -92,7 +92,7 @@ def named(text: str, precision: str, width: int) -> Machine:
     count = count_of(text)
     if text.lower() == "here":
         device = evaluate.pick_device("auto")
-        bf16 = evaluate.use_bf16(precision, device)
+        bf16 = parallel.use_bf16(precision, device)
         products, memory_rate = rates(device, bf16, width)
         fp32 = rates(device, False, width)[0] if bf16 else products
         return Machine(f"{device.type} (measured)", products, fp32, memory_rate,

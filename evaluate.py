@@ -46,7 +46,7 @@ from data import Emoji, HeldOut
 from files import digest
 from glip import GLIP, InputError, Masker
 from metrics import WITHIN, hits, ranks, retrieval, zero_shot  # noqa: F401
-from parallel import pick_device, precision_of, processes, read_lines, use_bf16  # noqa: F401
+from parallel import pick_device, precision_of, processes, read_lines
 from probe import (  # noqa: F401 - one name for users, evaluate
     STRENGTHS,
     linear_probe,

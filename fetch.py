@@ -45,8 +45,8 @@ from PIL import Image
 
 import pictures
 from cli import check_numbers
-from files import open_regular
-from glip import InputError, locked, write_bytes, write_safely
+from files import locked, open_regular
+from glip import InputError, write_bytes, write_safely
 from pictures import FORMATS, LICENCE, TOO_LARGE, BadPicture, check_pixels, check_scans
 from shards import end_with_parent, printable_error, whole_stats
 

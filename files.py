@@ -19,6 +19,9 @@ import torch
 
 from masks import InputError
 
+# What Python raises where content from elsewhere has other types, keys or sizes than ours.
+FOREIGN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @contextlib.contextmanager
 def room_for(path: Path | str) -> Iterator[None]:
@@ -72,7 +75,7 @@ def prune(path: Path, keep: Callable[[dict], object]) -> None:
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             kept += [line + b"\n"] * bool(keep(json.loads(line.decode())))
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        except FOREIGN:
             lost += 1
     if lost:
         print(f"{path}: {lost} lines were no records, and are left out")
@@ -156,7 +159,7 @@ def digest(paths: Iterable[Path], text: str) -> str:
     """What tells the contents of files, and a text, from others: their SHA-256."""
     total = hashlib.sha256(text.encode(errors="surrogatepass"))
     for path in paths:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 

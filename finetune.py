@@ -330,6 +330,7 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     ids = np.sort(np.concatenate([train, valid]))
     config = settled(config, len(ids))
     check(config)
+    evaluate.known_results(run)  # told before the work if it cannot be read
     out = Path(config.out or run / f"finetune-{Path(config.data).resolve().name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} holds something already: choose another, or remove it")

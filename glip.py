@@ -38,7 +38,6 @@ from files import (  # noqa: F401 - one name for users, glip
     cached,
     check_finite,
     load_tensors,
-    locked,
     room_for,
     write_bytes,
     write_safely,

@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import page
 import parallel
 from cli import Stopped, printable, say
 from data import Batches
-from files import flush_folder, prune
+from files import FOREIGN, digest, flush_folder, prune
 from glip import GLIP, GLIPConfig, InputError, Masker
 from recipes import MACHINE, TrainConfig, flag_of
 
@@ -88,7 +87,7 @@ def listening() -> Iterator[None]:
 def stamp_of(pairs: object) -> str:
     """What tells these training data from others."""
     text = pairs.stamp(np.arange(0)) if isinstance(pairs, data.Source) else str(pairs.counts)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+    return digest([], text)[:16]
 
 
 STATE = {  # what going on needs of a checkpoint, beside its weights
@@ -161,7 +160,7 @@ def restore(
         for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             optimizer.load_state_dict(parallel.divided(content, parameters))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except FOREIGN as e:
         raise InputError(
             f"{state['file']}: its mask, heads or optimizers are not this run's "
             f"({type(e).__name__}): remove that file to go on from the checkpoint before"
@@ -420,7 +419,7 @@ class Report:
             mask=self.stage.masker.state(), config=asdict(self.config),
             seconds=dict(self.seconds), steps=dict(self.steps),
             machine=self.machine, command=command(), world=self.world,
-            bf16=evaluate.use_bf16(self.config.precision, self.device), **state,
+            bf16=parallel.use_bf16(self.config.precision, self.device), **state,
         )  # fmt: skip
 
     def save_last(self, model: GLIP, step: int) -> None:

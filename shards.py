@@ -13,7 +13,6 @@ passed over and counted; names are keys, never paths; nothing is unpickled or wr
 """
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -37,7 +36,16 @@ from tqdm import tqdm
 
 import glip
 from cli import printable, say
-from files import locked, open_regular, read_regular, room_for, text_of, write_bytes, write_safely
+from files import (
+    digest,
+    locked,
+    open_regular,
+    read_regular,
+    room_for,
+    text_of,
+    write_bytes,
+    write_safely,
+)
 from glip import InputError, encode
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -343,7 +351,7 @@ def build(location: str, workers: int) -> dict:
         with room_for(home / "index.json"):  # it vouches for the rest, which now changes
             (home / "index.json").unlink(missing_ok=True)
             parts.mkdir(parents=True, exist_ok=True)
-        names = [f"{hashlib.sha256(json.dumps(x).encode()).hexdigest()[:32]}.npz" for x in prints]
+        names = [f"{digest([], json.dumps(x))[:32]}.npz" for x in prints]
         todo = [i for i, name in enumerate(names) if not is_whole(parts / name)]
         jobs = [(paths[i], parts / names[i]) for i in todo]
         done = len(names) - len(todo)
@@ -419,11 +427,7 @@ def join(home: Path, prints: list, parts: Sequence[Path]) -> dict:
 
 def digest_of(home: Path, counts: list[int], skipped: dict[str, int]) -> str:
     """A checksum of all that an index holds but the shards' times."""
-    digest = hashlib.sha256(json.dumps([counts, skipped]).encode())
-    for name in ARRAYS:
-        with open_regular(home / f"{name}.bin") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
+    return digest((home / f"{name}.bin" for name in ARRAYS), json.dumps([counts, skipped]))
 
 
 def read_record(home: Path) -> dict | None:

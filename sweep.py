@@ -36,6 +36,7 @@ import cli
 import data
 import evaluate
 import glip
+import parallel
 import train
 from glip import GLIP, GLIPConfig, InputError
 
@@ -73,7 +74,7 @@ def measure_cost(threads: int, masks: list[str], rounds: int = 8) -> dict:
     torch.set_num_threads(threads)  # as many as a run will have
     config = train.parse(["--recipe", "compare", "--data", HOME])
     device = evaluate.pick_device("auto")
-    bf16 = evaluate.use_bf16("auto", device)
+    bf16 = parallel.use_bf16("auto", device)
 
     def variant(mask: str, ratio: float, size: int = 0) -> tuple:
         changed = replace(

@@ -31,10 +31,10 @@ import aclip
 import cli
 import data
 import estimate
-import evaluate
 import glip
 import parallel
 from data import EMBEDDED, Batches, TextMask
+from files import locked
 from glip import GLIP, GLIPConfig, InputError, Masker
 from recipes import (  # noqa: F401 - one name for users, train
     RECIPES,
@@ -204,7 +204,7 @@ def run_stage(
         restore(state, stage, network, optimizers)
     if config.compile:
         compile_network(shared)
-    bf16 = evaluate.use_bf16(config.precision, device)
+    bf16 = parallel.use_bf16(config.precision, device)
     workers = config.workers
     if workers < 0:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -402,11 +402,11 @@ def train(config: TrainConfig) -> Path:
         stages = plan(config, rank, world)  # all processes meet here, and then the first writes
 
         def claim() -> None:
-            lock.enter_context(glip.locked(out, "training in"))
+            lock.enter_context(locked(out, "training in"))
             check_out(out, config)  # what another process may have finished since
 
         parallel.by_first(rank, world, claim)
-        bf16 = evaluate.use_bf16(config.precision, device)
+        bf16 = parallel.use_bf16(config.precision, device)
         state = last_state(out, config, stages, bf16)
         same_everywhere(out, state, world)  # and nobody writes before all have read
         torch.manual_seed(config.seed)
@@ -456,7 +456,7 @@ def overfit(config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
         model = first_model(config, stage.model, {}).to(device).train()
         optimizers = make_optimizers(model, config)
-        bf16, guess = evaluate.use_bf16(config.precision, device), math.log(config.batch_size)
+        bf16, guess = parallel.use_bf16(config.precision, device), math.log(config.batch_size)
         images, tokens, *others = stage.batches[0]
         if len(tokens.unique(dim=0)) < len(tokens):
             raise InputError("captions of the batch are alike: no loss near 0 is possible")

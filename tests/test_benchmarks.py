@@ -30,6 +30,7 @@ import benchmarks
 import evaluate
 import glip
 import metrics
+import parallel
 import probe
 import significance
 import train
@@ -688,7 +689,7 @@ def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, caps
     assert nothing[0] == 2 and "none of the paper's sets" in nothing[2]
     assert "download --repo-type dataset clip-benchmark/wds_imagenet1k " in nothing[1]
     assert out.index("not there: food101") < out.index("set, metric") < out.index(" in bf16" if
-        evaluate.use_bf16("auto", torch.device("cpu")) else " in fp32")  # fmt: skip
+        parallel.use_bf16("auto", torch.device("cpu")) else " in fp32")  # fmt: skip
     assert results["linear_probe"].keys() == {"cifar10"}
     assert results["linear_probe"]["cifar10"]["test"] == 30
     assert "linear probe, cifar10" in out and "not there: food101" in out

@@ -29,7 +29,7 @@ ORDER = [  # each may import those before it
     "train", "finetune",
 ]  # fmt: skip
 CHAIN = [  # each does import the one before it
-    "masks", "glip", "shards", "pictures", "captions", "data", "probe", "evaluate", "train",
+    "masks", "glip", "shards", "pictures", "captions", "data", "probe", "evaluate", "runs", "train",
     "finetune",
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cli
-import glip
+import files
 import runs
 import shards
 import train
@@ -185,7 +185,7 @@ def test_a_second_trainer_is_told_of_the_first(unfinished):
     has, child = multiprocessing.get_context("fork").Pipe()
 
     def hold():
-        with glip.locked(out, "training in"):
+        with files.locked(out, "training in"):
             child.send("held")
             time.sleep(600)
 
@@ -200,7 +200,7 @@ def test_a_second_trainer_is_told_of_the_first(unfinished):
         other.join()
     (out / ".lock").unlink()
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-    with glip.locked(out, "training in"):
+    with files.locked(out, "training in"):
         pass
 
 

@@ -15,6 +15,7 @@ import torch
 import evaluate
 import figures
 import glip
+import parallel
 import significance
 from significance import by_unit, compare, difference, interval
 from tests.test_data import make_pictures
@@ -257,7 +258,7 @@ def test_two_runs_are_compared_by_the_command(tmp_path, monkeypatch, capsys):
     os.utime(a / "model.pt", ns=(before.st_atime_ns, before.st_mtime_ns))
     code, out, _ = run_main(monkeypatch, capsys, a, b)  # other weights, though of the same time
     assert code == 0 and out.count("+0.0 (+0.0 to +0.0)") == 12
-    other = "fp32" if evaluate.use_bf16("auto", torch.device("cpu")) else "bf16"
+    other = "fp32" if parallel.use_bf16("auto", torch.device("cpu")) else "bf16"
     _, out, _ = run_main(monkeypatch, capsys, a, b, "--precision", other)
     assert f"in {other}\n" in out and out.count(f" {other}, seed") == 2
     (a / "outcomes.npz").write_bytes(b"torn")

@@ -16,7 +16,6 @@ from PIL import Image
 
 import card
 import data
-import evaluate
 import glip
 import parallel
 import runs
@@ -197,8 +196,8 @@ def test_auto_precision_follows_the_hardware(monkeypatch):
     cpu = torch.device("cpu")
     for flags, native in (({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"avx2"}, False)):
         monkeypatch.setattr(parallel, "cpu_flags", lambda flags=flags: flags)
-        assert evaluate.use_bf16("auto", cpu) == native
-        assert evaluate.use_bf16("bf16", cpu) and not evaluate.use_bf16("fp32", cpu)
+        assert parallel.use_bf16("auto", cpu) == native
+        assert parallel.use_bf16("bf16", cpu) and not parallel.use_bf16("fp32", cpu)
 
 
 # --- runs ---------------------------------------------------------------------------------------
