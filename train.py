@@ -27,38 +27,22 @@ import torch.distributed as dist
 from timm.optim import Muon
 from torch import Tensor, nn
 
-import aclip
-import cli
 import data
-import estimate
 import glip
-import parallel
-from data import EMBEDDED, Batches, TextMask
-from files import locked
-from glip import GLIP, GLIPConfig, InputError, Masker
-from recipes import (  # noqa: F401 - one name for users, train
-    RECIPES,
-    TrainConfig,
-    as_tuple,
-    check,
-    flag_of,
-    masker_of,
-    parse,
-    run_name,
-)
-from runs import (
-    Report,
-    Stage,
-    cut_log,
-    last_state,
-    listening,
-    restore,
-    same_everywhere,
-)
+from glip import GLIP, GLIPConfig, InputError
+from nanoglip import aclip, cli, distributed, estimate, files, losses
+from nanoglip.checkpoint import last_state, restore, same_everywhere
+from nanoglip.config import TrainConfig, check, masker_of, parse, run_name
+from nanoglip.files import locked
+from nanoglip.machine import memory_of, use_bf16
+from nanoglip.masks import Masker
+from nanoglip.runlog import Report, Stage, cut_log, listening
+from nanoglip.sources import captions
+from nanoglip.sources.captions import TextMask
+from nanoglip.sources.emoji import EMBEDDED, Emoji
+from nanoglip.sources.order import Batches, loader, make_order
 
-# ------------------------------------------------------------------------------------------------
-# Pure functions of the step, and the optimizer
-# ------------------------------------------------------------------------------------------------
+# --- Pure functions of the step, and the optimizer ------------------------------------------------
 
 
 def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
@@ -80,6 +64,7 @@ def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
 
 
 MOST = 2**48  # pairs of a run; the largest published ones have 2**37
+
 MUON_SCALE = 2.0  # Muon's learning rate in AdamW's, from the search told in the README
 
 
@@ -109,9 +94,7 @@ def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimi
     return [adamw, muon]
 
 
-# ------------------------------------------------------------------------------------------------
-# Processes and stages
-# ------------------------------------------------------------------------------------------------
+# --- Processes and stages -------------------------------------------------------------------------
 
 
 def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tuple:
@@ -126,7 +109,7 @@ def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tu
             config.max_bad, config.crop_scale,
         )
 
-    return parallel.by_first(rank, world, opened) or opened()
+    return distributed.by_first(rank, world, opened) or opened()
 
 
 def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
@@ -149,13 +132,13 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                     config.text_mask, config.text_tokens, config.text_threshold, train
                 )
             if turn and first and config.sampling != "all":
-                chances = data.sampling_probabilities(
+                chances = captions.sampling_probabilities(
                     config.sampling, train, config.sampling_share, config.sampling_power,
                     config.clusters, config.text_threshold,
                 )
             if world > 1:
                 dist.barrier()
-        order = data.make_order(train, batch_size, config.seed, name, chances)
+        order = make_order(train, batch_size, config.seed, name, chances)
         steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
         if steps * batch_size > MOST:
             raise InputError(f"{name}: {steps:.3g} steps are more than any run has: give fewer")
@@ -166,7 +149,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
-        prompts = isinstance(train, data.Emoji) and config.captions == "prompts"
+        prompts = isinstance(train, Emoji) and config.captions == "prompts"
         batches = Batches(train, order, model, rank, world, text_mask, views, prompts)
         return Stage(
             name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
@@ -184,9 +167,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
     return stages
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------
 
 
 def run_stage(
@@ -197,20 +178,20 @@ def run_stage(
     network = aclip.AClip(model).to(device) if stage.aclip else model
     model.transformer.recompute = model.visual.transformer.recompute = config.recompute
     static = not (config.micro_batch or config.recompute)
-    shared = parallel.spread(network, world, device, config.shard, static)
+    shared = distributed.spread(network, world, device, config.shard, static)
     optimizers = make_optimizers(network, config)  # of divided parameters, if they are
     start = state.get("step", 0)
     if state:
         restore(state, stage, network, optimizers)
     if config.compile:
-        compile_network(shared)
-    bf16 = parallel.use_bf16(config.precision, device)
+        compile_network(network)
+    bf16 = use_bf16(config.precision, device)
     workers = config.workers
     if workers < 0:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         workers = 0 if config.data[0] in EMBEDDED else max(1, min(8, cores))
-    batches = data.loader(stage.batches, start, stage.steps, workers, pin=device.type == "cuda")
-    batches = parallel.ahead(batches, device)
+    batches = loader(stage.batches, start, stage.steps, workers, pin=device.type == "cuda")
+    batches = distributed.ahead(batches, device)
     model.train()
     report.begin(stage, network, optimizers, state)
     for step, batch in enumerate(batches, start):
@@ -256,7 +237,7 @@ def compute_gradients(
     `shared` is `network` as processes share it. Returns the loss, logit_scale, and visible (B, K)
     or None.
     """
-    images, tokens, noise, extra = parallel.moved(batch[:4], device)
+    images, tokens, noise, extra = distributed.moved(batch[:4], device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if config.micro_batch:
             found = backward_cached(shared, network, images, tokens, noise, stage.masker, config)
@@ -268,14 +249,14 @@ def compute_gradients(
             else:
                 ids_keep, visible = stage.masker(images, noise, network.visual)
                 image_features, text_features, scale = shared(images, tokens, ids_keep, visible)
-                loss = glip.contrastive_loss(
+                loss = losses.contrastive_loss(
                     config.loss, image_features, text_features, scale, network.logit_bias
                 )
             found = loss.detach(), scale.detach(), visible
     if not config.micro_batch:
         loss.backward()
     if config.shard:
-        parallel.share_scalars(network)
+        distributed.share_scalars(network)
     return found
 
 
@@ -296,14 +277,14 @@ def backward_cached(
             features.append(network(images[part], tokens[part], *masks[-1]))
     image_features, text_features, scales = zip(*features, strict=True)
     everybody = len(images) * (dist.get_world_size() if dist.is_initialized() else 1)
-    loss, grads = glip.cached_gradients(
+    loss, grads = losses.cached_gradients(
         config.loss, torch.cat(image_features), torch.cat(text_features), scales[0],
         network.logit_bias,
-        estimate.rows_at_once(config.micro_batch, everybody, parallel.memory_of(images.device)),
+        estimate.rows_at_once(config.micro_batch, everybody, memory_of(images.device)),
     )
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
-        with parallel.exchange(shared, last):
+        with distributed.exchange(shared, last):
             found = shared(images[part], tokens[part], *masks[place])
             surrogate = (found[0] * grads[0][part]).sum() + (found[1] * grads[1][part]).sum()
             surrogate = surrogate + found[2] * grads[2] * float(last)
@@ -315,9 +296,10 @@ def backward_cached(
 
 
 def compile_network(network: nn.Module) -> None:
-    """torch.compile, in place, but for the layout of texts, which has other sizes every time."""
-    glip.lay_out = torch.compiler.disable(glip.lay_out)
-    network.compile()
+    """torch.compile both towers, in place; the packing of texts has other sizes every time."""
+    model = network.model if isinstance(network, aclip.AClip) else network
+    model.visual.compile()
+    model.transformer.compile()
 
 
 @torch.no_grad()
@@ -329,10 +311,10 @@ def apply_gradients(
     One that is not spoils the weights, which are then never saved: Report stops the run.
     """
     grads = [p.grad for p in network.parameters() if p.grad is not None]
-    norm = parallel.total_norm(grads)
+    norm = distributed.total_norm(grads)
     finite = norm.isfinite()
     if longest:
-        torch._foreach_mul_(parallel.local(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(distributed.local(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -341,9 +323,7 @@ def apply_gradients(
     return finite
 
 
-# ------------------------------------------------------------------------------------------------
-# A run
-# ------------------------------------------------------------------------------------------------
+# --- A run ----------------------------------------------------------------------------------------
 
 
 def first_model(config: TrainConfig, wanted: GLIPConfig, state: dict) -> GLIP:
@@ -365,7 +345,13 @@ def first_model(config: TrainConfig, wanted: GLIPConfig, state: dict) -> GLIP:
                 f"--init {path}: its {name} is {value}, this run's is {getattr(wanted, name)}: "
                 "choose the --model, --context-length and --loss that it was trained with"
             )
-    return glip.resized(model, wanted.image_size)
+    return resized(model, wanted.image_size)
+
+
+def resized(model: GLIP, image_size: int | tuple[int, int]) -> GLIP:
+    """The same model for pictures of another size (pixels), positions resampled."""
+    content = {"model_config": asdict(model.config), "model": model.state_dict()}
+    return glip.build(content, image_size)
 
 
 def check_out(out: Path, config: TrainConfig) -> None:
@@ -393,7 +379,7 @@ def train(config: TrainConfig) -> Path:
     data that cannot work, before anything is written, and Stopped when a signal asks for it.
     """
     with (
-        parallel.processes(config.device) as (rank, world, device), listening(),
+        distributed.processes(config.device) as (rank, world, device), listening(),
         contextlib.ExitStack() as lock,
     ):  # fmt: skip
         check(config, world)
@@ -405,15 +391,15 @@ def train(config: TrainConfig) -> Path:
             lock.enter_context(locked(out, "training in"))
             check_out(out, config)  # what another process may have finished since
 
-        parallel.by_first(rank, world, claim)
-        bf16 = parallel.use_bf16(config.precision, device)
+        distributed.by_first(rank, world, claim)
+        bf16 = use_bf16(config.precision, device)
         state = last_state(out, config, stages, bf16)
         same_everywhere(out, state, world)  # and nobody writes before all have read
         torch.manual_seed(config.seed)
         model = first_model(config, stages[0].model, state).to(device)
         if rank == 0:
             text = json.dumps(asdict(config), indent=2)
-            glip.write_bytes(out / "config.json", text.encode())
+            files.write_bytes(out / "config.json", text.encode())
             cut_log(out, state, stages)
             for torn in out.glob("*.tmp"):  # of a run that was killed while it wrote
                 torn.unlink()
@@ -426,7 +412,7 @@ def train(config: TrainConfig) -> Path:
             if state and stage.name != state["stage"]:
                 continue  # done before
             if stage.model.image_size != model.config.image_size:
-                model = glip.resized(model, stage.model.image_size).to(device)
+                model = resized(model, stage.model.image_size).to(device)
             if state:
                 model.load_state_dict(state["model"])
             model = run_stage(stage, model, config, world, device, report, state)
@@ -448,7 +434,7 @@ def overfit(config: TrainConfig) -> None:
         config, batch_size=config.overfit, tune_epochs=0.0, epochs=0.0,
         steps=min(config.steps, 500), warmup=min(config.warmup, 50),
     )  # fmt: skip
-    with parallel.processes(config.device) as (rank, world, device):
+    with distributed.processes(config.device) as (rank, world, device):
         check(config, world)
         if world > 1 or config.aclip:
             raise InputError("--overfit looks at CLIP's own loss, in one process: leave others out")
@@ -456,7 +442,7 @@ def overfit(config: TrainConfig) -> None:
         torch.manual_seed(config.seed)
         model = first_model(config, stage.model, {}).to(device).train()
         optimizers = make_optimizers(model, config)
-        bf16, guess = parallel.use_bf16(config.precision, device), math.log(config.batch_size)
+        bf16, guess = use_bf16(config.precision, device), math.log(config.batch_size)
         images, tokens, *others = stage.batches[0]
         if len(tokens.unique(dim=0)) < len(tokens):
             raise InputError("captions of the batch are alike: no loss near 0 is possible")

@@ -29,15 +29,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import glip
+import train
+from glip import GLIPConfig
+from nanoglip import estimate, files
+from nanoglip.config import masker_of, parse
+from nanoglip.machine import keep_memory, machine
+from tools.bench import status
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import estimate
-import evaluate
-import glip
-import parallel
-import train
-from bench import status
-from glip import GLIPConfig
+
+
+
+
+
+
+
 
 CASES = [  # mask_ratio, precision, whether compiled
     (0.0, "bf16", False), (0.5, "bf16", False), (0.75, "bf16", False), (0.918, "bf16", False),
@@ -75,13 +83,13 @@ def our_step(
     """A step as train.py's loop takes it, as a function of tokens (B, 77) and the mask's noise
     (B, N); its loss."""
     mask = ["none"] if not mask_ratio else ["random", "--mask-ratio", str(mask_ratio)]
-    config = train.parse(["--model", "ViT-B-16", "--optimizer", "adamw", "--mask", *mask])
+    config = parse(["--model", "ViT-B-16", "--optimizer", "adamw", "--mask", *mask])
     model = glip.GLIP(GLIPConfig.named("ViT-B-16", image_size)).train()
     if weights:
         model.load_state_dict(weights)
     model.to(device)
     optimizers = train.make_optimizers(model, config)
-    stage = argparse.Namespace(aclip=False, masker=train.masker_of(config))
+    stage = argparse.Namespace(aclip=False, masker=masker_of(config))
     images = pictures(batch, image_size).to(device)
     if compiled:
         train.compile_network(model)
@@ -305,7 +313,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side, in turn")
     parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    parallel.keep_memory()
+    keep_memory()
     if options.one:
         side, precision, batch, ratio, size, text = options.one
         print(json.dumps(
@@ -328,9 +336,10 @@ def main() -> None:
     found = {
         "cases": cases, "curves": curves, "profile": profiled(),
         "command": " ".join(["python tests/benchmark.py", *sys.argv[1:]]),
-        "machine": evaluate.machine(CPU),
+        "machine": machine(CPU),
     }  # fmt: skip
-    glip.write_bytes(ROOT / "results/benchmark.json", (json.dumps(found, indent=1) + "\n").encode())
+    text = json.dumps(found, indent=1) + "\n"
+    files.write_bytes(ROOT / "results/benchmark.json", text.encode())
     draw(found, ROOT / "results/benchmark.png")
     print(json.dumps(found, indent=1))
 

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 import data
-import finetune
-import parallel
+from nanoglip import distributed
+from tools import finetune
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 aten = torch.ops.aten
@@ -210,7 +210,7 @@ def fake_gpu(world=1):
         torch: {"save": saved, "load": loaded, "Generator": lambda device=None: generator()},
         torch.utils: {"weakref": SimpleNamespace(getweakrefs=lambda x: [])},  # the mode has some
         data: {"DataLoader": Loader}, finetune: {"DataLoader": Loader},
-        parallel: {"DistributedDataParallel": Shared},
+        distributed: {"DistributedDataParallel": Shared},
         dist: {
             "init_process_group": joined, "broadcast_object_list": lambda found: None,
             "all_gather_object": lambda found, own: found.__setitem__(slice(None), [own] * world),

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import aclip
-from glip import GLIP, GLIPConfig, Masker, clip_loss
+from glip import GLIP, GLIPConfig, clip_loss
+from nanoglip import aclip
+from nanoglip.masks import Masker, attend
 
 SCALE = (0.5, 1.0)
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
@@ -77,7 +78,7 @@ def test_the_loss_is_the_sum_that_the_paper_gives():
     loss, scale, _ = aclip.aclip_loss(network, network, masker, images, tokens, noise, draws, SCALE)
     model = network.model
     with torch.no_grad():
-        attention, teacher = masker.teacher.attend(images, features=True)
+        attention, teacher = attend(masker.teacher, images, features=True)
         views, kept = [], []
         for half in (draws[:, :4], draws[:, 4:8]):
             box = aclip.crop_boxes(half, draws[:, 8], SCALE)
@@ -85,7 +86,7 @@ def test_the_loss_is_the_sum_that_the_paper_gives():
             kept.append(aclip.crop(attention[:, None], box, (4, 4)).flatten(1).topk(8).indices)
         a, b = (model.encode_image(v, k) for v, k in zip(views, kept, strict=True))
         texts = model.encode_text(tokens)
-        inner = [model.visual.features(v, k, None) for v, k in zip(views, kept, strict=True)]
+        inner = [model.visual(v, k, None) for v, k in zip(views, kept, strict=True)]
         wanted = (clip_loss(a, texts, scale) + clip_loss(b, texts, scale)) / 2
         wanted += aclip.simclr_loss(*(network.contrast(x) for x in inner))
         predicted = torch.cat([network.predict(network.project(x)) for x in inner])

@@ -26,14 +26,13 @@ from clip_benchmark.metrics import (
 )
 from PIL import Image
 
-import benchmarks
-import evaluate
 import glip
-import metrics
-import parallel
-import probe
-import significance
-import train
+from nanoglip import masks
+from nanoglip.config import TrainConfig
+from nanoglip.evals import benchmarks, probe, significance
+from nanoglip.evals.encoder import Encoder
+from nanoglip.evals.metrics import aupr, classification, retrieved, shares
+from nanoglip.machine import use_bf16
 from tests.test_resume import TORCHRUN
 from tests.test_significance import run_main
 from tests.test_train import command
@@ -162,7 +161,7 @@ def models():
             torch.nn.init.normal_(weight, std=0.3)
     ours = glip.GLIP(config)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k != "attn_mask"})
-    return theirs, evaluate.Encoder(ours, torch.device("cpu"), "fp32")
+    return theirs, Encoder(ours, torch.device("cpu"), "fp32")
 
 
 def ours(encoder, place, root=".", captions=False, **columns):
@@ -292,35 +291,35 @@ def test_perfect_features_give_100_percent(models, tmp_path, monkeypatch):
 def test_permuted_features_give_chance():
     torch.manual_seed(0)
     names, labels = F.normalize(torch.randn(40, 32), dim=-1), torch.arange(20_000) % 40
-    found = metrics.classification(names[torch.randperm(20_000) % 40] @ names.T, labels)
+    found = classification(names[torch.randperm(20_000) % 40] @ names.T, labels)
     assert found["acc1"] == pytest.approx(1 / 40, abs=0.004)
     assert found["acc5"] == pytest.approx(5 / 40, abs=0.01)
     assert found["mean_per_class_recall"] == pytest.approx(found["acc1"])
     images, texts = torch.randn(1000, 32), torch.randn(3000, 32)
-    found = metrics.retrieved(images, texts, torch.arange(1000).repeat_interleave(3))
-    found = metrics.shares(found)
+    found = retrieved(images, texts, torch.arange(1000).repeat_interleave(3))
+    found = shares(found)
     assert found["image_retrieval_recall@10"] == pytest.approx(10 / 1000, abs=0.006)
     assert found["text_retrieval_recall@10"] == pytest.approx(30 / 3000, abs=0.009)
 
 
 def test_recall_within_all_candidates_is_left_out():
     """Of 6 pictures R@1 and R@5, of 11 captions R@10 as well: nothing that must be 100 %."""
-    found = metrics.retrieved(torch.randn(6, 8), torch.randn(11, 8), torch.arange(11) % 6)
+    found = retrieved(torch.randn(6, 8), torch.randn(11, 8), torch.arange(11) % 6)
     assert set(found) == {*(f"text_retrieval_recall@{k}" for k in (1, 5, 10)),
                           *(f"image_retrieval_recall@{k}" for k in (1, 5))}  # fmt: skip
 
 
 def test_mean_per_class_recall_weighs_classes_alike():
     scores = torch.eye(3)[[0, 0, 0, 1, 2, 2]]
-    found = metrics.classification(scores, torch.tensor([0, 0, 0, 0, 2, 1]))
+    found = classification(scores, torch.tensor([0, 0, 0, 0, 2, 1]))
     assert found["acc1"] == pytest.approx(4 / 6)
     assert found["mean_per_class_recall"] == pytest.approx((3 / 4 + 0 + 1) / 3)
 
 
 def test_area_under_precision_and_recall_of_foreign_pictures():
     sure, unsure = torch.eye(4).repeat(3, 1) * 9, torch.zeros(6, 4)
-    assert metrics.aupr(sure, unsure) == 1.0
-    assert metrics.aupr(unsure, sure) < 0.8  # the share of foreign ones among all is 2 / 3
+    assert aupr(sure, unsure) == 1.0
+    assert aupr(unsure, sure) < 0.8  # the share of foreign ones among all is 2 / 3
 
 
 # --- the other formats ----------------------------------------------------------------------------
@@ -579,8 +578,8 @@ def write_run(folder, first=0):
         torch.manual_seed(seed)
         model = glip.GLIP(glip.GLIPConfig(SIDE, 8, 64, 2, 2, 32, 64, 2, 2))
         glip.save_checkpoint(
-            folder / file, model, config=asdict(train.TrainConfig()), stage=stage, steps={},
-            mask=glip.Masker("gaussian", 0.5).state(), seconds={}, machine={}, command="x",
+            folder / file, model, config=asdict(TrainConfig()), stage=stage, steps={},
+            mask=masks.Masker("gaussian", 0.5).state(), seconds={}, machine={}, command="x",
             world=1, bf16=False,
         )  # fmt: skip
     return folder
@@ -602,7 +601,7 @@ def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
             "classes", "voc", "captions"
         }  # fmt: skip
         model, _ = glip.load_model(folder / "model.pt")
-        encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+        encoder = Encoder(model, torch.device("cpu"), "fp32")
         (found,) = benchmarks.open_benchmarks(str(classes), ".")
         blocks = benchmarks.image_features({"x": (encoder, None)}, found, 0, 1)
         names = benchmarks.class_features(encoder, COLOURS, PROMPTS)
@@ -689,7 +688,7 @@ def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, caps
     assert nothing[0] == 2 and "none of the paper's sets" in nothing[2]
     assert "download --repo-type dataset clip-benchmark/wds_imagenet1k " in nothing[1]
     assert out.index("not there: food101") < out.index("set, metric") < out.index(" in bf16" if
-        parallel.use_bf16("auto", torch.device("cpu")) else " in fp32")  # fmt: skip
+        use_bf16("auto", torch.device("cpu")) else " in fp32")  # fmt: skip
     assert results["linear_probe"].keys() == {"cifar10"}
     assert results["linear_probe"]["cifar10"]["test"] == 30
     assert "linear probe, cifar10" in out and "not there: food101" in out
@@ -738,9 +737,9 @@ def test_the_command_on_one_and_two_processes(run, tmp_path, monkeypatch, capsys
         assert alone["pictures"] == two["pictures"] == count
         assert list(alone["columns"]) == ["masked inference", "full picture", "after tuning"]
         assert len({json.dumps(column) for column in alone["columns"].values()}) == 3
-        for column, shares in alone["columns"].items():
-            assert two["columns"][column] == pytest.approx(shares, abs=1e-12)
-    encoder = evaluate.Encoder(
+        for column, expected in alone["columns"].items():
+            assert two["columns"][column] == pytest.approx(expected, abs=1e-12)
+    encoder = Encoder(
         glip.load_model(run / "model.pt")[0], torch.device("cpu"), "fp32"
     )
     wanted = ours(encoder, classes)["classes"]["columns"]["full picture"]

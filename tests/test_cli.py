@@ -12,20 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import bench
-import cli
-import convert
 import data
 import evaluate
-import finetune
-import parallel
-import recipes
-import report
-import sweep
 import train
 from glip import InputError
+from nanoglip import cli, distributed
+from nanoglip.config import TrainConfig, check
 from tests.test_resume import TORCHRUN
 from tests.test_train import command
+from tools import bench, convert, finetune, sweep, tables
 
 WORKER = """Caught InputError in DataLoader worker process 0.
 Original Traceback (most recent call last):
@@ -92,12 +87,12 @@ def test_a_terminal_obeys_nothing_in_a_sentence(monkeypatch, capsys):
 
 
 def test_every_script_has_the_handler():
-    for script in (bench, convert, data, evaluate, finetune, report, sweep, train):
+    for script in (bench, convert, data, evaluate, finetune, tables, sweep, train):
         assert script.main.__wrapped__.__module__ == script.__name__
 
 
 CHECKS = {
-    "train": (lambda config: recipes.check(config, 1), train.TrainConfig()),
+    "train": (lambda config: check(config, 1), TrainConfig()),
     "finetune": (finetune.check, finetune.settled(finetune.FineTuneConfig("run", "data"), 240)),
     "snapshot": (data.snapshot, data.SnapshotConfig("cc3m", Path("nowhere"))),
     "index": (data.index, data.IndexConfig("https://nowhere.invalid")),
@@ -153,14 +148,14 @@ def test_a_half_set_environment_is_told(monkeypatch, changed, found):
         assert cli.place() == found
         return
     with pytest.raises(InputError, match=f"{found} tells of no process: start .* torchrun"), \
-            parallel.processes("cpu"):  # fmt: skip
+            distributed.processes("cpu"):  # fmt: skip
         raise AssertionError
 
 
 FAILS = """
 import sys, time
-import cli
-from masks import InputError
+from nanoglip import cli
+from glip import InputError
 @cli.guarded
 def main():
     when, who = sys.argv[1:]

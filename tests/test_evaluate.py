@@ -18,7 +18,12 @@ import data
 import evaluate
 import glip
 import train
-from evaluate import metrics, ranks, retrieval, zero_shot
+from nanoglip import masks
+from nanoglip.evals import probe
+from nanoglip.evals.encoder import Encoder, metrics, prompted, robustness
+from nanoglip.evals.metrics import ranks, retrieval, zero_shot
+from nanoglip.noise import uniform
+from nanoglip.sources.emoji import Emoji
 from tests.test_data import make_pictures
 from tests.test_model import broken_checkpoints
 from tests.test_train import command, inside
@@ -72,9 +77,9 @@ def test_robustness_changes_pixels_and_only_them():
         def texts(self, captions):
             return features(len(captions), width=3 * 64 * 64)
 
-    art = data.Emoji("emoji", 64, ("Twtr",), "test")
+    art = Emoji("emoji", 64, ("Twtr",), "test")
     art.concept = art.concept[:40]
-    found = evaluate.robustness(Pixels(), art)
+    found = robustness(Pixels(), art)
     plain, *changed = seen.values()
     pictures = dict(zip(found, (plain, *changed), strict=True))
     assert all(p.shape == plain.shape and p.dtype == torch.uint8 for p in changed)
@@ -90,7 +95,7 @@ def test_robustness_changes_pixels_and_only_them():
 def test_prompts_are_asked_one_by_one():
     """A stand-in that knows names after "an image of" alone: all are right there, none elsewhere.
     """
-    art = data.Emoji("emoji", 64, ("Twtr",), "test")
+    art = Emoji("emoji", 64, ("Twtr",), "test")
     table = dict(zip(art.captions, torch.eye(len(art.captions)), strict=True))
 
     class Knower:
@@ -99,7 +104,7 @@ def test_prompts_are_asked_one_by_one():
                 return torch.zeros(len(captions), len(table))
             return torch.stack([table[caption.split(" ", 4)[4]] for caption in captions])
 
-    found = evaluate.prompted(Knower(), art, torch.eye(len(art.captions))[art.concept])
+    found = prompted(Knower(), art, torch.eye(len(art.captions))[art.concept])
     assert found.pop("an image of a ...") == 1 and "a photo of a ..." in found
     assert set(found.values()) == {0}
 
@@ -136,12 +141,12 @@ def test_recall_within_all_candidates_is_left_out():
 def test_every_picture_is_encoded_once_whatever_the_block():
     torch.manual_seed(0)
     model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2))
-    encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, torch.device("cpu"), "fp32")
     images = torch.rand(300, 3, 16, 16)
     found = encoder.images(lambda ids: images[ids], 300)
     with torch.no_grad():
         torch.testing.assert_close(found, model.encode_image(images), atol=1e-6, rtol=0)
-    masked = glip.Masker("gaussian", 0.5)
+    masked = masks.Masker("gaussian", 0.5)
     a, b = (encoder.images(lambda ids: images[ids], 300, masked) for _ in range(2))
     assert torch.equal(a, b) and not torch.allclose(a, found)
     assert torch.allclose(encoder.images(lambda ids: images[ids], 280, masked), a[:280], atol=1e-6)
@@ -150,7 +155,7 @@ def test_every_picture_is_encoded_once_whatever_the_block():
 def test_probe_equals_scikit_learn_and_never_sees_the_test_labels():
     digits = load_digits()
     x, y, groups = digits.data.astype(np.float32), digits.target, np.arange(len(digits.target))
-    found = evaluate.linear_probe(x, y, groups)
+    found = probe.linear_probe(x, y, groups)
     rng_split = np.random.RandomState(0).permutation(len(y))  # as GroupShuffleSplit draws it
     size = int(np.ceil(0.2 * len(y)))
     test, rest = np.sort(rng_split[:size]), np.sort(rng_split[size:])
@@ -160,7 +165,7 @@ def test_probe_equals_scikit_learn_and_never_sees_the_test_labels():
     assert found["accuracy"] > 0.95
     spoilt = y.copy()
     spoilt[test] = np.random.default_rng(0).permutation(spoilt[test])
-    blind = evaluate.linear_probe(x, spoilt, groups)
+    blind = probe.linear_probe(x, spoilt, groups)
     assert blind["C"] == found["C"] and blind["accuracy"] < 0.2
 
 
@@ -169,7 +174,7 @@ def test_probe_keeps_groups_together():
     groups = np.repeat(np.arange(60), 5)
     labels = np.random.default_rng(0).integers(0, 2, 60)[groups]
     x = np.eye(60, dtype=np.float32)[groups]
-    assert evaluate.linear_probe(x, labels, groups)["accuracy"] < 0.85
+    assert probe.linear_probe(x, labels, groups)["accuracy"] < 0.85
 
 
 def test_train_then_evaluate_by_the_readmes_commands(tmp_path, monkeypatch, capsys):
@@ -206,7 +211,7 @@ def test_train_then_evaluate_by_the_readmes_commands(tmp_path, monkeypatch, caps
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     # Each column is its own model's: top-5 once more, by a plain loop without evaluate's code.
     _, test = data.load("scenes-center", 32)
-    noise = torch.from_numpy(data.noise(0, "masked inference", 0, 1809, 16))
+    noise = torch.from_numpy(uniform(0, "masked inference", 0, 1809, 16))
     ids = glip.sample_ids_keep("gaussian", 1809, 4, 0.75, noise=noise)
     columns = {
         "masked inference": ("pretrained.pt", ids), "full picture": ("pretrained.pt", None),

@@ -19,15 +19,16 @@ import pytest
 import torch
 from PIL import Image
 
-import convert
 import evaluate
-import finetune
 import glip
-import probe
-import search
 import train
+from nanoglip import runlog
+from nanoglip.config import TrainConfig
+from nanoglip.evals import probe, search
+from nanoglip.evals.encoder import Encoder
 from tests.fake_gpu import fake_gpu
 from tests.test_probe import make_folder
+from tools import convert, finetune
 
 SIZE = (16, 4, 16, 1, 2, 8, 16, 1, 2)
 
@@ -47,7 +48,7 @@ def pairs(tmp_path_factory):
 def config(pairs, tmp_path, monkeypatch):
     """Four steps, of which three are before a checkpoint, and one of tuning."""
     monkeypatch.setitem(glip.SIZES, "ViT-nano-8", SIZE)
-    return train.TrainConfig(
+    return TrainConfig(
         data=(str(pairs),), batch_size=16, tune_batch_size=16, steps=4, tune_epochs=0.5, warmup=1,
         optimizer="adamw", precision="fp32", workers=0, log_every=100, eval_every=100,
         save_every=3,
@@ -147,14 +148,14 @@ VARIANTS = [  # every mask, and every other setting with one of them
 ]
 
 
-def losses(run):
+def losses_of(run):
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [record["loss"] for record in logged if "loss" in record]
 
 
 def run_on_gpu(config, monkeypatch, quiet, world=1):
     """Train, alone until a checkpoint and on from it; what was waited for in a step, `quiet`."""
-    marks, arrived, write_page = [], train.Report.data_arrived, train.Report.write_page
+    marks, arrived, write_page = [], runlog.Report.data_arrived, runlog.Report.write_page
 
     def counted(self, batch):
         marks.append(len(gpu.waits))
@@ -165,12 +166,12 @@ def run_on_gpu(config, monkeypatch, quiet, world=1):
         raise Cut
 
     with fake_gpu(world) as gpu, monkeypatch.context() as patch:
-        patch.setattr(train.Report, "data_arrived", counted)
+        patch.setattr(runlog.Report, "data_arrived", counted)
         if world == 1:
-            patch.setattr(train.Report, "write_page", ended)
+            patch.setattr(runlog.Report, "write_page", ended)
             with pytest.raises(Cut):
                 train.train(config)
-            patch.setattr(train.Report, "write_page", write_page)
+            patch.setattr(runlog.Report, "write_page", write_page)
         run = train.train(config)
     assert len(marks) == config.steps + 1
     return run, gpu.waits[marks[quiet] : marks[quiet + 1]]
@@ -189,7 +190,7 @@ def test_a_run_on_a_gpu(variant, config, tmp_path, monkeypatch):
     assert (run / "report.html").read_text().count("<img") == 2 * 2 * 12
     train.train(replace(config, device="cpu", out=str(tmp_path / "cpu")))
     near = {"rel": 0.05} if config.precision == "bf16" else {"rel": 1e-3}
-    assert losses(run) == pytest.approx(losses(tmp_path / "cpu"), **near)
+    assert losses_of(run) == pytest.approx(losses_of(tmp_path / "cpu"), **near)
 
 
 @pytest.mark.parametrize("variant", [
@@ -252,7 +253,7 @@ def test_search_classification_and_attention_on_a_gpu(run, pairs):
         ):
             evaluate.run_command(replace(options, **asked))
         device = torch.device(device)
-        encoder = evaluate.Encoder(glip.load_model(run / "model.pt")[0].to(device), device, "fp32")
+        encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), device, "fp32")
         return search.search(encoder, "a dog", pairs), search.attention(encoder, pairs / "3.png")
 
     wanted, found = both(work)
@@ -282,7 +283,7 @@ def test_fine_tuning_on_a_gpu(run, tmp_path, monkeypatch):
     assert len(marks) == 6 and marks[0] == marks[2] and marks[3] == marks[5]
     assert found["fine_tuned"].keys() == wanted["fine_tuned"].keys()
     assert found["fine_tuned"]["zero-shot"] == wanted["fine_tuned"]["zero-shot"]
-    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+    assert losses_of(tmp_path / "cuda") == pytest.approx(losses_of(tmp_path / "cpu"), rel=1e-3)
 
 
 def test_export_of_a_run_from_a_gpu(config, tmp_path):

@@ -26,13 +26,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-pytest.importorskip("imghdr", reason="img2dataset needs Python 3.12 or older")
 import data
 import evaluate
-import fetch
-import shards
 import train
 from glip import InputError
+from nanoglip.config import parse
+from nanoglip.sources import fetch, shards
+from nanoglip.text import decode_tokens
+
+pytest.importorskip("imghdr", reason="img2dataset needs Python 3.12 or older")
+
+
+
+
+
+
 from tests.test_shards import left_by_kill, make_shards
 
 ROOT = Path(__file__).parent.parent
@@ -408,7 +416,7 @@ def test_full_circle(web, private, tmp_path, capsys):
     index = shards.Index(str(out))
     texts = {glip_text(index, i) for i in range(len(index))}
     assert len(index) == got + 3 and 'a " good " picture 3' in texts
-    train.train(train.parse([
+    train.train(parse([
         "--data", str(out), "--out", str(tmp_path / "run"), "--steps", "3", "--batch-size", "16",
         "--tune-batch-size", "16", "--workers", "1", "--model", "ViT-nano-8", "--image-size", "16",
     ]))  # fmt: skip
@@ -416,13 +424,13 @@ def test_full_circle(web, private, tmp_path, capsys):
     evaluate.run_evaluation(evaluate.EvaluateConfig(str(tmp_path / "run")))
     results = json.loads((tmp_path / "run/results.json").read_text())
     held = results["counts"]["held-out pictures"]
-    assert held == len(data.Shards(str(out), 16).held) and results["config"]["data"] == "cc3m"
+    assert held == len(shards.Shards(str(out), 16).held) and results["config"]["data"] == "cc3m"
 
 
 def glip_text(index, i):
-    import glip
+    # IMPORTMOVED
 
-    return glip.decode_tokens(index.caption(i))
+    return decode_tokens(index.caption(i))
 
 
 def test_a_killed_fetch_goes_on(web, tmp_path):

@@ -16,12 +16,12 @@ from PIL import Image
 from timm.optim import param_groups_layer_decay
 
 import evaluate
-import finetune
 import glip
-import probe
-import report
-from finetune import Classifier, FineTuneConfig
+from nanoglip.evals import probe
+from nanoglip.evals.encoder import Encoder
 from tests.test_probe import make_folder, make_run
+from tools import finetune, tables
+from tools.finetune import Classifier, FineTuneConfig
 
 # A tiny model and few pictures: no augmentation, more steps of more size.
 QUICK = FineTuneConfig(
@@ -130,10 +130,10 @@ def test_it_learns_and_what_it_wrote_can_be_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = finetune.run_fine_tuning(replace(QUICK, wise=(0.0, 0.5, 1.0)))
     tables = found["fine_tuned"]
-    assert tables["zero-shot"]["accuracy"] < 0.7
+    assert found["zero-shot"]["accuracy"] < 0.7
     assert tables["fine-tuned"]["accuracy"] > 0.95
-    assert tables["WiSE-FT 0"] == tables["zero-shot"]
-    assert tables["WiSE-FT 1"] == tables["fine-tuned, EMA"]
+    assert tables["WiSE-FT 0"] == found["zero-shot"]
+    assert tables["WiSE-FT 1"] == found["fine-tuned, EMA"]
     out = tmp_path / "run/finetune-colours"
     assert json.loads((out / "results.json").read_text())["fine_tuned"] == tables
     assert str(tmp_path) not in (out / "results.json").read_text()
@@ -145,11 +145,11 @@ def test_it_learns_and_what_it_wrote_can_be_used(tmp_path, monkeypatch):
     model, _ = glip.load_model(out / "model.pt")
     content = glip.load_checkpoint(out / "model.pt")
     source, (_, _, test) = probe.labelled("colours", 18, "--data")
-    encoder, read = evaluate.Encoder(model, torch.device("cpu"), "fp32"), probe.reader(source, test)
+    encoder, read = Encoder(model, torch.device("cpu"), "fp32"), probe.reader(source, test)
     features = encoder.images(lambda places: read(places)[..., 1:17, 1:17], len(test))
     logits = features @ content["head"]["weight"].T + content["head"]["bias"]
     right = (logits.argmax(1).numpy() == source.concept[test]).mean()
-    assert right == tables["fine-tuned, EMA"]["accuracy"]
+    assert right == found["fine-tuned, EMA"]["accuracy"]
     assert content["classes"] == ["class_0", "class_1", "class_2"]
     with pytest.raises(glip.InputError, match="holds something already"):
         finetune.run_fine_tuning(QUICK)
@@ -161,23 +161,23 @@ def test_the_papers_table_has_the_accuracy_of_a_published_run(tmp_path, monkeypa
     make_folder(tmp_path / "imagenet1k", (16, 16))
     (tmp_path / "results").mkdir()
     for name in ("paper.json", "cost.json"):
-        shutil.copy(report.ROOT / "results" / name, tmp_path / "results")
+        shutil.copy(tables.ROOT / "results" / name, tmp_path / "results")
     config = {"recipe": "cc12m", "mask": "gaussian", "mask_ratio": 0.5, "sigma": 0.2,
               "image_size": 0, "text_mask": "none", "aclip": False}  # fmt: skip
     written = {"config": config, "fine_tune": {"pets": {"accuracy": 0.5}}}
     (tmp_path / "run/results.json").write_text(json.dumps(written))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    tables = finetune.run_fine_tuning(replace(QUICK, data="imagenet1k", epochs=2))["fine_tuned"]
+    found = finetune.run_fine_tuning(replace(QUICK, data="imagenet1k", epochs=2))["fine_tuned"]
     assert json.loads((tmp_path / "run/results.json").read_text())["config"] == config
     evaluate.publish(tmp_path / "run", evaluate.EvaluateConfig(publish=True), [])
-    monkeypatch.setattr(report.paper_tables, "__defaults__", (tmp_path / "results",))
+    monkeypatch.setattr(tables.paper_tables, "__defaults__", (tmp_path / "results",))
     monkeypatch.setattr(sys, "argv", ["report.py", "--paper"])
-    report.main()
+    tables.main()
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if line.startswith("| ImageNet, fine-tuned |"))
-    value = tables["fine-tuned, EMA"]["accuracy"]
-    assert value != tables["zero-shot"]["accuracy"] and f" {100 * value:.1f} |" in line
+    value = found["fine-tuned, EMA"]["accuracy"]
+    assert value != found["zero-shot"]["accuracy"] and f" {100 * value:.1f} |" in line
 
 
 def test_evaluation_crops_as_mae_does(tmp_path):

@@ -16,6 +16,9 @@ import torch
 import evaluate
 import glip
 import train
+from nanoglip import masks, runlog
+from nanoglip.config import TrainConfig
+from nanoglip.machine import machine
 from tests import benchmark
 from tests.test_train import command
 
@@ -26,7 +29,7 @@ pytestmark = [
         DEVICE == "cuda" and not torch.cuda.is_available(), reason="this machine has no NVIDIA GPU"
     ),
 ]
-SHORT = train.TrainConfig(
+SHORT = TrainConfig(
     batch_size=64, steps=6, image_size=32, tune_epochs=0, warmup=2, precision="fp32", log_every=1,
     eval_every=3, device=DEVICE,
 )  # fmt: skip
@@ -38,12 +41,12 @@ def logged(run, name="loss"):
 
 
 def card():
-    return evaluate.machine(torch.device(DEVICE))["device"]
+    return machine(torch.device(DEVICE))["device"]
 
 
 def test_the_demos_first_hundred_steps_are_a_cpus(tmp_path):
     """In the precision of each: the losses, and what is then named of the held-out pictures."""
-    config = replace(train.TrainConfig(), steps=100, tune_epochs=0.0)
+    config = replace(TrainConfig(), steps=100, tune_epochs=0.0)
     runs = [train.train(replace(config, device=device, out=str(tmp_path / name)))
             for name, device in (("gpu", DEVICE), ("cpu", "cpu"))]  # fmt: skip
     ours, theirs = map(logged, runs)
@@ -67,7 +70,7 @@ def test_features_and_gradients_are_a_cpus(mask):
     tokens = glip.tokenize([f"picture {'word ' * i}" for i in range(16)])
     keep = None, None
     if mask != "none":
-        keep = glip.sample_mask(mask, 16, 7, 0.5, noise=torch.rand(16, 49), pixels=images)
+        keep = masks.sample_mask(mask, 16, 7, 0.5, noise=torch.rand(16, 49), pixels=images)
     weights = glip.GLIP(config).state_dict()
 
     def passed(device, bf16=False):
@@ -98,7 +101,7 @@ def test_two_micro_batches_are_one_batch(tmp_path):
 def test_a_run_is_resumed(tmp_path, monkeypatch):
     """Cut after the checkpoint in the middle, it ends as the one that was left alone."""
     straight = train.train(replace(SHORT, out=str(tmp_path / "straight")))
-    write_page = train.Report.write_page
+    write_page = runlog.Report.write_page
 
     def cut(self, model, step):
         write_page(self, model, step)
@@ -106,7 +109,7 @@ def test_a_run_is_resumed(tmp_path, monkeypatch):
 
     config = replace(SHORT, out=str(tmp_path / "cut"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Report, "write_page", cut)
+        patch.setattr(runlog.Report, "write_page", cut)
         train.train(config)
     assert glip.load_checkpoint(tmp_path / "cut/latest.pt")["step"] == 3
     run = train.train(config)
@@ -115,7 +118,7 @@ def test_a_run_is_resumed(tmp_path, monkeypatch):
 
 
 def test_compiled_it_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(glip, "lay_out", glip.lay_out)  # which --compile replaces
+    monkeypatch.setattr(glip, "lay_out", glip.pack_texts)  # which --compile replaces
     runs = [train.train(replace(SHORT, steps=3, compile=on, out=str(tmp_path / str(on))))
             for on in (False, True)]  # fmt: skip
     assert logged(runs[1]) == pytest.approx(logged(runs[0]), rel=1e-3)
@@ -128,14 +131,14 @@ def test_compiled_it_is_the_same(tmp_path, monkeypatch):
 ], ids=lambda how: "-".join(map(str, how.values())))  # fmt: skip
 def test_no_step_waits_for_the_gpu(how, tmp_path, monkeypatch):
     """torch itself tells of what synchronises, in a step that neither logs nor saves."""
-    arrived, count = train.Report.data_arrived, []
+    arrived, count = runlog.Report.data_arrived, []
 
     def watched(self, batch):
         arrived(self, batch)
         count.append(len(batch))
         torch.cuda.set_sync_debug_mode("error" if len(count) == 3 else "default")
 
-    monkeypatch.setattr(train.Report, "data_arrived", watched)
+    monkeypatch.setattr(runlog.Report, "data_arrived", watched)
     config = replace(SHORT, log_every=100, eval_every=100, **how)
     try:
         train.train(replace(config, out=str(tmp_path / "run")))

@@ -15,16 +15,14 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import benchmarks
-import captions
-import cli
 import data
-import files
 import glip
-import pictures
-import runs
-import shards
 from glip import InputError
+from nanoglip import checkpoint, cli, files
+from nanoglip.evals import benchmarks
+from nanoglip.sources import captions, pictures, shards
+from nanoglip.sources.order import loader
+from nanoglip.text import decode_tokens
 
 
 def test_a_lock_names_its_owner_and_ends_with_it(tmp_path):
@@ -83,12 +81,12 @@ def tar_of(path, members, form=tarfile.GNU_FORMAT):
 
 def texts_of(location):
     index = shards.Index(str(location))
-    return [glip.decode_tokens(index.caption(i)) for i in range(len(index))]
+    return [decode_tokens(index.caption(i)) for i in range(len(index))]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
 
 
 # --- what changed behind the index ----------------------------------------------------------------
@@ -341,14 +339,14 @@ def test_names_that_no_file_can_have(tmp_path, capsys):
     (tmp_path / os.fsdecode(b"3\xe9.png")).write_bytes(b"no picture")
     train, _ = data.load(str(tmp_path), 16, max_bad=0.5)
     assert f"cannot be read: {tmp_path}/3?.png" in capsys.readouterr().out
-    assert len(captions.captions_key(train)) == len(runs.stamp_of(train)) == 16
+    assert len(captions.captions_key(train)) == len(checkpoint.stamp_of(train)) == 16
     assert len(files.digest([], train.stamp(np.arange(3)))) == 64
 
 
 def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(glip, "CACHE", tmp_path / "file/cache")
-    assert glip.cached(glip.CACHE / "a.json", lambda: {"a": 1}) == {"a": 1}
+    monkeypatch.setattr(files, "CACHE", tmp_path / "file/cache")
+    assert files.cached(files.CACHE / "a.json", lambda: {"a": 1}) == {"a": 1}
     for n in range(40):
         (tmp_path / f"{n}.png").write_bytes(png(n))
         (tmp_path / f"{n}.txt").write_text(f"number {n}")
@@ -363,7 +361,7 @@ def test_torn_scores_are_computed_again(content, tmp_path):
         (tmp_path / f"{n}.txt").write_text(f"number {n}")
     train, _ = data.load(str(tmp_path), 16)
     scores = captions.caption_scores(train, 1e-3)
-    (path,) = glip.CACHE.glob("scores-*.npy")
+    (path,) = files.CACHE.glob("scores-*.npy")
     path.write_bytes(content)
     assert np.array_equal(captions.caption_scores(train, 1e-3), scores)
 
@@ -379,7 +377,7 @@ def test_a_data_worker_that_the_system_kills_is_a_sentence(words):
     with pytest.raises(RuntimeError) as error:
         if words:
             raise RuntimeError(words)
-        list(data.loader(Killed(), 0, 3, 1, False))
+        list(loader(Killed(), 0, 3, 1, False))
     code, (sentence,) = cli.told(error.value)
     assert code == 2 and "DataLoader worker" in sentence and "--workers" in sentence
 

@@ -11,8 +11,11 @@ from torch.distributions import MultivariateNormal
 
 import data
 import glip
-import masks
-from glip import GLIP, MASKS, GLIPConfig, InputError, Masker, num_keep, sample_ids_keep, sample_mask
+from glip import GLIP, GLIPConfig, InputError, num_keep
+from nanoglip import masks
+from nanoglip.masks import MASKS, Masker, attend, sample_ids_keep, sample_mask
+from nanoglip.sources import emoji
+from nanoglip.sources.order import Batches, ConceptOrder
 
 TINY = GLIPConfig(32, 4, 24, 2, 3, 10, 20, 1, 2)  # 8 x 8 patches
 
@@ -46,7 +49,7 @@ def test_every_mask_keeps_k_distinct_patches(mask, grid, ratio, batch):
     noise = noise_of(batch, rows * columns)
     inputs = inputs_of(batch, grid)
     ids, visible = sample_mask(mask, batch, grid, ratio, noise=noise, **inputs)
-    varies = "min_mask_ratio" in glip.declared(MASKS[mask])
+    varies = "min_mask_ratio" in masks.declared(MASKS[mask])
     computed = max(0, ratio - 0.2) if varies else ratio
     k = rows * columns if mask == "none" else num_keep(rows * columns, computed)
     assert ids.shape == (batch, k) and ids.dtype == torch.int64
@@ -267,7 +270,7 @@ def test_block_is_contiguous_and_lies_anywhere(grid, ratio):
 
 def photographs(count=600, size=32):
     """Crops of the training photographs: (count, 3, size, size) bytes."""
-    photos, draw = data.photographs("train", size), np.random.default_rng(0)
+    photos, draw = emoji.photographs("train", size), np.random.default_rng(0)
     crops = []
     for i in range(count):
         photo = photos[i % len(photos)]
@@ -302,8 +305,8 @@ def test_cluster_shows_the_asked_share_on_the_average(name, ratio):
     """The threshold of one sample, on pictures and noise that were not in it."""
     train, _ = data.load(name, 32)
     config = GLIPConfig(32, 4, 24, 2, 3, 10, 20, 1, 2)
-    order = data.ConceptOrder(train.concept, 64, 0, "pretrain")
-    batches = data.Batches(train, order, config, 0, 1)
+    order = ConceptOrder(train.concept, 64, 0, "pretrain")
+    batches = Batches(train, order, config, 0, 1)
     masker, tower = Masker("cluster", ratio), GLIP(config).visual
     masker.find_threshold(batches.sample(), tower)
     shares = []
@@ -406,7 +409,7 @@ def test_the_teachers_attention_is_torchs():
     torch.manual_seed(0)
     tower, images = GLIP(TINY).visual, photographs(5)
     with torch.no_grad():
-        found, features = tower.attend(images, features=True)
+        found, features = attend(tower, images, features=True)
         x, maps = tower.embed(images, (8, 8), None), []
         for block in tower.transformer.resblocks:
             theirs = nn.MultiheadAttention(24, 3, batch_first=True)
@@ -415,8 +418,8 @@ def test_the_teachers_attention_is_torchs():
             maps.append(theirs(y, y, y, average_attn_weights=True)[1][:, 0, 1:])
             x = block(x, None)
         torch.testing.assert_close(found.flatten(1), torch.stack(maps).mean(0))
-        torch.testing.assert_close(features, tower.features(images, None, None))
-        torch.testing.assert_close(tower.attend(images)[0], found)
+        torch.testing.assert_close(features, tower(images, None, None))
+        torch.testing.assert_close(attend(tower, images)[0], found)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -428,7 +431,7 @@ def test_attentive_keeps_what_the_teacher_attends_to(scale):
     ids, visible = masker(images, noise_of(5, 64), model.visual)
     small = masks.scaled(images, scale)
     with torch.no_grad():
-        attention = model.visual.attend(small)[0]
+        attention = attend(model.visual, small)[0]
     assert tuple(attention.shape[1:]) == (8 * scale, 8 * scale) and visible is None
     attention = torch.nn.functional.interpolate(attention[:, None], (8, 8), mode="bilinear")
     wanted = attention.flatten(1).topk(16).indices

@@ -17,8 +17,8 @@ from open_clip.loss import ClipLoss
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import glip
-import parallel
 from glip import GLIP, GLIPConfig, InputError
+from nanoglip import distributed, losses
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2)
 CAPTIONS = ["a dog", "two cats asleep on a red sofa", "", "word " * 90]
@@ -139,7 +139,7 @@ def test_texts_stand_in_rows_without_meeting(seed):
 def test_texts_that_share_a_row_do_not_see_each_other():
     model, tokens = tiny(), glip.tokenize(["a dog", "", "two cats", "a fish", "an old red house"])
     tokens = tokens[:, :16]
-    *_, layout = glip.lay_out(tokens, torch.device("cpu"))
+    *_, layout = glip.pack_texts(tokens, torch.device("cpu"))
     assert layout.table == (2, 16)
     alone = [model.encode_text(text[None]) for text in tokens]
     torch.testing.assert_close(model.encode_text(tokens), torch.cat(alone), atol=1e-6, rtol=0)
@@ -323,7 +323,7 @@ def test_siglip_is_open_clips():
     ours = [torch.nn.functional.normalize(torch.randn(7, 12), dim=-1).requires_grad_()
             for _ in range(2)]  # fmt: skip
     theirs = [x.detach().clone().requires_grad_() for x in ours]
-    found = glip.contrastive_loss("siglip", *ours, model.logit_scale.exp(), model.logit_bias)
+    found = losses.contrastive_loss("siglip", *ours, model.logit_scale.exp(), model.logit_bias)
     wanted = SigLipLoss()(*theirs, torch.tensor(10.0), torch.tensor(-10.0))
     torch.testing.assert_close(found, wanted)
     found.backward()
@@ -378,7 +378,7 @@ def test_batches_come_ahead_in_their_order():
             fetched.append(step)
             yield torch.full((2,), step), torch.zeros(1), [["bad", str(step)]]
 
-    for step, (images, _, bad) in enumerate(parallel.ahead(batches(), torch.device("cpu"))):
+    for step, (images, _, bad) in enumerate(distributed.ahead(batches(), torch.device("cpu"))):
         assert images.tolist() == [step, step] and bad == [["bad", str(step)]]
         assert fetched == list(range(min(step + 2, 4)))
     assert step == 3

@@ -1,5 +1,6 @@
 """Notebooks run from top to bottom, exercises can be solved, and nothing is copied from scripts."""
 
+
 import ast
 import base64
 import io

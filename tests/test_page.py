@@ -10,9 +10,9 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-import figures
-import page
-from recipes import TrainConfig
+from nanoglip import page
+from nanoglip.config import TrainConfig
+from nanoglip.evals import figures
 
 MACHINE = {"device": "cpu", "cores": 2, "cpu": "some", "commit": "0"}
 

@@ -13,10 +13,12 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import evaluate
-import files
 import glip
-import probe
 import train
+from nanoglip import files
+from nanoglip.config import parse
+from nanoglip.evals import probe
+from nanoglip.evals.encoder import Encoder
 
 
 def blobs(n=900, width=20, classes=5, noise=1.5, seed=0):
@@ -48,7 +50,7 @@ def make_run(folder, seed=0):
     model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2))
     folder.mkdir(exist_ok=True)
     glip.save_checkpoint(folder / "model.pt", model)
-    return evaluate.Encoder(model, torch.device("cpu"), "fp32")
+    return Encoder(model, torch.device("cpu"), "fp32")
 
 
 # --- logistic regression ------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def test_the_command_probes_folders(tmp_path, monkeypatch, capsys):
     words = ["--batch-size", "32", "--image-size", "16", "--steps", "2", "--tune-epochs", "0",
              "--precision", "fp32", "--out", "run"]  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    train.train(train.parse(words))
+    train.train(parse(words))
     make_folder(tmp_path / "colours", (20, 20, 20))
     words = ["evaluate.py", "run", "--precision", "fp32"]
     monkeypatch.setattr(sys, "argv", [*words, "--probe-data", "colours", "--few-shot"])

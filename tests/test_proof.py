@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-import glip
-import shards
+from nanoglip import files
+from nanoglip.machine import machine
+from nanoglip.sources import shards
 from tests.test_shards import fuzz, make_shards, memory_growth
 from tests.torture import torture
 
@@ -27,9 +27,9 @@ def record():
     def keep(name, **numbers):
         path = ROOT / "results/proof.json"
         content = json.loads(path.read_text()) if path.exists() else {}
-        machine = evaluate.machine(torch.device("cpu"))
-        content[name] = {**numbers, "command": "make proof", "machine": machine}
-        glip.write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+        where = machine(torch.device("cpu"))
+        content[name] = {**numbers, "command": "make proof", "machine": where}
+        files.write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
     return keep
 

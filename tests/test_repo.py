@@ -11,15 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-import convert
 import data
 import evaluate
-import fetch
-import finetune
 import glip
-import report
-import train
+from nanoglip.config import check, parse, run_name
+from nanoglip.sources import fetch
 from tests.test_train import command
+from tools import convert, finetune, tables
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
@@ -80,10 +78,10 @@ def test_every_command_of_the_readme_parses():
         if "train.py" in words:
             flags = words[words.index("train.py") + 1 :]
             if flags != ["--help"]:
-                config = train.parse(flags)
-                train.check(config, 8 if words[0] == "torchrun" else 1)
+                config = parse(flags)
+                check(config, 8 if words[0] == "torchrun" else 1)
                 asks = config.estimate or config.overfit
-                folders += [] if asks else [config.out or f"runs/{train.run_name(config)}"]
+                folders += [] if asks else [config.out or f"runs/{run_name(config)}"]
             seen += 1
         elif "evaluate.py" in words:
             flags = words[words.index("evaluate.py") + 1 :]
@@ -91,7 +89,7 @@ def test_every_command_of_the_readme_parses():
             seen += 1
         elif "report.py" in words:
             flags = words[words.index("report.py") + 1 :]
-            assert isinstance(report.tyro.cli(report.ReportConfig, args=flags), object)
+            assert isinstance(tables.tyro.cli(tables.ReportConfig, args=flags), object)
             seen += 1
         elif "finetune.py" in words:
             flags = words[words.index("finetune.py") + 1 :]
@@ -141,7 +139,7 @@ def test_every_link_of_the_readme_leads_somewhere():
 
 def test_tables_of_the_readme_are_current():
     text = (ROOT / "README.md").read_text()
-    assert report.filled(text) == text
+    assert tables.filled(text) == text
     assert len(re.findall("made by report.py", text)) == 7
     assert "Not run." not in text
 

@@ -12,14 +12,13 @@ from collections import Counter
 import pytest
 from pylatexenc.latexwalker import LatexEnvironmentNode, LatexWalker
 
-import benchmarks
-import glip
-import report
-import sweep
-import train
-from data import Emoji
+from nanoglip import masks
+from nanoglip.config import check, parse
+from nanoglip.evals import benchmarks
+from nanoglip.sources.emoji import Emoji
+from tools import sweep, tables
 
-FULL = train.parse(["--recipe", "compare"]).steps
+FULL = parse(["--recipe", "compare"]).steps
 TIMES = {"cluster": 1.5, "attentive": 2.0, "gumbel": 1.1}  # 1.1 is nearly the same
 
 
@@ -27,7 +26,7 @@ def made_up_cost():
     """GLIP's step takes 4, 2, 1 s at the ratios, one without a mask 6; a mask a hundredth."""
     glips = dict(zip((0.5, 0.75, 0.918), (4.0, 2.0, 1.0), strict=True))
     rows = [{"mask": "none", "mask_ratio": 0.0, "step": 6.0, "mask alone": 0.0}]
-    for mask, ratio in itertools.product((*glip.MASKS, sweep.SMALL), sweep.RATIOS):
+    for mask, ratio in itertools.product((*masks.MASKS, sweep.SMALL), sweep.RATIOS):
         if mask != "none":
             step = glips[ratio] * TIMES.get(mask, 1.0)
             rows.append({"mask": mask, "mask_ratio": ratio, "step": step,
@@ -53,15 +52,15 @@ def test_the_sweep_is_what_it_says():
     """Three seeds of every cell; equal cost shares a run; equal time is paid for in steps."""
     runs = sweep.planned(made_up_cost())
     cells = {(run.data, run.mask, run.ratio, run.equal) for run in runs}
-    masks = (*glip.MASKS, sweep.SMALL)
+    names = (*masks.MASKS, sweep.SMALL)
     assert cells == {
-        *itertools.product([sweep.HOME], masks, sweep.RATIOS, ("steps", "time")),
-        *itertools.product(sweep.AWAY, set(glip.MASKS) - sweep.HOME_ONLY, [0.75],
+        *itertools.product([sweep.HOME], names, sweep.RATIOS, ("steps", "time")),
+        *itertools.product(sweep.AWAY, set(masks.MASKS) - sweep.HOME_ONLY, [0.75],
                            ("steps", "time")),
     }  # fmt: skip
     steps, names = {}, {}
     for run in runs:
-        config = train.parse(list(run.flags))
+        config = parse(list(run.flags))
         key = (run.data, run.mask, run.ratio, run.equal)
         steps[key] = config.steps
         names.setdefault(key, set()).add(run.name)
@@ -87,14 +86,14 @@ def test_the_questions_are_runs_of_their_own_with_the_comparisons_steps():
     runs = sweep.questions()
     assert len({run.name for run in runs}) == len(runs) and not known & {run.name for run in runs}
     for run in runs:
-        config = train.parse(list(run.flags))
-        train.check(config, 1)
+        config = parse(list(run.flags))
+        check(config, 1)
         assert (config.steps, config.seed, config.mask) == (FULL, run.seed, run.mask)
         assert config.mask_ratio == run.ratio
         if config.vendors:
             pictures = Emoji("emoji", 64, config.vendors, "train")
             assert round(config.tune_epochs * (len(pictures) // config.tune_batch_size)) == 20
-    counts = Counter(str(config.sigma) for config in (train.parse(list(r.flags)) for r in runs))
+    counts = Counter(str(config.sigma) for config in (parse(list(r.flags)) for r in runs))
     assert all(counts[s] == len(sweep.SEEDS) for s in ("0.05", "0.1", "0.4", "0.8"))
 
 
@@ -107,7 +106,7 @@ def test_tables_show_means_ranges_and_what_is_missing():
     missing = {run.name for run in sweep.planned(cost) if run.mask == "grid" and run.seed}
     missing |= {run.name for run in sweep.planned(cost) if run.mask == "block"}
     results = [made_up(name, top1) for name, top1 in values.items() if name not in missing]
-    first = report.ratio_table(results, cost).splitlines()
+    first = tables.ratio_table(results, cost).splitlines()
     assert first[0].startswith("| scenes-center, top-1 (%) | 50.0% masked | 75.0% masked")
     assert "| gaussian | 32.0 (31.0-33.0) | 22.0 (21.0-23.0) | 12.0 (11.0-13.0) |" in first
     assert "| grid | 1.0 (1 seed) | 1.0 (1 seed) | 1.0 (1 seed) |" in first
@@ -115,13 +114,13 @@ def test_tables_show_means_ranges_and_what_is_missing():
     labels = [line.split(" | ")[0].removeprefix("| ") for line in first[2:]]
     assert "none, equal time (300, 152, 76 steps)" in labels and "none, equal steps" in labels
     assert "cluster, equal time (300, 300, 300 steps)" in labels and labels.count("random") == 1
-    second = report.set_table(results, cost)
+    second = tables.set_table(results, cost)
     assert "| gaussian | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) |" in second
     assert "grid" not in second and "scenes-corner" in second
-    third = report.stage_table(results, cost)
+    third = tables.stage_table(results, cost)
     row = "| gaussian | 75.0% | 4.4 (4.2-4.6) | 11.0 (10.5-11.5) | 22.0 (21.0-23.0) |"
     assert row in third.splitlines() and "| small pictures | 50.0% | - | 1.0 (0.5-1.5)" in third
-    whole = report.compare_table(results, cost)
+    whole = tables.compare_table(results, cost)
     assert "`cluster` at 50.0% on scenes-center computes 50.0% of the patches, shows 2.0%" in whole
     assert "`random` at" not in whole
     assert f"{len(values) - len(missing)} of {len(values)} runs; 2 cores of c" in whole
@@ -140,7 +139,7 @@ def test_a_new_masks_cost_is_measured_beside_glips(monkeypatch):
 
     monkeypatch.setattr(sweep, "measure_cost", measured)
     assert sweep.complete_cost(cost, 1) is cost and asked == []
-    monkeypatch.setitem(glip.MASKS, "border", None)
+    monkeypatch.setitem(masks.MASKS, "border", None)
     assert "border" not in {run.mask for run in sweep.planned(cost) if run.equal == "time"}
     cost = sweep.complete_cost(cost, 1)
     assert asked == ["gaussian", "border"] and cost["seconds"][: len(old)] == old
@@ -180,17 +179,17 @@ def test_a_run_of_the_sweep_is_started_once_and_its_failure_told(tmp_path, monke
 
 
 def test_costs_are_ratios():
-    text = report.cost_table(made_up_cost())
+    text = tables.cost_table(made_up_cost())
     assert "| none | 1.50 | 3.00 | 6.00 | - | - | - |" in text
     assert "| attentive | 2.00 | 2.00 | 2.00 | 1.00% | 1.00% | 1.00% |" in text
 
 
 def test_missing_results_are_not_run():
-    assert report.compare_table([], made_up_cost()) == report.demo_table([]) == "Not run."
-    assert report.spread([]) == "not run" and report.spread([0.25]) == "25.0"
+    assert tables.compare_table([], made_up_cost()) == tables.demo_table([]) == "Not run."
+    assert tables.spread([]) == "not run" and tables.spread([0.25]) == "25.0"
 
 
-PAPER = json.loads((report.ROOT / "results/paper.json").read_text())
+PAPER = json.loads((tables.ROOT / "results/paper.json").read_text())
 
 
 def a_run(top1, **config):
@@ -212,7 +211,7 @@ def a_run(top1, **config):
 @pytest.fixture
 def results(tmp_path):
     """A folder of results without a run of ours."""
-    shutil.copy(report.ROOT / "results/paper.json", tmp_path)
+    shutil.copy(tables.ROOT / "results/paper.json", tmp_path)
     (tmp_path / "cost.json").write_text(json.dumps(made_up_cost()))
     return tmp_path
 
@@ -235,7 +234,7 @@ def test_published_numbers_agree_with_themselves():
             assert mean == pytest.approx(numbers["average of 17"]["acc1"]["full picture"], abs=0.06)
             checked += 1
         if "average of 26" in numbers:
-            mean = statistics.mean(value for name in report.SMALL_SETS
+            mean = statistics.mean(value for name in tables.SMALL_SETS
                                    for value in numbers[name][benchmarks.METRICS.get(name, "acc1")]
                                    .values())  # fmt: skip
             assert mean == pytest.approx(numbers["average of 26"]["acc1"]["full picture"], abs=0.06)
@@ -250,31 +249,31 @@ def test_published_numbers_agree_with_themselves():
 
 
 def test_tables_of_the_paper_without_a_run_of_ours(results):
-    tables = report.paper_tables(results)
-    assert list(tables) == [f"T{i}" for i in range(1, 8)]
-    first = row_of(tables["T1"], "GLIP", "91.8 %", "17", "CC12M")
+    made = tables.paper_tables(results)
+    assert list(made) == [f"T{i}" for i in range(1, 8)]
+    first = row_of(made["T1"], "GLIP", "91.8 %", "17", "CC12M")
     assert first["after tuning, published"] == "28.0" and first["after tuning, ours"] == "not run"
-    assert row_of(tables["T1"], "RECLIP", "64 px", "17", "CC12M")[
+    assert row_of(made["T1"], "RECLIP", "64 px", "17", "CC12M")[
         "masked inference, published"] == "-"  # fmt: skip
-    assert len(tables["T2"].rows) == 26
-    assert row_of(tables["T2"], "Oxford Pets")["Cluster Masking, third party"] == "55.4"
-    assert row_of(tables["T2"], "Oxford Pets")["SLIP, A-CLIP's authors"] == "31.1"
-    assert "SLIP, A-CLIP's authors" not in tables["T3"].head + tables["T4"].head + tables["T5"].head
-    views = row_of(tables["T6"], "random mask, two views")
+    assert len(made["T2"].rows) == 26
+    assert row_of(made["T2"], "Oxford Pets")["Cluster Masking, third party"] == "55.4"
+    assert row_of(made["T2"], "Oxford Pets")["SLIP, A-CLIP's authors"] == "31.1"
+    assert "SLIP, A-CLIP's authors" not in made["T3"].head + made["T4"].head + made["T5"].head
+    views = row_of(made["T6"], "random mask, two views")
     assert views["COCO, text R@1"] == "31.1" and views["mean of 26 sets"] == "not published"
-    assert row_of(tables["T5"], "ImageNet, fine-tuned")["GLIP 50 %, ours"] == "not run"
-    assert set(row_of(tables["T7"], "FLIP").values()) >= {"not published", "not run"}
+    assert row_of(made["T5"], "ImageNet, fine-tuned")["GLIP 50 %, ours"] == "not run"
+    assert set(row_of(made["T7"], "FLIP").values()) >= {"not published", "not run"}
     for table in tables.values():
         cells = [cell for row in table.rows for cell in row]
-        assert report.NOT_RUN in cells and report.NOT_PUBLISHED in cells
-        assert report.NOT_PUBLISHED in table.note
+        assert tables.NOT_RUN in cells and tables.NOT_PUBLISHED in cells
+        assert tables.NOT_PUBLISHED in table.note
 
 
 def test_the_tables_ask_for_what_the_suite_runs():
     runs, (imagenet,) = benchmarks.SETS, benchmarks.SETS["T1"]
-    assert sorted(report.SMALL_SETS) == sorted(runs["T2"])
-    assert list(report.SHIFTED_SETS) == [imagenet, *runs["T3"]]
-    assert tuple(report.CAPTIONED_SETS) == runs["T4"]
+    assert sorted(tables.SMALL_SETS) == sorted(runs["T2"])
+    assert list(tables.SHIFTED_SETS) == [imagenet, *runs["T3"]]
+    assert tuple(tables.CAPTIONED_SETS) == runs["T4"]
 
 
 def test_our_runs_stand_beside_the_papers_numbers(results):
@@ -286,25 +285,25 @@ def test_our_runs_stand_beside_the_papers_numbers(results):
     }  # fmt: skip
     for name, run in runs.items():
         (results / f"{name}.json").write_text(json.dumps(run))
-    tables = report.paper_tables(results)
-    row = row_of(tables["T1"], "GLIP", "50 %", "99", "CC12M")
+    made = tables.paper_tables(results)
+    row = row_of(made["T1"], "GLIP", "50 %", "99", "CC12M")
     assert row["after tuning, ours"] == "33.0 (30.0-36.0)"
     assert row["masked inference, ours"] == "11.0 (10.0-12.0)"
-    assert row_of(tables["T1"], "FLIP", "50 %", "99", "CC12M")["after tuning, ours"] == "24.0"
-    assert row_of(tables["T1"], "GLIP", "75 %", "50", "CC12M")["after tuning, ours"] == "not run"
-    assert row_of(tables["T2"], "Oxford Pets")["FLIP 50 %, ours"] == "12.5"
-    assert row_of(tables["T3"], "ImageNet")["FLIP 50 %, ours"] == "24.0"
-    assert row_of(tables["T4"], "Flickr30k, text R@1")["FLIP 50 %, ours"] == "25.0"
-    assert row_of(tables["T4"], "Flickr30k, text R@5")["FLIP 50 %, ours"] == "not run"
-    assert row_of(tables["T5"], "CIFAR-10, linear probe")["FLIP 50 %, ours"] == "87.5"
+    assert row_of(made["T1"], "FLIP", "50 %", "99", "CC12M")["after tuning, ours"] == "24.0"
+    assert row_of(made["T1"], "GLIP", "75 %", "50", "CC12M")["after tuning, ours"] == "not run"
+    assert row_of(made["T2"], "Oxford Pets")["FLIP 50 %, ours"] == "12.5"
+    assert row_of(made["T3"], "ImageNet")["FLIP 50 %, ours"] == "24.0"
+    assert row_of(made["T4"], "Flickr30k, text R@1")["FLIP 50 %, ours"] == "25.0"
+    assert row_of(made["T4"], "Flickr30k, text R@5")["FLIP 50 %, ours"] == "not run"
+    assert row_of(made["T5"], "CIFAR-10, linear probe")["FLIP 50 %, ours"] == "87.5"
 
 
 def test_latex_is_whole_and_escaped(results):
     """Read by a LaTeX parser: balanced, a tabular with as many cells in each row as columns."""
-    nasty = report.Table("50 % & more_or {less}", ["a_b", "c"], [["#1", r"\x^~$"]], "100 % _")
-    tables = {**report.paper_tables(results), "X": nasty}
-    for name, table in tables.items():
-        text = report.latex(name, table)
+    nasty = tables.Table("50 % & more_or {less}", ["a_b", "c"], [["#1", r"\x^~$"]], "100 % _")
+    made = {**tables.paper_tables(results), "X": nasty}
+    for name, table in made.items():
+        text = tables.latex(name, table)
         (node,) = LatexWalker(text, tolerant_parsing=False).get_latex_nodes()[0]
         assert isinstance(node, LatexEnvironmentNode) and node.environmentname == "table"
         columns, body = re.search(r"tabular}{(l+)}(.*)\\end{tabular}", text, re.DOTALL).groups()
@@ -317,14 +316,14 @@ def test_latex_is_whole_and_escaped(results):
 
 
 def test_the_command_prints_the_paper_and_leaves_the_readme_alone(monkeypatch, capsys):
-    before = (report.ROOT / "README.md").read_bytes()
+    before = (tables.ROOT / "README.md").read_bytes()
     for words, start in (["--paper"], "### T1. "), (["--paper", "--latex"], "% in the preamble: "):
         monkeypatch.setattr(sys, "argv", ["report.py", *words])
-        report.main()
+        tables.main()
         assert capsys.readouterr().out.startswith(start)
     for words, code in (["--help"], 0), (["--latex"], 2):
         monkeypatch.setattr(sys, "argv", ["report.py", *words])
         with pytest.raises(SystemExit) as stopped:
-            report.main()
+            tables.main()
         assert stopped.value.code == code and "paper" in "".join(capsys.readouterr())
-    assert (report.ROOT / "README.md").read_bytes() == before
+    assert (tables.ROOT / "README.md").read_bytes() == before

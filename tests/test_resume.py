@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
-import files
-import runs
-import shards
 import train
 from glip import InputError
+from nanoglip import checkpoint, cli, files, runlog
+from nanoglip.config import parse
+from nanoglip.sources import shards
 from tests.test_shards import make_shards
 from tests.torture import (
     BASE,
@@ -78,8 +77,8 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, straight):
 def cut_run(tmp_path_factory):
     """(a run that ended behind its second checkpoint, its settings, its stages)."""
     out = tmp_path_factory.mktemp("cut") / "run"
-    config = train.parse([*BASE, "--out", str(out)])
-    save, left = train.Report.save_last, [1, 2]
+    config = parse([*BASE, "--out", str(out)])
+    save, left = runlog.Report.save_last, [1, 2]
 
     def save_and_stop(*arguments):
         save(*arguments)
@@ -88,7 +87,7 @@ def cut_run(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Report, "save_last", save_and_stop)
+        patch.setattr(runlog.Report, "save_last", save_and_stop)
         train.train(config)
     return out, config, train.plan(config, 0, 1)
 
@@ -130,24 +129,24 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_torch_takes_for_whole_falls_back_too(unfinished, capsys, damage):
     out, config, stages = unfinished
-    assert runs.last_state(out, config, stages, False)["step"] == 2
+    assert checkpoint.last_state(out, config, stages, False)["step"] == 2
     DAMAGE[damage](out / "latest.pt")
-    assert runs.last_state(out, config, stages, False)["step"] == 1
+    assert checkpoint.last_state(out, config, stages, False)["step"] == 1
     told = capsys.readouterr().err
     assert "latest.pt: " in told and "going back to the checkpoint before" in told
     DAMAGE[damage](out / "previous.pt")
     with pytest.raises(InputError, match="no checkpoint in it is whole"):
-        runs.last_state(out, config, stages, False)
+        checkpoint.last_state(out, config, stages, False)
 
 
 def test_a_state_that_does_not_fit_is_told(unfinished):
     out, config, stages = unfinished
-    good = runs.last_state(out, config, stages, False)
+    good = checkpoint.last_state(out, config, stages, False)
     model = train.first_model(config, stages[0].model, good)
     for wrong in ({"mask": {}}, {"optimizers": []}, {"optimizers": [1, 2]}):
         with pytest.raises(InputError, match=r"latest\.pt: its mask, heads or optimizers are not"):
-            runs.restore(good | wrong, stages[0], model, train.make_optimizers(model, config))
-    runs.restore(good, stages[0], model, train.make_optimizers(model, config))
+            checkpoint.restore(good | wrong, stages[0], model, train.make_optimizers(model, config))
+    checkpoint.restore(good, stages[0], model, train.make_optimizers(model, config))
 
 
 def test_foreign_lines_and_html_do_not_come_along(unfinished, capsys):
@@ -212,9 +211,9 @@ def test_what_may_not_differ_is_told_by_name(unfinished):
         ({"seed": 1}, "its --seed was 0, not 1"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
-            runs.last_state(out, replace(config, **other), stages, False)
+            checkpoint.last_state(out, replace(config, **other), stages, False)
     with pytest.raises(InputError, match="multiplies in fp32"):
-        runs.last_state(out, config, stages, True)
+        checkpoint.last_state(out, config, stages, True)
     with pytest.raises(InputError, match="leave --resume out"):
         train.train(replace(config, resume="never"))
     changed(out / "latest.pt", data_stamp="other")

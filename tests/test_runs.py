@@ -17,15 +17,14 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import aclip
-import estimate
 import glip
-import page
-import report
 import train
 from glip import GLIP, GLIPConfig, InputError
+from nanoglip import aclip, estimate, losses, page
+from nanoglip.config import check, parse
 from tests.test_resume import TORCHRUN, cut_short
 from tests.torture import BASE, ROOT, finish
+from tools import tables
 
 ADAMW = [*BASE, "--steps", "40", "--optimizer", "adamw", "--clip-grad-norm", "0.5"]
 
@@ -58,7 +57,7 @@ def test_a_divided_run_is_the_same_run_and_goes_on_undivided(tmp_path):
 )
 def test_what_cannot_be_divided_is_refused(flags, world, words):
     with pytest.raises(InputError, match=words):
-        train.check(train.parse(["--shard", *flags]), world)
+        check(parse(["--shard", *flags]), world)
 
 
 class Tags(html.parser.HTMLParser):
@@ -76,7 +75,7 @@ def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     words = [*BASE, "--tensorboard", "--eval-every", "7", "--out", str(tmp_path / "a <b>")]
-    train.train(train.parse(words))
+    train.train(parse(words))
     text = (tmp_path / "a <b>/report.html").read_text()
     tags = Tags()
     tags.feed(text)
@@ -116,12 +115,12 @@ TINY = ["--image-size", "16", "--precision", "fp32"]
 
 
 def test_a_batch_is_learned_by_heart_or_the_fault_is_named(capsys):
-    train.overfit(train.parse(["--overfit", "16", *TINY]))
+    train.overfit(parse(["--overfit", "16", *TINY]))
     assert "learned by heart" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"still that of guessing \(ln batch 2.08\): raise --lr"):
-        train.overfit(train.parse(["--overfit", "8", "--lr", "1e-9", "--steps", "30", *TINY]))
+        train.overfit(parse(["--overfit", "8", "--lr", "1e-9", "--steps", "30", *TINY]))
     with pytest.raises(InputError, match=r"look alike|not finite|too slowly|of guessing"):
-        train.overfit(train.parse(["--overfit", "8", "--lr", "30", "--steps", "40", *TINY]))
+        train.overfit(parse(["--overfit", "8", "--lr", "30", "--steps", "40", *TINY]))
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-S-16"])
@@ -164,7 +163,7 @@ def test_the_estimate_counts_as_torch_does(name):
 
 def test_the_estimate_follows_the_settings():
     def told(*flags):
-        text = estimate.tell(train.parse(["--recipe", "cc12m", "--estimate", *flags]), [])
+        text = estimate.tell(parse(["--recipe", "cc12m", "--estimate", *flags]), [])
         numbers = r"([\d.e+]+) GB a device.*? ([\d.e+]+) s \(products.*? in all ([\d.e+]+) hours"
         return [float(x) for x in re.search(numbers, text.replace("\n", " ")).groups()]
 
@@ -185,18 +184,18 @@ def test_the_estimate_follows_the_settings():
         with pytest.raises(InputError, match="choose here, or one of"):
             told(wrong)
     with pytest.raises(InputError, match="give --data, or a recipe whose data are known"):
-        config = train.parse(["--estimate", "h100", "--epochs", "3"])
+        config = parse(["--estimate", "h100", "--epochs", "3"])
         estimate.tell(config, [])
 
 
-@pytest.mark.parametrize("loss", glip.LOSSES)
+@pytest.mark.parametrize("loss", losses.LOSSES)
 def test_the_loss_is_counted_as_torch_does(loss):
     """Its products, and how many bytes of logits exist at the highest."""
     batch, width = 256, 16
     features = [torch.randn(batch, width, requires_grad=True) for _ in range(2)]
     learned = [torch.tensor(x, requires_grad=True) for x in (10.0, -10.0)]
     with FlopCounterMode(display=False) as flops, torch.profiler.profile(profile_memory=True) as p:
-        glip.contrastive_loss(loss, *features, *learned).backward()
+        losses.contrastive_loss(loss, *features, *learned).backward()
     wanted = batch * estimate.loss_flops(loss, batch, width)
     assert flops.get_total_flops() == wanted
     now = list(accumulate(event.self_cpu_memory_usage for event in p.events()))
@@ -209,7 +208,7 @@ def test_the_loss_is_counted_as_torch_does(loss):
 
 
 def test_the_loss_costs_what_fp32_does():
-    seconds = [estimate.of_run(train.parse(["--recipe", "flip", "--estimate", "h100x8",
+    seconds = [estimate.of_run(parse(["--recipe", "flip", "--estimate", "h100x8",
                                             "--precision", precision]), [])[1][0]["seconds"]
                for precision in ("bf16", "fp32")]  # fmt: skip
     assert seconds[0]["loss"] == seconds[1]["loss"] > 0
@@ -227,7 +226,7 @@ def test_a_gpu_computes_the_loss_in_large_parts():
 
 
 def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
-    told = estimate.tell(train.parse(["--recipe", "cc12m", "--estimate", "h100x8"]), [])
+    told = estimate.tell(parse(["--recipe", "cc12m", "--estimate", "h100x8"]), [])
     rate, cores = re.search(r"reader: ([\d,]+) pairs a second .* of ([\d.]+) CPU", told).groups()
     ours = json.loads((ROOT / "results/bench-data.json").read_text())["pictures_per_second"]["ours"]
     assert float(cores) == pytest.approx(int(rate.replace(",", "")) / ours, rel=0.01)
@@ -237,8 +236,8 @@ def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
     assert "329 GB of shards" in told
     assert "not verified: no GPU has run this" in told
     hours = re.search("in all (.*) hours,", told)[1]
-    assert f"| {float(hours):.1f} |" in report.paper_hours()  # the README's, from the same source
-    told = estimate.tell(train.parse(["--estimate", "h100", "--tune-epochs", "0"]), [])
+    assert f"| {float(hours):.1f} |" in tables.paper_hours()  # the README's, from the same source
+    told = estimate.tell(parse(["--estimate", "h100", "--tune-epochs", "0"]), [])
     assert "reader" not in told and "shards" not in told
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 import glip
-import pictures
-import search
+from nanoglip.evals import search
+from nanoglip.evals.encoder import Encoder
+from nanoglip.sources import pictures
 from tests.test_significance import run_main
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 180, 40), "blue": (30, 40, 210)}
@@ -79,7 +79,7 @@ def test_a_model_that_knows_colours_finds_and_names_them(run, tmp_path, monkeypa
     unit = torch.nn.functional.normalize
     monkeypatch.setattr(glip.GLIP, "encode_image", lambda self, images, *_: unit(
         images.float().mean((2, 3)), dim=-1))  # fmt: skip
-    monkeypatch.setattr(evaluate.Encoder, "texts", lambda self, texts: unit(
+    monkeypatch.setattr(Encoder, "texts", lambda self, texts: unit(
         torch.stack([table[text] for text in texts]), dim=-1))  # fmt: skip
     code, out, _ = run_main(monkeypatch, capsys, run, "--search", "blue", "--images", tmp_path)
     found = [line.split(maxsplit=3)[3] for line in out.splitlines() if " similarity " in line]
@@ -94,7 +94,7 @@ def test_a_model_that_knows_colours_finds_and_names_them(run, tmp_path, monkeypa
 
 def test_shares_are_the_models_softmax(run, folder):
     model, _ = glip.load_model(run / "model.pt")
-    encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, torch.device("cpu"), "fp32")
     path, names = folder / "clear.png", ["cat", "dog", "a photo of a cow"]
     image = pictures.centred(np.asarray(pictures.read_picture(path, 32)), 32)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_shares_are_the_models_softmax(run, folder):
 def test_attention_is_the_softmax_of_every_layer(run, folder, monkeypatch, capsys):
     """Against torch's own attention, which returns its weights."""
     model, config = glip.load_model(run / "model.pt")
-    encoder = evaluate.Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, torch.device("cpu"), "fp32")
     path = folder / "clear.png"
     found = search.attention(encoder, path)
     image = pictures.centred(np.asarray(pictures.read_picture(path, 32)), 32)[None]

@@ -24,14 +24,14 @@ import webdataset
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-import captions
 import data
 import glip
-import pictures
-import shards
 import train
-from data import Batches, MixedOrder, ShardOrder
 from glip import GLIPConfig, InputError
+from nanoglip import files
+from nanoglip.sources import captions, order, pictures, shards
+from nanoglip.sources.order import Batches, MixedOrder, ShardOrder, loader, make_order
+from nanoglip.text import decode_tokens
 from tests.test_data import check_order_is_pure
 from tests.test_train import command, inside
 
@@ -92,7 +92,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
 
 
 # --- index --------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_the_index_has_every_pair(folder):
         content, text = wanted[i]
         assert index.encoded(np.array([i])) == [content]
         assert tuple(index.caption(i)) == glip.encode(text)
-        assert glip.encode(glip.decode_tokens(index.caption(i))) == glip.encode(text)
+        assert glip.encode(decode_tokens(index.caption(i))) == glip.encode(text)
         assert index.shard(i) == i // 20 and f"{i // 20:05}.tar" in index.where(i)
 
 
@@ -129,7 +129,7 @@ def test_captions_come_from_text_or_json_and_are_cut(tmp_path):
             add(tar, f"deep/{key}{suffix}", content)
     record = shards.build(str(tmp_path), 1)
     index = shards.Index(str(tmp_path))
-    texts = [glip.decode_tokens(index.caption(i)) for i in range(len(index))]
+    texts = [decode_tokens(index.caption(i)) for i in range(len(index))]
     assert texts == ["in text", "in json", "word " * 253 + "word", "a long name"]
     assert record["skipped"] == {"no caption": 3, "no picture": 1, "members .npy": 1}
 
@@ -190,7 +190,7 @@ def test_patterns_name_shards(folder, tmp_path):
     location = f"{folder}/{{00001..00003}}.tar"
     shards.build(location, 1)
     index = shards.Index(location)
-    assert len(index) == 60 and number_of(glip.decode_tokens(index.caption(0))) == 20
+    assert len(index) == 60 and number_of(decode_tokens(index.caption(0))) == 20
     with pytest.raises(InputError, match=r"00006\.tar: cannot be opened"):
         shards.build(f"{folder}/0000{{5..9}}.tar", 1)
 
@@ -294,7 +294,7 @@ def test_damage_costs_what_it_hits_and_no_more(tmp_path):
     record = shards.build(str(tmp_path / "a"), 1)
     assert record["counts"] == [10] and record["skipped"] == {"broken header": 1}
     index = shards.Index(str(tmp_path / "a"))  # the caption was lost, and taken from the .json
-    texts = [glip.decode_tokens(index.caption(i)) for i in range(10)]
+    texts = [decode_tokens(index.caption(i)) for i in range(10)]
     assert texts.count("not this one") == 1
     cut = make_shards(tmp_path / "b", 1, 10) / "00000.tar"
     cut.write_bytes(cut.read_bytes()[: members[16].offset_data + 3])
@@ -347,7 +347,7 @@ def test_more_shards_never_hold_out_what_was_trained_on(tmp_path, monkeypatch):
     for count in (3, 5, 9):
         make_shards(folder, count, 40)
         shards.build(str(folder), 1)
-        held = set(pictures.Shards(str(folder), 16).held.tolist())  # keys grow with the shards
+        held = set(shards.Shards(str(folder), 16).held.tolist())  # keys grow with the shards
         if before is not None:
             assert {i for i in held if i < seen} <= before
         before, seen = held, count * 40
@@ -399,7 +399,7 @@ def fuzz(folder, rounds):
             with pytest.raises(InputError, match="no shard holds a picture"):
                 shards.Index(str(own))
             continue
-        source = pictures.Shards(str(own), 16)
+        source = shards.Shards(str(own), 16)
         readable = 0
         for i in range(count):  # each alone: what fails is counted once, by its own number
             try:
@@ -423,33 +423,33 @@ def test_fuzzed_shards_never_crash(tmp_path):
     assert set(tmp_path.parent.glob("*")) == before
 
 
-# --- order --------------------------------------------------------------------------------------
+# --- plan --------------------------------------------------------------------------------------
 
 
 def numbers(batches, step):
     """The pictures of a process's share of a batch, by their captions."""
     tokens = batches[step][1]
-    return [number_of(glip.decode_tokens(row[1 : n - 1]))
+    return [number_of(decode_tokens(row[1 : n - 1]))
             for row, n in zip(tokens, glip.lengths(tokens))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (3, 2), (4, 1)])
 def test_ranks_and_workers_share_exactly_the_epoch(folder, world, workers, monkeypatch):
     """The same global batches for all, the tail from any step, and nothing read before it."""
-    monkeypatch.setattr(data, "WINDOW", 2)
+    monkeypatch.setattr(order, "WINDOW", 2)
     train, test = data.load(str(folder), 16)
-    order = data.make_order(train, 12, 3, "pretrain")
+    plan = make_order(train, 12, 3, "pretrain")
     free = 120 - len(train.held)
-    assert order.length == free and order.steps_per_epoch == 9 and order.unplaced == free - 108
+    assert plan.length == free and plan.steps_per_epoch == 9 and plan.unplaced == free - 108
     told = f"{free} pictures; an epoch is 9 steps of 12 = 108, {free - 108} left over"
-    assert told in order.describe() and len(train.held) > 2
-    straight = [train.texts(order.batch(step)) for step in range(18)]
-    parts = [Batches(train, order, NANO, rank, world) for rank in range(world)]
+    assert told in plan.describe() and len(train.held) > 2
+    straight = [train.texts(plan.batch(step)) for step in range(18)]
+    parts = [Batches(train, plan, NANO, rank, world) for rank in range(world)]
     for start in (0, 7):
-        loaders = [iter(data.loader(part, start, 18, workers, False)) for part in parts]
+        loaders = [iter(loader(part, start, 18, workers, False)) for part in parts]
         for step in range(start, 18):
             batch = [next(loader) for loader in loaders]
-            texts = [glip.decode_tokens(row[1 : n - 1]) for item in batch
+            texts = [decode_tokens(row[1 : n - 1]) for item in batch
                      for row, n in zip(item[1], glip.lengths(item[1]))]  # fmt: skip
             assert texts == straight[step]
     for epoch in range(2):
@@ -461,26 +461,26 @@ def test_ranks_and_workers_share_exactly_the_epoch(folder, world, workers, monke
 
 def test_starting_late_reads_nothing_before(folder, monkeypatch):
     train, _ = data.load(str(folder), 16)
-    order, read = data.make_order(train, 10, 0, "pretrain"), []
+    plan, read = make_order(train, 10, 0, "pretrain"), []
     original = train.index.encoded
     monkeypatch.setattr(train.index, "encoded", lambda ids: read.extend(ids) or original(ids))
-    list(data.loader(Batches(train, order, NANO, 0, 1), 8, 10, 0, False))
-    assert read == [i for step in (8, 9) for i in order.batch(step)]
+    list(loader(Batches(train, plan, NANO, 0, 1), 8, 10, 0, False))
+    assert read == [i for step in (8, 9) for i in plan.batch(step)]
 
 
 def test_windows_keep_reads_near_each_other(folder, monkeypatch):
-    monkeypatch.setattr(data, "WINDOW", 2)
+    monkeypatch.setattr(order, "WINDOW", 2)
     train, _ = data.load(str(folder), 16)
-    order = ShardOrder(train, 2, 0, "pretrain")
-    shard = [train.index.shard(i) for i in order.between(0, 0, order.length)]
-    ends = order.layout(0)[1].tolist()
+    plan = ShardOrder(train, 2, 0, "pretrain")
+    shard = [train.index.shard(i) for i in plan.between(0, 0, plan.length)]
+    ends = plan.layout(0)[1].tolist()
     pairs = [set(shard[begin:end]) for begin, end in zip([0, *ends], ends)]
     assert all(len(found) == 2 for found in pairs) and set.union(*pairs) == set(range(6))
     assert len(set(shard[:12])) == 2  # mixed inside
     # Every position is as likely for every picture: where pictures stand on the average.
     places = np.zeros(120)
     for epoch in range(400):
-        places[order.between(epoch, 0, order.length)] += np.arange(order.length)
+        places[plan.between(epoch, 0, plan.length)] += np.arange(plan.length)
     kept = np.delete(places / 400, train.held)
     assert abs(kept - (len(kept) - 1) / 2).max() < 6.5 * 33 / 400**0.5
 
@@ -503,38 +503,38 @@ def test_sources_are_mixed_by_their_weights(folder, tmp_path):
     table.write_text("\n".join(["path,caption", *rows]))
     names, weights = [str(folder), str(other), str(table)], (1.0, 0.5, 2.0)
     train, test = data.load(names, 16, weights=weights)
-    order = data.make_order(train, 20, 0, "pretrain")
-    assert isinstance(order, MixedOrder)
+    plan = make_order(train, 20, 0, "pretrain")
+    assert isinstance(plan, MixedOrder)
     mine = len(train.sources[2])
     first, second = (len(s) - len(s.held) for s in train.sources[:2])
-    assert order.quota == [first, round(second / 2), 2 * mine]
+    assert plan.quota == [first, round(second / 2), 2 * mine]
     assert len(test) == 120 - first + 100 - second + 40 - mine
-    assert order.length == sum(order.quota) and order.unplaced == order.length % 20
+    assert plan.length == sum(plan.quota) and plan.unplaced == plan.length % 20
     last = [0, 0, 0]
-    for place in range(order.length + 1):
-        before = order.shares(place)
+    for place in range(plan.length + 1):
+        before = plan.shares(place)
         assert sum(before) == place
-        assert all(abs(n - place * q / order.length) < 2.5 for n, q in zip(before, order.quota))
+        assert all(abs(n - place * q / plan.length) < 2.5 for n, q in zip(before, plan.quota))
         assert all(a <= b for a, b in zip(last, before))
         last = before
-    epochs = [order.between(e, 0, order.length) for e in range(2)]
-    for source, start, quota in zip(train.sources, train.starts, order.quota):
+    epochs = [plan.between(e, 0, plan.length) for e in range(2)]
+    for source, start, quota in zip(train.sources, train.starts, plan.quota):
         own = [e[(e >= start) & (e < start + len(source))] for e in epochs]
         assert [len(x) for x in own] == [quota, quota]
         seen = np.unique(np.concatenate(own), return_counts=True)[1]
         assert len(seen) >= len(source) - len(source.held) - 1  # half, and then the other half
-        assert seen.min() == seen.max() or quota == order.quota[1]
-    images, tokens, *_ = Batches(train, order, NANO, 0, 1)[3]
-    ids = order.batch(3)
+        assert seen.min() == seen.max() or quota == plan.quota[1]
+    images, tokens, *_ = Batches(train, plan, NANO, 0, 1)[3]
+    ids = plan.batch(3)
     assert images.shape == (20, 3, 16, 16) and not np.array_equal(ids, np.sort(ids))
     assert torch.equal(tokens, glip.tokenize(train.texts(ids))[:, : tokens.shape[1]])
-    halves = [Batches(train, order, NANO, rank, 2)[3][0] for rank in (0, 1)]
+    halves = [Batches(train, plan, NANO, rank, 2)[3][0] for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), images)
     for bad, words in (
         ({"weights": (1.0,)}, "needs 3 numbers"), ({"weights": (1.0, 0.0, 1.0)}, "above 0"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
-            data.make_order(data.load(names, 16, **bad)[0], 20, 0, "pretrain")
+            make_order(data.load(names, 16, **bad)[0], 20, 0, "pretrain")
     with pytest.raises(InputError, match="cannot be mixed"):
         data.load(["emoji", str(folder)], 16)
 
@@ -552,16 +552,16 @@ def test_balanced_sampling_follows_the_power(folder):
         assert abs(per_cluster[b] / per_cluster[a] - ratio) < 1e-6
     train, _ = data.load(str(folder), 16)
     given = np.where(np.isin(np.arange(120), train.held), 0, chances)
-    order = data.make_order(train, 5, 0, "pretrain", given)
+    plan = make_order(train, 5, 0, "pretrain", given)
     count = np.zeros(120)
     for epoch in range(600):
-        ids = order.between(epoch, 0, order.length)
+        ids = plan.between(epoch, 0, plan.length)
         assert len(ids) == len(set(ids)) == round(given.sum())
         count[ids] += 1
     assert count[train.held].sum() == 0
     free = given > 0
     assert abs(count[free] / 600 - given[free]).max() < 0.1  # drawn about as often as it says
-    assert len(set(map(tuple, (np.sort(order.between(e, 0, order.length)) for e in range(9))))) == 9
+    assert len(set(map(tuple, (np.sort(plan.between(e, 0, plan.length)) for e in range(9))))) == 9
 
 
 def test_word_sampling_keeps_rare_words(folder, tmp_path):
@@ -575,8 +575,8 @@ def test_word_sampling_keeps_rare_words(folder, tmp_path):
     free = np.delete(np.arange(120), train.held)
     kept = [score[i] for i in free if chances[i]]
     assert min(kept) >= max(score[i] for i in free if not chances[i]) - 1e-6
-    order = data.make_order(train, 5, 0, "pretrain", chances)
-    assert set(order.between(0, 0, order.length)) == set(np.flatnonzero(chances))
+    plan = make_order(train, 5, 0, "pretrain", chances)
+    assert set(plan.between(0, 0, plan.length)) == set(np.flatnonzero(chances))
 
 
 def test_cluster_files_are_checked(folder, tmp_path):
@@ -680,9 +680,9 @@ def test_shards_behind_a_url_are_the_same(folder, server, monkeypatch):
     assert isinstance(failed[0], Exception)
     Ranges.faults.clear()
     train, _ = data.load(location, 16)
-    batches = Batches(train, data.make_order(train, 8, 0, "pretrain"), NANO, 0, 1)
+    batches = Batches(train, make_order(train, 8, 0, "pretrain"), NANO, 0, 1)
     wanted = Batches(data.load(str(folder), 16)[0], batches.order, NANO, 0, 1)
-    for ours, theirs in zip(data.loader(batches, 2, 5, 2, False), (wanted[i] for i in (2, 3, 4))):
+    for ours, theirs in zip(loader(batches, 2, 5, 2, False), (wanted[i] for i in (2, 3, 4))):
         assert all(torch.equal(a, b) for a, b in zip(ours[:4], theirs[:4]))
 
 
@@ -728,12 +728,14 @@ def memory_growth(folder, reads):
     """Growth of a worker's resident memory after the first quarter of its reads."""
     code = (
         "import sys, numpy as np, psutil, data, torch\n"
+        "from glip import GLIPConfig\n"
+        "from nanoglip.sources.order import Batches, loader, make_order\n"
         "torch.set_num_threads(1)\n"
         "train, _ = data.load(sys.argv[1], 16)\n"
-        "order = data.make_order(train, 10, 0, 'pretrain')\n"
-        "batches = data.Batches(train, order, data.GLIPConfig.named('ViT-nano-8', 16), 0, 1)\n"
+        "order = make_order(train, 10, 0, 'pretrain')\n"
+        "batches = Batches(train, order, GLIPConfig.named('ViT-nano-8', 16), 0, 1)\n"
         "sizes = []\n"
-        "for _ in data.loader(batches, 0, int(sys.argv[2]) // 10, 1, False):\n"
+        "for _ in loader(batches, 0, int(sys.argv[2]) // 10, 1, False):\n"
         "    sizes += [worker.memory_info().rss for worker in psutil.Process().children()]\n"
         "assert len(sizes) >= int(sys.argv[2]) // 10\n"
         "print(max(sizes) / sizes[len(sizes) // 4] - 1)\n"
@@ -763,7 +765,7 @@ def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch
     """Each once in quarantine.jsonl, whoever read it and in whatever epoch; the log counts."""
     folder = make_shards(tmp_path / "shards", 4, 75)
     shards.build(str(folder), 1)
-    held = set(pictures.Shards(str(folder), 16).held.tolist())
+    held = set(shards.Shards(str(folder), 16).held.tolist())
     bad = [i for i in range(220, 260) if i not in held][:6]  # behind what is looked at before
     spoil(folder, bad)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]

@@ -13,11 +13,12 @@ import scipy.stats
 import torch
 
 import evaluate
-import figures
 import glip
-import parallel
-import significance
-from significance import by_unit, compare, difference, interval
+from nanoglip import files, masks
+from nanoglip.evals import figures, significance
+from nanoglip.evals.metrics import hits, zero_shot
+from nanoglip.evals.significance import by_unit, compare, difference, interval
+from nanoglip.machine import use_bf16
 from tests.test_data import make_pictures
 
 
@@ -110,11 +111,11 @@ def test_units_of_one_answer_are_examples():
     """And several units' answers, all right or all wrong, say what so many units say."""
     a, b = rights(300, 0.4), rights(300, 0.5, seed=1)
     order = np.random.default_rng(2).permutation(300)
-    ones = [by_unit(hits[order], order) for hits in (a, b)]
+    ones = [by_unit(answers[order], order) for answers in (a, b)]
     assert interval(ones[0]) == interval(a) and difference(*ones) == difference(a, b)
     unit = np.repeat(np.arange(100), 5)
-    for hits in (np.zeros(500, bool), np.ones(500, bool)):
-        assert interval(by_unit(hits, unit)) == interval(hits[:100])
+    for answers in (np.zeros(500, bool), np.ones(500, bool)):
+        assert interval(by_unit(answers, unit)) == interval(answers[:100])
     uneven = by_unit(np.array([True, False, False, False]), np.array([0, 1, 1, 1]))
     assert uneven.tolist() == [[1, 1], [0, 3]] and difference(uneven, uneven)["a"] == 0.25
 
@@ -161,7 +162,7 @@ def test_permuted_features_are_at_chance():
     concept, flags = np.arange(3000) % 100, np.zeros(100, bool)
     images = names[concept]
     perfect, permuted = (
-        evaluate.hits(evaluate.zero_shot(images[order], names, concept, flags))
+        hits(zero_shot(images[order], names, concept, flags))
         for order in (torch.arange(3000), torch.randperm(3000, generator=rng))
     )
     low, high = interval(permuted["zero-shot top-1"])
@@ -183,7 +184,7 @@ def made_run(folder, seed=0, own="own"):
     folder.mkdir()
     glip.save_checkpoint(
         folder / "model.pt", model, config=settings, stage="pretrain", step=1, steps={}, seconds={},
-        mask=glip.Masker("gaussian", 0.5).state(), machine={}, command="c", world=1, bf16=False,
+        mask=masks.Masker("gaussian", 0.5).state(), machine={}, command="c", world=1, bf16=False,
     )  # fmt: skip
     return folder
 
@@ -202,7 +203,7 @@ def run_main(monkeypatch, capsys, *words):
 
 def test_tables_are_printed_before_anything_is_written(tmp_path, monkeypatch, capsys):
     """Of a folder that takes no file; and "." is a folder with a name."""
-    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     run = made_run(tmp_path / "a")
     for name in ("results.json", "search.png"):
         (run / f"{name}.{os.getpid()}.tmp").mkdir()  # where it is written first
@@ -224,7 +225,7 @@ def test_the_commands_help_names_what_stands_without_a_flag(monkeypatch, capsys)
 
 def test_two_runs_are_compared_by_the_command(tmp_path, monkeypatch, capsys):
     """Evaluated where they were not, read where they were, and refused where pairs differ."""
-    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(figures, "draw_all", lambda *_: [])
     a, b, other = (made_run(tmp_path / name, seed, own) for name, seed, own in
                    (("a", 0, "own"), ("b", 1, "own"), ("other", 0, "more")))  # fmt: skip
@@ -258,7 +259,7 @@ def test_two_runs_are_compared_by_the_command(tmp_path, monkeypatch, capsys):
     os.utime(a / "model.pt", ns=(before.st_atime_ns, before.st_mtime_ns))
     code, out, _ = run_main(monkeypatch, capsys, a, b)  # other weights, though of the same time
     assert code == 0 and out.count("+0.0 (+0.0 to +0.0)") == 12
-    other = "fp32" if parallel.use_bf16("auto", torch.device("cpu")) else "bf16"
+    other = "fp32" if use_bf16("auto", torch.device("cpu")) else "bf16"
     _, out, _ = run_main(monkeypatch, capsys, a, b, "--precision", other)
     assert f"in {other}\n" in out and out.count(f" {other}, seed") == 2
     (a / "outcomes.npz").write_bytes(b"torn")

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-import captions
 import data
 import glip
-from data import LONGEST, TextMask
-from glip import TEXT_MASKS, InputError, mask_text, tokenize
+from glip import InputError, tokenize
+from nanoglip import files
+from nanoglip.sources import captions
+from nanoglip.sources.captions import LONGEST, TextMask
+from nanoglip.sources.order import Batches, ConceptOrder
+from nanoglip.text import TEXT_MASKS, mask_text
 
 CAPTIONS = ["a big red apple on the wooden table near an open window", "cat", "the dog's bone",
             "antidisestablishmentarianism beats floccinaucinihilipilification", "", "one two three",
@@ -36,7 +39,7 @@ class Captions:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(glip, "CACHE", tmp_path)
+    monkeypatch.setattr(files, "CACHE", tmp_path)
 
 
 def noise_of(batch, seed=0, length=LONGEST):
@@ -124,7 +127,7 @@ def test_word_shares_are_counted_over_the_pictures_once(monkeypatch):
     shares = captions.word_shares(pairs)
     counts = Counter({"the": 4, "cat": 4, "dog": 1, "'s": 1, "!": 1})
     assert shares == {word: n / 11 for word, n in counts.items()}
-    monkeypatch.setattr(captions, "words", None)  # the second time it is read from the cache
+    monkeypatch.setattr(glip, "words", None)  # the second time it is read from the cache
     assert captions.word_shares(pairs) == shares
 
 
@@ -171,15 +174,15 @@ def test_batches_mask_captions_by_their_address():
     """The same words at the same position for any number of processes."""
     train, _ = data.load("emoji", 32)
     config = glip.GLIPConfig(32, 8, 24, 1, 3, 10, 20, 1, 2)
-    order = data.ConceptOrder(train.concept, 12, 3, "pretrain")
+    order = ConceptOrder(train.concept, 12, 3, "pretrain")
     apply = TextMask("frequency", 4, 1e-4, train)
-    whole = data.Batches(train, order, config, 0, 1, apply)[5][1]
-    parts = [data.Batches(train, order, config, rank, 3, apply)[5][1] for rank in range(3)]
+    whole = Batches(train, order, config, 0, 1, apply)[5][1]
+    parts = [Batches(train, order, config, rank, 3, apply)[5][1] for rank in range(3)]
     width = whole.shape[1]
     assert width == 4
     padded = [torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts]
     assert torch.equal(whole, torch.cat(padded))
-    assert not torch.equal(whole, data.Batches(train, order, config, 0, 1)[5][1][:, :width])
+    assert not torch.equal(whole, Batches(train, order, config, 0, 1)[5][1][:, :width])
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-import data
 import glip
-import hf_tokenizer
+from nanoglip.sources.emoji import Emoji
+from nanoglip.text import cut_tokens, decode_tokens
+from tools import hf_tokenizer
 
 NASTY = [
     "", " ", "a", "A photo of a dog.", "don't can't I'll we've they're I'm he'd it's", "DON'T",
@@ -36,7 +37,7 @@ def strings():
         "".join(chr(draw.choice(draw.choice(alphabets))) for _ in range(draw.randrange(1, 60)))
         for _ in range(600)
     ]
-    return NASTY + data.Emoji("emoji", 16, ("Goog",), "train").captions + mixed
+    return NASTY + Emoji("emoji", 16, ("Goog",), "train").captions + mixed
 
 
 def test_ids_equal_open_clip():
@@ -52,7 +53,7 @@ def test_truncation_keeps_the_end_token(length):
     ours = glip.tokenize(NASTY, length)
     assert torch.equal(ours, SimpleTokenizer()(NASTY, context_length=length))
     assert ((ours == glip.END).sum(1) >= 1).all() and (ours[:, 0] == glip.START).all()
-    assert torch.equal(ours, glip.cut_tokens(glip.tokenize(NASTY), length))
+    assert torch.equal(ours, cut_tokens(glip.tokenize(NASTY), length))
 
 
 def test_one_string_is_a_batch_of_one():
@@ -80,5 +81,5 @@ def test_transformers_has_our_ids(tmp_path):
     assert [text for text, a, b in zip(texts, found, ours, strict=True) if a != b] == []
     for text in ("", *names[::50]):
         shown = theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
-        assert shown == glip.decode_tokens(glip.encode(text))
+        assert shown == decode_tokens(glip.encode(text))
     assert theirs("&amp;")["input_ids"] != theirs("&")["input_ids"]  # as the card says

@@ -14,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-import card
-import data
 import glip
-import parallel
-import runs
 import train
-from train import RECIPES, TrainConfig, lr_at, parse, run_name
+from nanoglip import files, machine, masks, runlog
+from nanoglip.config import RECIPES, TrainConfig, check, parse, run_name
+from nanoglip.machine import use_bf16
+from nanoglip.noise import uniform
+from nanoglip.text import TEXT_MASKS
+from tools import card
+from train import lr_at
 
 ROOT = Path(__file__).parent.parent
 ONE_STAGE = ["--image-size", "32", "--batch-size", "32", "--precision", "fp32", "--eval-every",
@@ -89,7 +91,7 @@ def test_help_has_every_flag_once_under_its_subject(capsys):
 def test_every_recipe_can_start(recipe):
     """Its settings fit together with nothing given but the data; its mask has what it needs."""
     config = parse(["--recipe", recipe, "--data", "x"])
-    train.check(config, 8)
+    check(config, 8)
     assert run_name(config) == f"{recipe}_data=x"
 
 
@@ -140,11 +142,11 @@ def test_schedules_of_masks_are_pure_functions_of_the_step():
 def test_the_recorded_command_names_no_folder_of_the_machine(monkeypatch):
     words = ["/x/train.py", "--data", "/y/z/pics", "--out=/y/z/run", "--data=own/pics"]
     monkeypatch.setattr(sys, "argv", words)
-    assert runs.command() == "python train.py --data pics --out=run --data=own/pics"
+    assert runlog.command() == "python train.py --data pics --out=run --data=own/pics"
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert runs.command().startswith("torchrun --nproc_per_node 8 train.py")
+    assert runlog.command().startswith("torchrun --nproc_per_node 8 train.py")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert runs.command().startswith("torchrun --nnodes 2 --nproc_per_node 4 train.py")
+    assert runlog.command().startswith("torchrun --nnodes 2 --nproc_per_node 4 train.py")
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
@@ -195,9 +197,9 @@ def test_muon_is_torchs_muon():
 def test_auto_precision_follows_the_hardware(monkeypatch):
     cpu = torch.device("cpu")
     for flags, native in (({"avx512_bf16"}, True), ({"amx_bf16"}, True), ({"avx2"}, False)):
-        monkeypatch.setattr(parallel, "cpu_flags", lambda flags=flags: flags)
-        assert parallel.use_bf16("auto", cpu) == native
-        assert parallel.use_bf16("bf16", cpu) and not parallel.use_bf16("fp32", cpu)
+        monkeypatch.setattr(machine, "cpu_flags", lambda flags=flags: flags)
+        assert use_bf16("auto", cpu) == native
+        assert use_bf16("bf16", cpu) and not use_bf16("fp32", cpu)
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def test_the_loop_masks_as_told_then_tunes_without_a_mask(tmp_path, monkeypatch)
     )  # fmt: skip
     train.train(config)
     for number, ids in enumerate(seen[:3]):
-        noise = torch.from_numpy(data.noise(4, "mask/pretrain", 16 * number, 16, 16))
+        noise = torch.from_numpy(uniform(4, "mask/pretrain", 16 * number, 16, 16))
         wanted = glip.sample_ids_keep("gaussian", 16, 4, 0.75, sigma=0.1, noise=noise)
         assert torch.equal(ids, wanted)
     assert len(seen) == 5 and seen[3] is None and seen[4] is None
@@ -312,7 +314,7 @@ def test_a_shorter_context_holds_in_both_stages_and_in_evaluation(tmp_path, monk
     assert {row[:2] for row in read if row[0]} == {(True, 16), (True, 512)}
     assert len([row for row in read if not row[0]]) >= 2  # an evaluation at the end of each stage
     assert all(length <= 5 and ended for _, _, length, ended in read)
-    assert train.parse(["--recipe", "clipa"]).context_length == 16
+    assert parse(["--recipe", "clipa"]).context_length == 16
 
 
 def test_torchrun_gives_the_single_process_run(run, tmp_path):
@@ -328,11 +330,11 @@ def test_torchrun_gives_the_single_process_run(run, tmp_path):
 
 
 VARIANTS = [
-    *({"mask": mask} for mask in glip.MASKS),
+    *({"mask": mask} for mask in masks.MASKS),
     {"mask": "cluster", "embedding_weight": 1.0},
     {"mask": "attentive", "teacher_scale": 0.5},
     {"mask": "attentive", "aclip": True},
-    *({"text_mask": text_mask, "text_tokens": 4} for text_mask in glip.TEXT_MASKS),
+    *({"text_mask": text_mask, "text_tokens": 4} for text_mask in TEXT_MASKS),
 ]
 
 
@@ -342,11 +344,11 @@ def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
         TrainConfig(), batch_size=16, steps=9, image_size=32, tune_epochs=0, precision="fp32",
         eval_every=1000, log_every=1, out=str(tmp_path / "run"), **variant,
     )  # fmt: skip
-    train.check(config, 1)
+    check(config, 1)
     train.train(config)
     content = glip.load_checkpoint(tmp_path / "run/model.pt")
     model, _ = glip.load_model(tmp_path / "run/model.pt")
-    masker = glip.Masker.restored(content["mask"], model.visual)
+    masker = masks.Masker.restored(content["mask"], model.visual)
     assert masker.mask == config.mask
     assert content["model"].keys() == glip.GLIP(model.config).state_dict().keys()
     logged = [r for r in records(tmp_path / "run") if "loss" in r]
@@ -387,7 +389,7 @@ def test_two_processes_agree_on_state_and_words(mask, tmp_path):
 
 def test_it_learns(tmp_path, monkeypatch):
     """Plain colours and their names: under a mask the loss falls from guessing to near zero."""
-    monkeypatch.setattr(glip, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
     colours = ("red", "green", "blue", "yellow", "black", "white", "gray", "purple", "orange")
     for i, colour in enumerate(colours * 3):
         picture = Image.new("RGB", (20 + i, 24), colour)

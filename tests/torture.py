@@ -3,6 +3,7 @@
     python tests/torture.py 30        30 runs, each killed (SIGKILL) until it has survived
 """
 
+
 import json
 import os
 import random

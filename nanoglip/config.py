@@ -1,0 +1,440 @@
+"""What a run is: every setting of train.py, the recipes that change some, and what is refused.
+
+The defaults are the demo's; a recipe changes some; a flag given by hand wins.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import zlib
+from dataclasses import dataclass, fields, make_dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+import glip
+from data import MAX_BAD
+from glip import MIN_SIGMA, GLIPConfig, InputError
+from nanoglip import losses, masks
+from nanoglip.cli import check_numbers
+from nanoglip.masks import Masker
+from nanoglip.sources import captions
+from nanoglip.sources.captions import SAMPLINGS
+from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS
+from nanoglip.text import TEXT_MASKS
+
+# The GLIP authors' README. What it leaves open is filled with open_clip's defaults (warm-up, weight
+# decay, context of 77) or, for the tuning's warm-up, with ours. Their batch of 1,280 is stated for
+# 50 % alone. GLIP, Cluster Masking and A-CLIP were trained in fp16 with a scaled loss, CLIPA in
+# bf16; here it is bf16 or fp32.
+PAPER = {
+    "data": (), "crop_scale": (0.5, 1.0), "model": "ViT-B-16", "mask_ratio": 0.5, "epochs": 30.0,
+    "batch_size": 1280, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98,
+    "warmup": 10_000, "tune_epochs": 1.0, "tune_batch_size": 640, "tune_lr": 1e-5,
+    "tune_warmup": 1_000, "teacher_momentum": 0.996, "text_threshold": 1e-6, "log_every": 100,
+}  # fmt: skip
+
+RECIPES = {
+    "demo": {},
+    "compare": {  # a row of the comparison of masks: 100 s
+        "batch_size": 256, "steps": 450, "lr": 1e-3, "weight_decay": 0.1, "tune_epochs": 0.5,
+        "captions": "names",
+    },
+    "cc3m": PAPER,
+    "cc12m": PAPER,
+    # FLIP (2212.00794), its authors' configuration for ViT-B/16 on LAION-400M: 32 epochs, learning
+    # rates per 256 pairs brought to the batch, warm-ups of 40 and 20 epochs of ImageNet's length.
+    # Not done here: it flips pictures; its image positions are sines, its image feature is the mean
+    # of all tokens; its text tower is not causal, reads 32 WordPiece tokens (here 32 of CLIP's) and
+    # is read at the first; weight decay spares its positions.
+    "flip": PAPER | {
+        "mask": "random", "context_length": 32, "epochs": 32.0, "batch_size": 65_536,
+        "lr": 1.024e-3, "beta2": 0.95, "warmup": 782, "tune_epochs": 0.32,
+        "tune_batch_size": 65_536, "tune_lr": 1.024e-5, "tune_warmup": 391,
+    },
+    # Cluster Masking (2405.08815), its README's command for CC12M; it is not tuned.
+    "cluster-masking": PAPER | {
+        "mask": "cluster", "min_mask_ratio": 0.3, "crop_scale": (0.9, 1.0), "epochs": 32.0,
+        "batch_size": 2048, "lr": 5e-4, "warmup": 2000, "tune_epochs": 0.0,
+    },
+    # A-CLIP (2212.08653) on YFCC-15M: 25 epochs, one of warm-up (3,600 steps are about that). It is
+    # not tuned. Not done here: colour is augmented (jitter, grey, blur, solarise); ImageNet's mean
+    # and deviation; AdamW's eps of 1e-8 (ours 1e-6); a schedule from 1e-6 and down to 1e-5 (ours
+    # ends at 0); evaluation of the teacher, not of the model itself. See also aclip.py.
+    "a-clip": PAPER | {
+        "mask": "attentive", "aclip": True, "epochs": 25.0, "batch_size": 4096, "lr": 5e-4,
+        "weight_decay": 0.5, "warmup": 3600, "tune_epochs": 0.0,
+    },
+    # CLIPA (2305.07017), B/16 at 112 pixels and 16 text tokens on LAION-400M. Its text tower has 16
+    # positions in both stages and in evaluation: captions and prompts are cut. Not done here: its
+    # image positions are sines, and learned in the tuning alone.
+    "clipa": PAPER | {
+        "mask": "none", "mask_ratio": 0.0, "image_size": 112, "context_length": 16,
+        "crop_scale": (0.4, 1.0), "epochs": 6.0, "batch_size": 65_536, "lr": 2.048e-3,
+        "beta2": 0.95, "warmup": 782, "tune_image_size": 224, "tune_epochs": 0.33,
+        "tune_batch_size": 8192, "tune_lr": 2.56e-5, "tune_warmup": 3072,
+    },
+}  # fmt: skip
+
+
+# The settings by subject, in the order in which a run's name tells them.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where the defaults below come from."""
+
+    recipe: Literal[tuple(RECIPES)] = "demo"  # a named set of settings; flags given by hand win
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pairs of pictures and captions."""
+
+    data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
+    data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
+    sampling: Literal[("all", *SAMPLINGS)] = "all"  # which pairs an epoch of pre-training has
+    sampling_share: float = 0.5  # share of the pairs that such an epoch has, in (0, 1]
+    sampling_power: float = 0.2  # clusters: n pairs of a cluster count as n^power
+    clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # own pictures, views: share of the area of a crop
+    max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
+    vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
+    held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
+    captions: Literal["prompts", "names"] = "prompts"  # emoji: names in prompts, or names alone
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Patches that pre-training removes from pictures."""
+
+    mask: Literal[tuple(masks.MASKS)] = "gaussian"  # which patches are kept
+    mask_ratio: float = 0.75  # share of patches removed, in [0, 1)
+    sigma: float | tuple[float, float] = 0.2  # variance on [-1, 1], or two: of rows, of columns
+    mask_center: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]: where it is centred
+    min_mask_ratio: float | None = None  # cluster: share never computed (none: mask_ratio - 0.2)
+    embedding_weight: float = 0.0  # cluster: share of patch embeddings in similarity at the end
+    teacher_scale: float = 1.0  # attentive: size of the teacher's pictures; 0.5 is A-CLIP-eff
+    teacher_momentum: float = 0.9  # attentive: of the moving average at the start; 1 at the end
+    aclip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # attentive: A-CLIP's other losses
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words that pre-training removes from captions."""
+
+    text_mask: Literal[("none", *TEXT_MASKS)] = "none"  # which words are kept
+    text_tokens: int = 0  # tokens that they leave of a caption, start and end included
+    text_threshold: float = 1e-4  # frequency, sampling words: smaller shares count as rare
+
+
+@dataclass(frozen=True)
+class Model:
+    """The two towers."""
+
+    model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # open_clip's name, or a smaller one
+    image_size: int = 0  # pixels a side (0: the model's own)
+    context_length: int = 77  # tokens that the text tower reads, start and end included
+    init: str = ""  # run or .pt file whose weights to start from (none: new ones)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Pre-training."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
+    batch_size: int = 512  # pairs per step, over all processes
+    steps: int = 800  # updates
+    epochs: float = 0.0  # passes over the data, instead of steps
+    lr: float = 2e-3  # peak learning rate (Muon's is twice that); half a cosine takes it to 0
+    weight_decay: float = 1.0  # of matrices; vectors and scalars have none
+    beta2: float = 0.98  # AdamW's second decay
+    warmup: int = 50  # steps of linear warm-up
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Unmasked tuning, which follows with a fresh optimizer and schedule."""
+
+    tune_epochs: float = 1.0  # passes over the data (0: no tuning)
+    tune_batch_size: int = 256  # pairs per step, over all processes
+    tune_lr: float = 3e-4  # peak learning rate
+    tune_warmup: int = 5  # steps of linear warm-up
+    tune_image_size: int = 0  # pixels a side (0: as in pre-training)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What both stages minimise, and the seed of all that is random in them."""
+
+    loss: Literal[tuple(losses.LOSSES)] = "clip"  # clip: softmax over the batch; siglip: sigmoids
+    clip_grad_norm: float = 0.0  # norm at which gradients are clipped (0: none)
+    seed: int = 0  # of weights, order, augmentation and masks
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, memory and processes."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
+    micro_batch: int = 0  # pairs of a process whose activations exist at once (0: all)
+    recompute: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # activation checkpointing
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # use torch.compile
+    shard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # shard weights and state (FSDP2)
+    workers: int = -1  # data processes each (-1: 0 for embedded data, else the cores, at most 8)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """In place of a run: an answer, and then stop."""
+
+    estimate: str = ""  # print the time and memory of the run on a machine: here, h100x8, ...
+    overfit: int = 0  # train on this many pairs until the loss is near 0, or say what is wrong
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run writes."""
+
+    out: str = ""  # folder of the run (default: runs/, named by what differs from the recipe)
+    log_every: int = 10  # steps between records in log.jsonl
+    eval_every: int = 0  # steps between evaluations (0: four in a stage)
+    save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
+    resume: Literal["auto", "never"] = "auto"  # auto: continue an unfinished run in --out
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # write its records, too
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    Output, Preview, Machine, Loss, Tuning, Schedule, Model, Words, Mask, Data, Recipe
+):  # the fields of the last base come first
+    """Pre-train a CLIP model under a mask, then tune it without."""
+
+
+GROUPS = TrainConfig.__bases__[::-1]
+
+MACHINE = {  # what no result depends on
+    "device", "workers", "out", "log_every", "eval_every", "save_every", "resume", "micro_batch",
+    "recompute", "compile", "shard", "tensorboard", "estimate", "overfit",
+}  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> TrainConfig:
+    """Command line -> settings: defaults, then the recipe's, then what was given by hand."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="demo")
+    recipe = "demo"
+    with contextlib.suppress(argparse.ArgumentError):  # tyro tells it better
+        recipe = first.parse_known_args(arguments)[0].recipe
+    default = TrainConfig(recipe, **RECIPES[recipe]) if recipe in RECIPES else TrainConfig()
+    if {"-h", "--help"} & set(arguments):
+        show_help(default)
+    config = tyro.cli(TrainConfig, args=arguments, default=default)
+    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in arguments if a.startswith("--")}
+    if {"steps", "epochs"} <= given:
+        raise InputError("--steps and --epochs both set the length: give one of them")
+    if "epochs" in given and not config.epochs > 0:
+        raise InputError("--epochs must be above 0; give --steps to count in steps")
+    if "steps" in given:
+        config = replace(config, epochs=0.0)
+    own = bool(config.data) and config.data[0] not in EMBEDDED
+    for flag in sorted(given & {"vendors", "held_out", "captions"}):
+        if own:
+            names = " ".join(config.data)
+            raise InputError(f"{flag_of(flag)} is for emoji, not for --data {names}")
+    if not config.tune_epochs:
+        for flag in sorted(name for name in given if name[:5] == "tune_" and name != "tune_epochs"):
+            raise InputError(f"{flag_of(flag)} does nothing without tuning: --tune-epochs is 0")
+    pictures_only = {"data_weights", "sampling", "max_bad"}
+    if not config.aclip:  # whose views are such crops of every picture
+        pictures_only |= {"crop_scale"}
+    for flag in sorted(given & pictures_only):
+        if not own:
+            raise InputError(f"{flag_of(flag)} is for pictures of your own: give their --data")
+    if config.mask == "none":
+        if "mask_ratio" in given and config.mask_ratio != 0:
+            raise InputError("--mask none keeps every patch: leave --mask-ratio out")
+        config = replace(config, mask_ratio=0.0)
+    used = [
+        masks.declared(registry[name])
+        for registry, name in ((masks.MASKS, config.mask), (TEXT_MASKS, config.text_mask))
+        if name in registry
+    ]
+    used.append(captions.sampling_inputs(config.sampling))
+    for flag in sorted(given & FLAG_SERVES.keys()):
+        if not any(name in row for row in used for name in FLAG_SERVES[flag].split()):
+            raise InputError(
+                f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
+                f"{config.text_mask} --sampling {config.sampling}: leave it out"
+            )
+    return config
+
+
+def show_help(default: TrainConfig) -> None:
+    """Print every flag under its group, with its default, and leave."""
+    grouped = make_dataclass("Grouped", [(group.__name__.lower(), group) for group in GROUPS])
+    values = (group(*(getattr(default, f.name) for f in fields(group))) for group in GROUPS)
+    tyro.cli(
+        grouped, args=["--help"], description=TrainConfig.__doc__, default=grouped(*values),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )  # fmt: skip
+
+
+FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it
+    "sigma": "sigma", "mask_center": "centre", "min_mask_ratio": "min_mask_ratio",
+    "embedding_weight": "embedding_weight", "teacher_scale": "attention",
+    "teacher_momentum": "attention", "aclip": "attention",
+    "text_threshold": "text_threshold caption_scores", "sampling_share": "share",
+    "sampling_power": "power", "clusters": "clusters",
+}  # fmt: skip
+
+
+def flag_of(name: str) -> str:
+    """A setting as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check(config: TrainConfig, world: int) -> None:
+    """Refuse settings that cannot work, before anything is read or written."""
+    if not config.data and not config.estimate:
+        raise InputError(f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
+    if config.estimate and config.overfit:
+        raise InputError("--estimate and --overfit are two questions: ask one at a time")
+    if config.overfit == 1 or config.overfit < 0:
+        raise InputError(f"--overfit {config.overfit}: a contrast needs at least 2 pairs")
+    for name in ("batch_size", "tune_batch_size"):
+        flag, size = flag_of(name), getattr(config, name)
+        if size < 2:
+            raise InputError(f"{flag} {size}: a contrast needs at least 2 pairs")
+        if size % world:
+            raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
+    check_numbers(
+        config, ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"),
+        ("epochs", "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every",
+         "save_every", "micro_batch", "clip_grad_norm", "seed"),
+    )  # fmt: skip
+    if min(as_tuple(config.sigma)) < MIN_SIGMA:
+        raise InputError(f"--sigma must be {MIN_SIGMA} at least")
+    if config.aclip and (config.micro_batch or config.loss != "clip"):
+        raise InputError(
+            "--aclip compares pictures across the batch and with CLIP's loss: leave --micro-batch "
+            "and --loss out"
+        )
+    if config.shard:
+        check_shard(config, world)
+    if config.tensorboard and not find_spec("tensorboard"):
+        raise InputError("--tensorboard needs a package: pip install tensorboard")
+    if config.sampling != "all" and len(config.data) > 1:
+        raise InputError("--sampling is for a single --data: sample each source into its own index")
+    if config.sampling == "clusters" and not config.clusters:
+        raise InputError("--sampling clusters needs --clusters FILE, with a cluster for each pair")
+    for name in ("sampling_share", "max_bad"):
+        if not 0 < getattr(config, name) <= 1:
+            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside (0, 1]")
+    if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+        raise InputError(
+            f"--crop-scale {' '.join(map(str, config.crop_scale))}: give the smallest and the "
+            "largest share of the area, above 0 and up to 1"
+        )
+    if not 0 <= config.sampling_power <= 1:
+        raise InputError(f"--sampling-power {config.sampling_power} is outside [0, 1]")
+    if not 0 <= config.beta2 < 1:
+        raise InputError(f"--beta2 {config.beta2} is outside [0, 1)")
+    for name in ("embedding_weight", "teacher_momentum"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside [0, 1]")
+    if not all(-1 <= value <= 1 for value in config.mask_center):
+        raise InputError(f"--mask-center {config.mask_center} lies outside the picture, [-1, 1]")
+    if not 0 < config.teacher_scale <= 1:
+        raise InputError(f"--teacher-scale {config.teacher_scale} is outside (0, 1]")
+    if (config.text_mask != "none") != (config.text_tokens > 0):
+        raise InputError("a text mask is --text-mask with --text-tokens, 3 or more: give both")
+    if not 3 <= config.context_length <= CONTEXT:
+        raise InputError(f"--context-length {config.context_length} is outside [3, {CONTEXT}]")
+    if config.text_mask != "none" and not 3 <= config.text_tokens <= config.context_length:
+        raise InputError(
+            f"--text-tokens {config.text_tokens} is outside [3, {config.context_length}], "
+            "up to --context-length"
+        )
+    for size in (config.image_size, config.tune_image_size):
+        grid = GLIPConfig.named(config.model, size or None).grid
+        glip.num_keep(grid[0] * grid[1], config.mask_ratio)
+    if not 0 <= (config.min_mask_ratio or 0) <= config.mask_ratio:
+        raise InputError(
+            f"--min-mask-ratio {config.min_mask_ratio} is outside [0, --mask-ratio "
+            f"{config.mask_ratio}]"
+        )
+    model, masker = GLIPConfig.named(config.model, config.image_size or None), masker_of(config)
+    if any(side * config.teacher_scale % model.patch_size for side in model.pixels):
+        raise InputError(
+            f"--teacher-scale {config.teacher_scale} of {model.image_size} pixels is not a "
+            f"multiple of the patch size {model.patch_size}: choose another scale"
+        )
+    unmet = masker.unmet()
+    if unmet:
+        raise InputError(
+            f"mask '{config.mask}' needs {', '.join(unmet)}, which nothing here supplies: it can "
+            f"have {', '.join(sorted(masker.SUPPLIED))}"
+        )
+
+
+def check_shard(config: TrainConfig, world: int) -> None:
+    """Refuse what cannot be divided among processes."""
+    if not find_spec("torch.distributed.fsdp._fully_shard"):
+        raise InputError(f"--shard needs FSDP2, which torch {torch.__version__} lacks: update it")
+    if world < 2:
+        raise InputError("--shard divides a model among processes: start them with torchrun")
+    if config.optimizer == "muon":
+        raise InputError("--shard divides the matrices that muon needs whole: --optimizer adamw")
+    if config.aclip or config.embedding_weight or masker_of(config).needs("attention"):
+        raise InputError(f"--mask {config.mask} looks through the whole tower: leave --shard out")
+
+
+CONTEXT = GLIPConfig().context_length
+
+
+def as_tuple(value: float | tuple[float, float]) -> tuple[float, ...]:
+    """One or two numbers as a tuple."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def masker_of(config: TrainConfig) -> Masker:
+    """The pre-training mask as set."""
+    return Masker(
+        config.mask, config.mask_ratio, config.sigma, config.mask_center,
+        config.min_mask_ratio, teacher_scale=config.teacher_scale,
+    )  # fmt: skip
+
+
+def path_name(path: str) -> str:
+    """The last name of a path, and a checksum of what else tells it from others, if it has more."""
+    path = os.path.normpath(path)
+    name = re.sub(r"[^\w.-]+", "-", Path(path).name)
+    return name if name == path else f"{name}-{zlib.crc32(path.encode(errors='replace')):08x}"
+
+
+def run_name(config: TrainConfig) -> str:
+    """A folder name made of the recipe and of what differs from it; no clock."""
+    base = TrainConfig(recipe=config.recipe, **RECIPES[config.recipe])
+    parts = [config.recipe]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in MACHINE or value == getattr(base, field.name):
+            continue
+        if field.name == "mask_ratio" and config.mask == "none":
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if field.name in ("data", "clusters", "init"):  # a path's name, not a machine's folders
+            values = [path_name(name) for name in values]
+        value = "-".join(map(str, values))
+        value = re.sub(r"[^\w.-]+", "-", value)
+        parts.append(f"{field.name.replace('_', '-')}={value}")
+    name = "_".join(parts)
+    return name if len(name) <= 200 else f"{name[:190]}-{zlib.crc32(name.encode()):08x}"

@@ -1,0 +1,180 @@
+"""Many processes: joining torchrun's, and sharing a step's gradients, or the whole state, by torch.
+
+Without `--shard` every process holds the model and DDP averages the gradients. With it FSDP2
+divides weights, gradients and optimizer among the processes, block by block, and brings a block
+together only while it computes: for towers that one device cannot hold.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from glip import InputError
+from nanoglip import cli
+from nanoglip.machine import pick_device
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
+    """Join torchrun's processes if there are any: (rank, world, device)."""
+    rank, local, world = cli.place()
+    device = pick_device(device)
+    if device.type == "cuda":
+        there = torch.cuda.device_count()
+        if local >= there:
+            raise InputError(f"{there} GPUs here: give torchrun --nproc_per_node {there} at most")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world > 1:  # the others wait while the first decodes, checks pictures or evaluates
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
+    leave = world > 1  # not after an error, so that others do not fail before it is told
+    try:
+        yield rank, world, device
+    except BaseException as error:
+        leave = leave and isinstance(error, cli.Stopped)
+        raise
+    finally:
+        if leave:
+            dist.destroy_process_group()
+
+
+def by_first(rank: int, world: int, work: Callable[[], T]) -> T | None:
+    """What `work` gives on the first process, None on the others; its InputError is for all."""
+    found, problem = None, [None]
+    if rank == 0:
+        try:
+            found = work()
+        except InputError as error:
+            problem = [str(error)]
+    if world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])
+    return found
+
+
+def spread(
+    network: nn.Module, world: int, device: torch.device, shard: bool, static_graph: bool
+) -> nn.Module:
+    """What the loop calls in the place of `network`; with `shard` its parameters are divided."""
+    if shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (world,))
+        scalars = {p for p in network.parameters() if not p.ndim}  # cannot be divided
+        for tower in (network.visual, network):
+            for block in tower.transformer.resblocks:
+                fully_shard(block, mesh=mesh)
+        return fully_shard(network, mesh=mesh, ignored_params=scalars)
+    if world > 1:
+        network = DistributedDataParallel(
+            network, static_graph=static_graph, gradient_as_bucket_view=True
+        )
+        if device.type == "cpu":
+            # After its first step DDP rebuilds its buckets, and in another bucket the processes'
+            # gradients are summed in another order: the first step after a resume would differ in
+            # the last bits. So the buckets are rebuilt before the first step, which happens once.
+            network.reducer._push_all_rebuilt_params()
+            network.reducer._rebuild_buckets()
+    return network
+
+
+def moved(batch: tuple, device: torch.device) -> tuple:
+    """A batch with its tensors on a device; its tokens follow once their fillers are out."""
+    return tuple(
+        x.to(device, non_blocking=True) if isinstance(x, Tensor) and i != 1 else x
+        for i, x in enumerate(batch)
+    )
+
+
+def ahead(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
+    """Batches on a device, the copy of each beside the computation of the one before."""
+    streams = torch.get_device_module(device)
+    if not hasattr(streams, "Stream"):  # no such thing on MPS
+        yield from (moved(batch, device) for batch in batches)
+        return
+    side, waiting = streams.Stream(), None
+    for batch in batches:
+        with streams.stream(side):
+            coming = moved(batch, device), side.record_event()
+        if waiting:
+            yield arrived(*waiting, streams.current_stream())
+        waiting = coming
+    if waiting:
+        yield arrived(*waiting, streams.current_stream())
+
+
+def arrived(batch: tuple, copied: object, stream: object) -> tuple:
+    """The batch, for whose copy what computes waits, and which stays until it was used."""
+    if copied is not None:  # a CPU's streams have no events
+        stream.wait_event(copied)
+    for x in batch:
+        if isinstance(x, Tensor) and not x.is_cpu:
+            x.record_stream(stream)
+    return batch
+
+
+@contextlib.contextmanager
+def exchange(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether the gradients of a backward pass are shared at once, or kept to add more to them."""
+    if isinstance(network, DistributedDataParallel) and not wanted:
+        with network.no_sync():
+            yield
+        return
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(wanted)
+    yield
+
+
+def share_scalars(network: nn.Module) -> None:
+    """Average the gradients that FSDP2 leaves alone."""
+    for p in network.parameters():
+        if p.grad is not None and not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this process holds of each."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """Length of all gradients together, divided ones or not."""
+    shares = [g for g in grads if isinstance(g, DTensor)]
+    if not shares:
+        return torch.nn.utils.get_total_norm(grads)
+    alone = [g for g in grads if not isinstance(g, DTensor)]
+    norms = [torch.nn.utils.get_total_norm(shares).full_tensor()]
+    return torch.stack([*norms, *(g.norm() for g in alone)]).norm()
+
+
+def whole(tree: object) -> object:
+    """Dicts and lists with every divided tensor made whole; all processes call it together."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor().cpu()
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    return [whole(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def divided(state: dict, parameters: list[nn.Parameter]) -> dict:
+    """The reverse for the state of an optimizer: each tensor is divided like its parameter."""
+    for place, p in enumerate(parameters):
+        found = state["state"].get(place, {})
+        for key, value in found.items():
+            if isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape:
+                value = value.to(p.device)
+                found[key] = distribute_tensor(value, p.device_mesh, p.placements)
+    return state

@@ -1,0 +1,182 @@
+"""How sure a number is: bootstrap intervals, and which differences of two runs are real.
+
+    interval(hits)              95 % interval of a share; hits (n,): is each example right?
+    interval(x, y, statistic=f) of any f(x, y), x and y (n,) of the same examples
+    by_unit(hits, unit)         where examples belong together (the captions of one picture): takes
+                                the place of hits in what stands above and below
+    difference(a, b)            two models on the same examples: difference, interval, p
+    compare(a, b)               the same for every metric of two runs, with a verdict
+    keep, kept                  arrays of a run to a file, and back
+
+Arrays of per-example outcomes go in and floats come out. Examples are what is drawn: another seed
+of the same training is another model, and its distance from the first is in none of these numbers.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from glip import InputError
+from nanoglip import files
+
+LEVEL, DRAWS = 0.95, 2999
+
+
+def by_unit(hits: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Of each unit how many answers are right, and how many there are. (n,) twice -> (U, 2).
+
+    Units are independent of each other, answers within one are not; `unit` counts them from 0.
+    """
+    return np.stack([np.bincount(unit, hits), np.bincount(unit)], axis=1).astype(int)
+
+
+def as_counts(hits: np.ndarray) -> np.ndarray:
+    """by_unit()'s counts (U, 2) as they are; of hits (n,) each is its own unit, (n, 2)."""
+    return hits if hits.ndim == 2 else by_unit(hits, np.arange(len(hits)))
+
+
+def resampled(counts: np.ndarray) -> np.ndarray:
+    """Sums (DRAWS, k) over units drawn with replacement from counts (U, k), whole numbers."""
+    kinds, number = np.unique(counts, axis=0, return_counts=True)
+    # To draw as many units as there are is to draw how many of each kind.
+    draws = np.random.default_rng(0).multinomial(len(counts), number / len(counts), DRAWS)
+    return draws @ kinds
+
+
+def interval(
+    *outcomes: np.ndarray, statistic: Callable = np.mean, level: float = LEVEL
+) -> tuple[float, float]:
+    """Percentile bootstrap of statistic(*outcomes) over examples; outcomes (n,) each.
+
+    The resampled mean of n rights and wrongs is binomial, so that a share needs no drawing. Counts
+    of by_unit() are resampled by unit. Where all are right, or all wrong, no resample differs: the
+    exact binomial interval of as many units is given. Of no examples nothing is known: 0 to 1.
+    """
+    first = np.asarray(outcomes[0])
+    if statistic is np.mean and (first.dtype == bool or first.ndim == 2):
+        counts = as_counts(first)
+        n, (right, asked) = len(counts), counts.sum(axis=0).tolist()
+        if not n:
+            return 0.0, 1.0
+        if right in (0, asked):
+            found = scipy.stats.binomtest(n * bool(right), n).proportion_ci(level, "exact")
+        elif asked == n:
+            found = (k / n for k in scipy.stats.binom.interval(level, n, right / n))
+        else:
+            drawn = resampled(counts)
+            found = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
+        low, high = found
+        return float(low), float(high)
+    found = scipy.stats.bootstrap(
+        outcomes, statistic, paired=True, vectorized=False, n_resamples=DRAWS,
+        confidence_level=level, method="percentile", rng=0, batch=1 + 10**7 // len(first),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> dict[str, float]:
+    """Shares of two models, b's lead, its interval (paired bootstrap), p (test by flipped signs).
+
+    a and b (n,) bool: which of the same n examples each gets right; or by_unit()'s counts of them.
+    """
+    a, b = as_counts(a), as_counts(b)
+    lead, asked = b[:, 0] - a[:, 0], a[:, 1]
+    drawn = resampled(np.stack([lead, asked], axis=1))
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return {
+        "a": float(a[:, 0].sum() / asked.sum()), "b": float(b[:, 0].sum() / asked.sum()),
+        "difference": float(lead.sum() / asked.sum()), "low": float(low), "high": float(high),
+        "p": flipped(lead),
+    }  # fmt: skip
+
+
+def flipped(lead: np.ndarray) -> float:
+    """Exact p of a sign-flip test; lead (U,): by how many answers one model leads in each unit.
+
+    Were the models equal, each unit could as well favour the other as much. Where no unit leads by
+    more than one answer, this is McNemar's exact test.
+    """
+    chances = np.ones(1)  # of every total that flipped signs can give: -T, -T + 2, ..., T
+    sizes, counts = np.unique(np.abs(lead[lead != 0]), return_counts=True)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        own = np.zeros(size * count + 1)
+        own[::size] = scipy.stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, own)
+    totals = np.arange(-len(chances) + 1, len(chances), 2)
+    return min(1.0, float(chances[np.abs(totals) >= abs(lead.sum())].sum()))
+
+
+def compare(
+    a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str, np.ndarray]], level: float = LEVEL
+) -> dict[str, dict[str, dict]]:
+    """difference() of every metric, {column: {metric: hits (n,)}} twice, and whether it is "real".
+
+    Many metrics are many chances to be fooled: p is Benjamini and Hochberg's over all of them, and
+    real is what lies below 1 - level. Of what is called real, that share is expected to be wrong.
+    """
+    tables = {
+        column: {metric: difference(hits, b[column][metric], level) for metric, hits in own.items()}
+        for column, own in a.items()
+    }
+    rows = [row for table in tables.values() for row in table.values()]
+    corrected = scipy.stats.false_discovery_control([row["p"] for row in rows])
+    for row, p in zip(rows, corrected, strict=True):
+        row |= {"p": float(p), "real": bool(p < 1 - level)}
+    return tables
+
+
+def describe(tables: dict[str, dict[str, dict]]) -> str:
+    """compare()'s tables as text, and what they do not say."""
+    lines, width = [], max(32, *(len(column) + 1 for column in tables))
+    for column, table in tables.items():
+        lines.append(f"{column:{width}}{'A':>8}{'B':>10}      B - A (95 %)              p")
+        for metric, row in table.items():
+            between = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+            p = "<0.0001" if row["p"] < 1e-4 else f"{row['p']:.4f}"
+            lines.append(
+                f"{metric:{width}}{100 * row['a']:>8.1f} %{100 * row['b']:>8.1f} %"
+                f"{100 * row['difference']:>+9.1f} ({between}){p:>{24 - len(between)}}"
+                + "  real" * row["real"]
+            )
+    found = [row["real"] for table in tables.values() for row in table.values()]
+    lines.append(
+        f"{sum(found)} of {len(found)} differences are real (p, corrected for their number, below "
+        f"{1 - LEVEL:.2g}) between these two models;\nwhether their recipes differ, more seeds say"
+    )
+    return "\n".join(lines)
+
+
+def keep(
+    path: Path, columns: dict[str, dict[str, np.ndarray]], examples: str, model: str
+) -> None:  # fmt: skip
+    """Write whole numbers (n,) by column and question.
+
+    `examples` says which were asked about, and `model` who was asked.
+    """
+    arrays = {
+        f"{column}/{question}": found.astype(np.int32)
+        for column, questions in columns.items() for question, found in questions.items()
+    }  # fmt: skip
+    arrays |= {"examples": np.array(examples), "model": np.array(model)}
+    files.write_safely(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def kept(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str, str]:
+    """What keep() was given; executes nothing. Raises InputError for another file."""
+    columns = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                column, _, question = name.partition("/")
+                if question:
+                    columns.setdefault(column, {})[question] = arrays[name]
+            return columns, str(arrays["examples"]), str(arrays.get("model", ""))
+    except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path}: not what evaluate.py writes ({type(error).__name__}); remove it, and the run "
+            "is evaluated again"
+        ) from None

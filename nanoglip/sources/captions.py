@@ -1,0 +1,223 @@
+"""What captions decide: text masks, and which pairs an epoch of pre-training shows.
+
+Both need to know how often words are said: one pass over the training captions, kept in the cache.
+"""
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glip import InputError, encode_word, lengths, tokenize, words
+from nanoglip import files
+from nanoglip.files import cached, cached_array, digest, open_regular
+from nanoglip.masks import declared
+from nanoglip.sources.emoji import Emoji
+from nanoglip.sources.pictures import Source
+from nanoglip.text import TEXT_MASKS, mask_text
+
+# --- Words: what text masks need beside noise -----------------------------------------------------
+
+LONGEST = 256  # tokens of a caption that a text mask chooses from
+
+
+class TextMask:
+    """A text mask of the registry with what its row declares: captions -> shortened tokens."""
+
+    def __init__(
+        self, text_mask: str, text_tokens: int, text_threshold: float, pairs: Emoji | Source
+    ) -> None:
+        self.text_mask, self.text_tokens = text_mask, text_tokens
+        self.inputs = declared(TEXT_MASKS[text_mask])
+        self.text_threshold = text_threshold
+        self.shares = word_shares(pairs) if "word_shares" in self.inputs else {}
+
+    def __call__(self, captions: list[str], noise: Tensor) -> Tensor:
+        """n captions, noise (n, LONGEST) -> tokens (n, text_tokens)."""
+        tokens = tokenize(captions, LONGEST)
+        length = int(lengths(tokens).max())
+        supplies = {
+            "text_threshold": lambda: self.text_threshold,
+            "word_shares": lambda: per_token(
+                captions, length, lambda text: [self.shares.get(w, 0.0) for w in words(text)]
+            ),
+            "word_ranks": lambda: per_token(captions, length, word_ranks),
+        }
+        inputs = {name: supply() for name, supply in supplies.items() if name in self.inputs}
+        noise = noise[:, :length]
+        return mask_text(
+            self.text_mask, tokens[:, :length], self.text_tokens, noise=noise, **inputs
+        )
+
+
+def per_token(
+    captions: list[str], length: int, of_words: Callable[[str], Sequence[float]]
+) -> Tensor:
+    """A number for every word of a caption, at each of the word's tokens; else 0. (n, length)."""
+    table = torch.zeros(len(captions), length)
+    for row, text in zip(table, captions, strict=True):
+        numbers = [
+            number
+            for word, number in zip(words(text), of_words(text), strict=True)
+            for _ in encode_word(word)
+        ][: length - 2]
+        row[1 : 1 + len(numbers)] = torch.tensor(numbers)
+    return table
+
+
+def word_shares(pairs: Emoji | Source) -> dict[str, float]:
+    """Each word's share of all words in the training captions: one pass, kept in the cache."""
+
+    def count() -> dict[str, int]:
+        counts = Counter()
+        for _, texts in captions_of(pairs, "counting words"):
+            for text in texts:
+                counts.update(words(text))
+        return counts
+
+    counts = cached(files.CACHE / f"words-{captions_key(pairs)}.json", count)
+    total = sum(counts.values())
+    return {word: n / total for word, n in counts.items()}
+
+
+def captions_of(
+    pairs: Emoji | Source, purpose: str, block: int = 10_000
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """All training captions, by blocks: (ids, texts)."""
+    begins = range(0, len(pairs), block)
+    for begin in tqdm(begins, purpose, unit="0,000 captions", disable=len(begins) < 10):
+        ids = np.arange(begin, min(begin + block, len(pairs)))
+        ids = np.setdiff1d(ids, pairs.held, assume_unique=True)
+        yield ids, pairs.texts(ids)
+
+
+def captions_key(pairs: Emoji | Source) -> str:
+    """What tells these captions from others, short."""
+    stamp = pairs.stamp(np.arange(0)) if isinstance(pairs, Source) else ""
+    if not stamp:
+        stamp = "\n".join(text for _, texts in captions_of(pairs, "") for text in texts)
+    return digest([], stamp)[:16]
+
+
+CLASSES = ("NN", "JJ", "VB")  # nouns, adjectives, verbs: how their tags begin
+
+
+def word_classes(text: str) -> list[int]:
+    """0 noun, 1 adjective, 2 verb, 3 other, for each word, by textblob's own lexicon."""
+    from textblob.en import tag
+
+    found = words(text)
+    tags = tag(" ".join(found), tokenize=False) if found else []
+    if len(tags) != len(found):  # it split or joined one: each for itself
+        tags = [tag(word, tokenize=False)[0] for word in found]
+    return [CLASSES.index(k[:2]) if k[:2] in CLASSES else len(CLASSES) for _, k in tags]
+
+
+@lru_cache(maxsize=100_000)
+def word_ranks(text: str) -> tuple[int, ...]:
+    """Each word's place in syntax_text's order of choice: by class, equal ones as they stand.
+
+    CLIPA sorts by np.argsort's default, in which the order of equals is left to the machine.
+    """
+    classes = word_classes(text)
+    order = sorted(range(len(classes)), key=classes.__getitem__)
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+# --- Sampling: which share of the pairs an epoch of pre-training shows ----------------------------
+
+
+def balanced_sampling(clusters: np.ndarray, share: float, power: float) -> np.ndarray:
+    """DynamiCS: a cluster of n pairs keeps a number that grows as n^power. (M,) ids -> (M,).
+
+    The probabilities add up to share x M; no pair has more than 1. arXiv 2604.27932.
+    """
+    _, number, size = np.unique(clusters, return_inverse=True, return_counts=True)
+    wanted, budget = size ** (power - 1.0), share * len(clusters)
+    low, high = 0.0, 1.0 / wanted.min()
+    for _ in range(60):  # the factor by which the sum of capped probabilities meets the budget
+        factor = (low + high) / 2
+        kept = (size * np.minimum(1, factor * wanted)).sum()
+        low, high = (factor, high) if kept < budget else (low, factor)
+    return np.minimum(1, high * wanted)[number]
+
+
+def rare_sampling(caption_scores: np.ndarray, share: float) -> np.ndarray:
+    """WFPP: the pairs whose captions have the rarest words, in every epoch the same. (M,) -> (M,).
+
+    A caption's score is the mean of its words' sqrt(t / share), at most 1 each: our reading of
+    arXiv 2410.10879, where long captions are to be no worse than short ones.
+    """
+    kept = np.argsort(-caption_scores, kind="stable")[: round(share * len(caption_scores))]
+    probability = np.zeros(len(caption_scores))
+    probability[kept] = 1.0
+    return probability
+
+
+SAMPLINGS = {"clusters": balanced_sampling, "words": rare_sampling}
+
+
+def sampling_inputs(sampling: str) -> set[str]:
+    """What a row of SAMPLINGS asks for, by the names of its parameters; nothing for `all`."""
+    if sampling not in SAMPLINGS:
+        return set()
+    return set(inspect.signature(SAMPLINGS[sampling]).parameters)
+
+
+def sampling_probabilities(
+    sampling: str, pairs: Source, share: float, power: float, clusters: str, threshold: float
+) -> np.ndarray:
+    """How likely an epoch shows each picture (M,); held-out ones never. Raises InputError."""
+    ids = np.setdiff1d(np.arange(len(pairs)), pairs.held, assume_unique=True)
+    inputs = {"share": share, "power": power}
+    asked = sampling_inputs(sampling)
+    if "clusters" in asked:
+        found = read_clusters(clusters, len(pairs) + len(pairs.left_out))
+        inputs["clusters"] = np.delete(found, pairs.left_out)[ids]
+    if "caption_scores" in asked:
+        inputs["caption_scores"] = caption_scores(pairs, threshold)[ids]
+    chances = np.zeros(len(pairs))
+    chances[ids] = SAMPLINGS[sampling](**{name: inputs[name] for name in asked})
+    return chances
+
+
+def read_clusters(path: str, count: int) -> np.ndarray:
+    """Cluster ids (count,), from a .npy or a text file: held-out pairs have one, too.
+
+    The data's order is that of a table's rows, a folder's names, and in shards of keys.
+    """
+    try:
+        with open_regular(path, 2**33) as file:
+            if path.endswith(".npy"):  # mapped, for its heading may claim to be of any size
+                found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+            else:
+                found = np.loadtxt(file, dtype=np.int64)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise InputError(f"--clusters {path}: cannot be read ({error})") from None
+    if found.shape != (count,) or found.dtype.kind not in "iu":
+        raise InputError(
+            f"--clusters {path}: {found.dtype} of shape {found.shape}, but the data have {count} "
+            "pairs; give one whole number for each, in the data's order"
+        )
+    return found
+
+
+def caption_scores(pairs: Source, threshold: float) -> np.ndarray:
+    """Mean over each caption's words of min(1, sqrt(threshold / word's share)), (M,), cached."""
+    path = files.CACHE / f"scores-{captions_key(pairs)}-{threshold:g}.npy"
+
+    def score() -> np.ndarray:
+        shares, scores = word_shares(pairs), np.zeros(len(pairs), np.float32)
+        for ids, texts in captions_of(pairs, "scoring captions"):
+            for i, text in zip(ids, texts, strict=True):
+                chances = [min(1.0, math.sqrt(threshold / shares[w])) for w in words(text)]
+                scores[i] = sum(chances) / max(1, len(chances))
+        return scores
+
+    return cached_array(path, len(pairs), score)

@@ -1,0 +1,367 @@
+"""nanoglip.sources.order: to be told."""
+
+import math
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from glip import GLIPConfig, InputError, lengths, tokenize
+from nanoglip.noise import DRAWS, uniform
+from nanoglip.sources.captions import LONGEST, TextMask
+from nanoglip.sources.emoji import Emoji, prompted
+from nanoglip.sources.pictures import Mixed, Source
+from nanoglip.sources.shards import Shards
+from nanoglip.text import cut_tokens
+
+
+# Order: pure functions of (seed, stage, epoch, position)
+def make_order(
+    pairs: Emoji | Source, batch_size: int, seed: int, stage: str,
+    chances: np.ndarray | None = None,
+) -> "Order":  # fmt: skip
+    """The order that suits the data: distinct captions where they are few, windows in shards.
+
+    `chances` (M,) says how likely an epoch shows each picture, if not all are shown.
+    """
+    if isinstance(pairs, Mixed):
+        return MixedOrder(pairs, batch_size, seed, stage)
+    if isinstance(pairs, Shards) or chances is not None:
+        return ShardOrder(pairs, batch_size, seed, stage, chances)
+    return ConceptOrder(pairs.concept, batch_size, seed, stage)
+
+
+
+class Order:
+    """Which picture stands at which position: `length` pictures an epoch, epoch after epoch."""
+
+    length: int  # pictures that an epoch can show
+    total: int  # training pictures that there are
+
+    def __init__(self, batch_size: int, seed: int, stage: str) -> None:
+        self.batch_size, self.seed, self.stage = batch_size, seed, stage
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of an epoch; the last, partial one is dropped."""
+        return self.length // self.batch_size
+
+    @property
+    def unplaced(self) -> int:
+        """Pictures that an epoch leaves out."""
+        return self.total - self.steps_per_epoch * self.batch_size
+
+    def between(self, epoch: int, begin: int, end: int) -> np.ndarray:
+        """Picture ids from one place of an epoch to another, (end - begin,)."""
+        raise NotImplementedError
+
+    def stream(self, position: int, count: int) -> np.ndarray:
+        """Picture ids where epochs follow each other without a gap, (count,)."""
+        found = []
+        while count > 0:
+            epoch, begin = divmod(position, self.length)
+            end = min(begin + count, self.length)
+            found.append(self.between(epoch, begin, end))
+            position, count = position + end - begin, count - (end - begin)
+        return np.concatenate(found) if found else np.empty(0, int)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Picture ids of the global batch of a step, (batch_size,)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self.between(epoch, index * self.batch_size, (index + 1) * self.batch_size)
+
+    def describe(self) -> str:
+        """The arithmetic of an epoch."""
+        steps = self.steps_per_epoch
+        return (
+            f"{self.total:,} pictures; an epoch is {steps:,} steps of {self.batch_size:,} = "
+            f"{steps * self.batch_size:,}, {self.unplaced:,} left over"
+        )
+
+    def check(self) -> None:
+        """Refuse a batch that is larger than an epoch."""
+        if self.steps_per_epoch < 1:
+            raise InputError(
+                f"{batch_flag(self.stage)} {self.batch_size} is more than the {self.length:,} "
+                "pictures of an epoch: choose a smaller one"
+            )
+
+
+
+def batch_flag(stage: str) -> str:
+    """The flag that sets a stage's batch."""
+    return "--batch-size" if stage.partition("/")[0] == "pretrain" else "--tune-batch-size"
+
+
+
+class ConceptOrder(Order):
+    """Few captions, each shown by several pictures.
+
+    An epoch is a sequence of passes over the concepts in one shuffled order; pass p shows the p-th
+    picture of each concept that has one, pictures shuffled. Any batch_size neighbours are distinct
+    concepts, so no caption is its own negative: where fewer than batch_size concepts have a p-th
+    picture, that pass is left out. `unplaced` counts what an epoch leaves out.
+    """
+
+    def __init__(self, concept: np.ndarray, batch_size: int, seed: int, stage: str) -> None:
+        super().__init__(batch_size, seed, stage)
+        self.concept, self.total = concept, len(concept)
+        sizes = np.bincount(concept)
+        widths = [int((sizes > p).sum()) for p in range(sizes.max(initial=0))]
+        self.passes = sum(width >= batch_size for width in widths)
+        self.length = sum(widths[: self.passes])
+        if batch_size < 2 or self.passes == 0:
+            most = int((sizes > 0).sum())
+            raise InputError(
+                f"{batch_flag(stage)} {batch_size} must lie between 2 and the {most} "
+                "distinct captions of the training data, or equal captions would be negatives"
+            )
+        self.last = (-1, np.empty(0, int))
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Picture ids of one epoch, (length,)."""
+        if self.last[0] != number:
+            shuffle = uniform(self.seed, f"order/{self.stage}", number, 1, len(self.concept))[0]
+            pictures = np.argsort(shuffle, kind="stable")
+            concept = self.concept[pictures]
+            grouped = np.argsort(concept, kind="stable")  # a concept's pictures side by side
+            _, first, size = np.unique(concept[grouped], return_index=True, return_counts=True)
+            turn = np.arange(len(pictures)) - np.repeat(first, size)  # p: which of its concept's
+            place = np.repeat(grouped[first], size)  # where in the shuffle its concept comes first
+            ids = pictures[grouped[np.lexsort((place, turn))]][: self.length]
+            self.last = (number, ids)
+        return self.last[1]
+
+    def between(self, epoch: int, begin: int, end: int) -> np.ndarray:
+        return self.epoch(epoch)[begin:end]
+
+    def describe(self) -> str:
+        captions = len(np.unique(self.concept))
+        return f"{super().describe()}; {captions:,} captions, distinct in a batch"
+
+
+
+WINDOW = 16  # shards whose samples are shuffled together: near enough for disks, and mixed enough
+
+
+
+class ShardOrder(Order):
+    """Shards shuffled, then the samples within each window of WINDOW shards.
+
+    With `chances` (M,) an epoch shows a fixed number of pictures, their sum, drawn anew in each:
+    those of the smallest noise / chance, so that each is drawn about as often as its chance says.
+    """
+
+    def __init__(
+        self, pairs: Source, batch_size: int, seed: int, stage: str,
+        chances: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(batch_size, seed, stage)
+        index = getattr(pairs, "index", None)
+        self.starts = index.starts if index else np.array([0, len(pairs)])
+        self.held, self.chances = pairs.held, chances
+        self.total = len(pairs) - len(pairs.held)
+        self.length = self.total if chances is None else round(float(chances.sum()))
+        self.drawn, self.layouts, self.windows = {}, {}, {}
+        self.check()
+
+    def shown(self, epoch: int) -> np.ndarray | None:
+        """Ids that an epoch shows, ascending; None: all that are not held out."""
+        if self.chances is None:
+            return None
+        if epoch not in self.drawn:
+            draw = uniform(self.seed, f"sampling/{self.stage}", epoch, 1, len(self.chances))[0]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                draw = np.where(self.chances > 0, (draw + 2**-25) / self.chances, np.inf)
+            first = np.argpartition(draw, self.length - 1)[: self.length]
+            self.drawn = {epoch: np.sort(first)}
+        return self.drawn[epoch]
+
+    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in their order (S,), and where in the epoch each window of them ends (W,)."""
+        if epoch not in self.layouts:
+            shown, count = self.shown(epoch), len(self.starts) - 1
+            if shown is None:
+                sizes = np.diff(self.starts - np.searchsorted(self.held, self.starts))
+            else:
+                sizes = np.diff(np.searchsorted(shown, self.starts))
+            draw = uniform(self.seed, f"shards/{self.stage}", epoch, 1, count)[0]
+            shards = np.argsort(draw, kind="stable")
+            ends = np.cumsum(np.add.reduceat(sizes[shards], np.arange(0, count, WINDOW)))
+            self.layouts = {epoch: (shards, ends)}
+        return self.layouts[epoch]
+
+    def window(self, epoch: int, number: int) -> np.ndarray:
+        """The ids of one window, shuffled."""
+        if (epoch, number) not in self.windows:
+            shown, shards = self.shown(epoch), self.layout(epoch)[0]
+            parts = []
+            for shard in shards[number * WINDOW : (number + 1) * WINDOW]:
+                begin, end = self.starts[shard : shard + 2]
+                if shown is None:
+                    low, high = np.searchsorted(self.held, [begin, end])
+                    parts.append(np.delete(np.arange(begin, end), self.held[low:high] - begin))
+                else:
+                    parts.append(shown[slice(*np.searchsorted(shown, [begin, end]))])
+            ids = np.concatenate(parts)
+            purpose = f"window/{self.stage}/{epoch}/{number}"
+            ids = ids[np.argsort(uniform(self.seed, purpose, 0, 1, len(ids))[0], kind="stable")]
+            last = list(self.windows.items())[-1:]  # a batch may reach over the end of one
+            self.windows = dict([*last, ((epoch, number), ids)])
+        return self.windows[epoch, number]
+
+    def between(self, epoch: int, begin: int, end: int) -> np.ndarray:
+        found, ends = [], self.layout(epoch)[1]
+        while begin < end:
+            number = int(np.searchsorted(ends, begin, "right"))
+            first = int(ends[number - 1]) if number else 0
+            part = self.window(epoch, number)[begin - first : end - first]
+            found.append(part)
+            begin += len(part)
+        return np.concatenate(found)
+
+
+
+class MixedOrder(Order):
+    """Sources side by side: an epoch has weight x length pictures of each, evenly spread.
+
+    What an epoch takes of a source continues where the epoch before stopped, so that a weight of
+    0.2 shows another fifth each time.
+    """
+
+    def __init__(self, pairs: Mixed, batch_size: int, seed: int, stage: str) -> None:
+        super().__init__(batch_size, seed, stage)
+        if not all(0 < weight < math.inf for weight in pairs.weights):
+            raise InputError("--data-weights must be above 0 and finite")
+        sizes = np.array([w * len(s) for w, s in zip(pairs.weights, pairs.sources, strict=True)])
+        most = np.minimum(np.ceil(batch_size * sizes / sizes.sum()) + 1, batch_size).astype(int)
+        self.orders = [
+            make_order(source, max(2, int(n)), seed, f"{stage}/{i}")
+            for i, (source, n) in enumerate(zip(pairs.sources, most, strict=True))
+        ]
+        self.starts = pairs.starts
+        self.quota = [
+            max(1, round(weight * order.length))
+            for weight, order in zip(pairs.weights, self.orders, strict=True)
+        ]
+        self.length, self.total = sum(self.quota), sum(order.total for order in self.orders)
+        self.check()
+
+    @property
+    def unplaced(self) -> int:
+        return self.length - self.steps_per_epoch * self.batch_size
+
+    def shares(self, place: int) -> list[int]:
+        """How many pictures of each source stand before a place of the epoch; they add up to it.
+
+        Source i's k-th picture belongs at (k + 1/2) / quota of the epoch: all are merged by that,
+        in whole numbers, so that no source ever goes back.
+        """
+        scale = 2 * self.length
+
+        def before(time: int) -> list[int]:
+            return [(2 * n * time + scale) // (2 * scale) for n in self.quota]
+
+        low, high = 0, scale
+        while low < high:  # the last time by which no more than `place` pictures came
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if sum(before(middle)) <= place else (low, middle - 1)
+        counts, after = before(low), before(low + 1)
+        for i, n in enumerate(after):  # of those that come at the same time, the first sources
+            counts[i] += min(n - counts[i], place - sum(counts))
+        return counts
+
+    def between(self, epoch: int, begin: int, end: int) -> np.ndarray:
+        found = []
+        for i, (first, last) in enumerate(zip(self.shares(begin), self.shares(end), strict=True)):
+            ids = self.orders[i].stream(epoch * self.quota[i] + first, last - first)
+            found.append(ids + self.starts[i])
+        ids = np.concatenate(found)
+        draw = uniform(self.seed, f"mix/{self.stage}/{epoch}", begin, 1, len(ids))[0]
+        return ids[np.argsort(draw, kind="stable")]  # so that every process has some of each
+
+    def describe(self) -> str:
+        parts = ", ".join(f"{n:,}" for n in self.quota)
+        return f"{super().describe()}; of the sources in turn {parts}"
+
+
+# Batches
+class Batches(Dataset):
+    """Item `step`: this process's share of the global batch, a pure function of the step.
+
+    images (B, 3, S, S) bytes, tokens (B, T) cut to the longest caption, mask noise (B, N) fp32,
+    (B, 0), and the bad pictures that others stand in for, as [source, where, reason].
+
+    A stage that cuts views out of pictures gets them whole, and in place of (B, 0) `views` random
+    numbers and the width / height that each picture had before, (B, views + 1).
+    """
+
+    def __init__(
+        self, pairs: Emoji | Source, order: Order, config: GLIPConfig, rank: int, world: int,
+        text_mask: "TextMask | None" = None, views: int = 0, prompts: bool = False,
+    ) -> None:  # fmt: skip
+        self.pairs, self.order, self.text_mask, self.views = pairs, order, text_mask, views
+        self.prompts = prompts  # captions are names, which go into templates
+        self.patches, self.context_length = config.grid[0] * config.grid[1], config.context_length
+        self.rank, self.share = rank, order.batch_size // world
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[str]]]:
+        start = self.rank * self.share
+        ids = self.order.batch(step)[start : start + self.share]
+        position = step * self.order.batch_size + start
+        aspects = np.ones(self.share, np.float32) if self.views else None
+        draws = self.noise("augment", position, DRAWS).numpy()
+        ids, images, bad = self.pairs.read(ids, draws, aspects)
+        tokens = self.tokens(ids, position)
+        tokens = tokens[:, : int(lengths(tokens).max())]
+        masks = self.noise("mask", position, self.patches)
+        views = self.noise("extra", position, self.views)
+        if aspects is not None:
+            views = torch.cat([views, torch.from_numpy(aspects)[:, None]], dim=1)
+        return images, tokens, masks, views, bad
+
+    def tokens(self, ids: np.ndarray, position: int) -> Tensor:
+        """Token ids of pictures that stand from a position on, (B, T)."""
+        if self.text_mask:  # of emoji it has the names alone
+            words = self.noise("text mask", position, LONGEST)
+            return self.text_mask(self.pairs.texts(ids), words)
+        if self.prompts:
+            chosen = self.noise("prompt", position, 1)[:, 0].numpy()
+            return tokenize(prompted(self.pairs.texts(ids), chosen), self.context_length)
+        return cut_tokens(self.pairs.tokens(ids), self.context_length)
+
+    def noise(self, purpose: str, position: int, n: int) -> Tensor:
+        """This process's numbers for a purpose, from a position on: (B, n)."""
+        purpose = f"{purpose}/{self.order.stage}"
+        return torch.from_numpy(uniform(self.order.seed, purpose, position, self.share, n))
+
+    def sample(self, count: int = 2048, block: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of augmented training pictures (B, 3, S, S) and noise (B, N): always the same."""
+        seed, total = self.order.seed, len(self.pairs)
+        chosen = np.argsort(uniform(seed, "sample", 0, 1, total)[0], kind="stable")
+        chosen = chosen[: count + len(self.pairs.held)]
+        chosen = chosen[~np.isin(chosen, self.pairs.held)][:count]
+        for start in range(0, len(chosen), block):
+            ids = chosen[start : start + block]
+            draws = uniform(seed, "sample/augment", start, len(ids), DRAWS)
+            masks = uniform(seed, "sample/mask", start, len(ids), self.patches)
+            yield self.pairs.read(ids, draws)[1], torch.from_numpy(masks)
+
+
+
+def loader(batches: Batches, start: int, stop: int, workers: int, pin: bool) -> DataLoader:
+    """Read the steps start ... stop - 1 in order, by `workers` processes (0: in this one)."""
+    return DataLoader(
+        batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
+        worker_init_fn=ignore_signals,
+    )  # fmt: skip
+
+
+
+def ignore_signals(worker: int) -> None:
+    """Data workers go on when a run is asked to stop: it saves first, and then ends them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
