@@ -45,7 +45,7 @@ from nanoglip.evals.encoder import (
 from nanoglip.evals.metrics import WITHIN, hits
 from nanoglip.evals.probe import probe_all
 from nanoglip.files import digest
-from nanoglip.machine import machine, pick_device, precision_of
+from nanoglip.machine import Device, machine, resolve
 from nanoglip.masks import Masker
 from nanoglip.sources.emoji import VENDORS, Emoji
 from nanoglip.sources.pictures import HeldOut
@@ -54,7 +54,7 @@ from nanoglip.sources.pictures import HeldOut
 
 
 def identity(run: Path, precision: str) -> str:
-    """What tells a run's models, and how they multiply, from others: by content."""
+    """The digest of a run's models and of the precision in which they multiply."""
     models = [run / name for name in ("model.pt", "pretrained.pt") if (run / name).is_file()]
     return digest(models, precision)
 
@@ -77,7 +77,7 @@ def keep_ranks(
 def kept_ranks(run: Path, options: "EvaluateConfig") -> tuple[dict[str, dict[str, Tensor]], str]:
     """What keep_ranks wrote; evaluates where that is missing, or of another model or precision."""
     path = run / "outcomes.npz"
-    model = identity(run, precision_of(options.precision, pick_device(options.device)))
+    model = identity(run, resolve(options.device, options.precision).precision)
     if not path.is_file() or significance.kept(path)[2] != model:
         run_evaluation(replace(options, run=str(run), other=""))
     arrays, pairs, _ = significance.kept(path)
@@ -113,7 +113,7 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
             "compare runs of the same stages, on sets whose metric is a share of answers"
         )
     tables = significance.compare(*({column: side[column] for column in both} for side in (a, b)))
-    precision = precision_of(options.precision, pick_device(options.device))
+    precision = resolve(options.device, options.precision).precision
     cli.say(f"A: {runs[0]}\nB: {runs[1]}\nin {precision}\n{significance.describe(tables)}")
     return problems
 
@@ -195,9 +195,9 @@ def run_command(options: EvaluateConfig) -> None:
     if options.other:
         problems = compare_runs(options)
     elif asked:
-        run, device = run_folder(options.run), pick_device(options.device)
-        model = glip.load_model(run / "model.pt")[0].to(device)
-        search.use(Encoder(model, device, options.precision), run, options)
+        run, on = run_folder(options.run), resolve(options.device, options.precision)
+        model = glip.load_model(run / "model.pt")[0].to(on.device)
+        search.use(Encoder(model, on), run, options)
     elif sets:
         with processes(options.device) as among:
             _, problems = run_benchmarks(options, *among)
@@ -208,7 +208,7 @@ def run_command(options: EvaluateConfig) -> None:
 
 
 def open_run(
-    options: EvaluateConfig, device: torch.device
+    options: EvaluateConfig, on: Device
 ) -> tuple[Path, dict, Encoder, Encoder, Masker]:
     """(folder, content of model.pt, its model, the one before tuning, the mask of training)."""
     run = run_folder(options.run)
@@ -218,7 +218,7 @@ def open_run(
         raise InputError(f"{run}/model.pt holds no full training record; name a run of train.py")
 
     def encoder(content: dict) -> Encoder:
-        return Encoder(glip.build(content).to(device), device, options.precision)
+        return Encoder(glip.build(content).to(on.device), on)
 
     before = final = encoder(content)
     if content["stage"] == "tune" and (run / "pretrained.pt").is_file():
@@ -241,8 +241,8 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     """Evaluate a run on its held-out pairs; the content of results.json is returned."""
     if cli.place()[2] > 1:
         raise InputError("several processes are for --zero-shot, --retrieval and --suite alone")
-    device = pick_device(options.device)
-    run, content, encoder, before, masker = open_run(options, device)
+    on = resolve(options.device, options.precision)
+    run, content, encoder, before, masker = open_run(options, on)
     config = content["config"]
     folders = labelled_folders(options, encoder.model.config.pixels[0])
     opened = partial(
@@ -267,7 +267,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         **known_results(run), **record_of(run, content),
         "counts": {**train.counts, "training pictures": len(train) - len(train.held),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
-        "evaluated_on": machine(device), "evaluation_bf16": encoder.bf16,
+        "evaluated_on": machine(on.device), "evaluation_bf16": on.bf16,
         "mask_shares": shares,
         "held_out": {column: metrics(answers) for column, answers in found.items()},
         "intervals": {column: intervals(answers) for column, answers in found.items()},
@@ -282,7 +282,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     told = describe(results)
     cli.say(told)  # before anything is written: the folder may be read-only
     write_results(run, results)
-    keep_ranks(run, found, test, identity(run, encoder.precision))
+    keep_ranks(run, found, test, identity(run, on.precision))
     pictures = figures.draw_all(run, config, last, test, before, before_test, masker)
     files = ["results.json", "outcomes.npz", *pictures]
     print_files(run, files, page.add_results(run, "held-out pairs", told, pictures))
@@ -309,7 +309,8 @@ def run_benchmarks(
         probed = [place for place in own if benchmarks.set_name(Path(place)) in benchmarks.PROBED
                   and (Path(place) / "train/nshards.txt").exists() and not options.other
                   and place not in options.probe_data]  # fmt: skip
-    run, content, encoder, before, masker = open_run(options, device)
+    on = resolve(device, options.precision)
+    run, content, encoder, before, masker = open_run(options, on)
     columns = columns_of(encoder, before, masker, content["stage"] == "tune")
     folders = labelled_folders(options, encoder.model.config.pixels[0])
     known_results(run)  # as above
@@ -319,12 +320,12 @@ def run_benchmarks(
     if rank:
         return answers, problems
     results = {**known_results(run), **record_of(run, content)}
-    where = {"evaluated_on": machine(device), "bf16": encoder.bf16}
+    where = {"evaluated_on": machine(device), "bf16": on.bf16}
     new = {name: {**entry, **where} for name, entry in new.items()}
     results["benchmarks"] = {**results.get("benchmarks", {}), **new}
     found, told = {}, []
     if new:
-        told.append(benchmarks.describe(new, encoder.precision))
+        told.append(benchmarks.describe(new, on.precision))
         cli.say(told[0])
         write_results(run, results)
     try:

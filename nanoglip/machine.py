@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -51,12 +52,6 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 
-def precision_of(precision: str, device: torch.device) -> str:
-    """What numbers are multiplied in, "bf16" or "fp32"."""
-    return "bf16" if use_bf16(precision, device) else "fp32"
-
-
-
 def cpu_flags() -> set[str]:
     """What Linux says that the processor can do; empty elsewhere."""
     for line in read_lines("/proc/cpuinfo"):
@@ -84,6 +79,29 @@ def pick_device(name: str) -> torch.device:
         keep_memory()
     return torch.device(name)
 
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and whether it multiplies in bf16."""
+
+    device: torch.device
+    bf16: bool
+
+    @property
+    def precision(self) -> str:
+        """ "bf16" or "fp32"."""
+        return "bf16" if self.bf16 else "fp32"
+
+    def autocast(self) -> torch.autocast:
+        """The context in which models compute: bf16 where it is chosen."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def resolve(device: str | torch.device, precision: str) -> Device:
+    """The device and precision that `--device` and `--precision` name; devices may be picked."""
+    device = pick_device(device) if isinstance(device, str) else device
+    return Device(device, use_bf16(precision, device))
 
 
 def memory_of(device: torch.device) -> int:

@@ -34,7 +34,7 @@ from nanoglip.cli import Stopped, say
 from nanoglip.config import TrainConfig
 from nanoglip.evals.encoder import quick
 from nanoglip.files import flush_folder, prune
-from nanoglip.machine import machine, use_bf16
+from nanoglip.machine import machine, resolve, use_bf16
 from nanoglip.masks import Masker
 from nanoglip.sources import pictures
 from nanoglip.sources.emoji import Emoji
@@ -313,7 +313,7 @@ class Report:
 
     def evaluate(self, model: GLIP, step: int) -> None:
         """Evaluate the full picture on the held-out pairs."""
-        result = quick(model, self.stage.held_out, self.device, self.config.precision)
+        result = quick(model, self.stage.held_out, resolve(self.device, self.config.precision))
         self.write(stage=self.stage.name, step=step, **result)
         self.bar.write(
             f"{self.stage.name} step {step}: "

@@ -32,7 +32,7 @@ from nanoglip.config import TrainConfig
 from nanoglip.evals import benchmarks, probe, significance
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import aupr, classification, retrieved, shares
-from nanoglip.machine import use_bf16
+from nanoglip.machine import Device, use_bf16
 from tests.test_resume import TORCHRUN
 from tests.test_significance import run_main
 from tests.test_train import command
@@ -161,7 +161,7 @@ def models():
             torch.nn.init.normal_(weight, std=0.3)
     ours = glip.GLIP(config)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k != "attn_mask"})
-    return theirs, Encoder(ours, torch.device("cpu"), "fp32")
+    return theirs, Encoder(ours, Device(torch.device("cpu"), bf16=False))
 
 
 def ours(encoder, place, root=".", captions=False, **columns):
@@ -601,7 +601,7 @@ def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
             "classes", "voc", "captions"
         }  # fmt: skip
         model, _ = glip.load_model(folder / "model.pt")
-        encoder = Encoder(model, torch.device("cpu"), "fp32")
+        encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
         (found,) = benchmarks.open_benchmarks(str(classes), ".")
         blocks = benchmarks.image_features({"x": (encoder, None)}, found, 0, 1)
         names = benchmarks.class_features(encoder, COLOURS, PROMPTS)
@@ -740,7 +740,7 @@ def test_the_command_on_one_and_two_processes(run, tmp_path, monkeypatch, capsys
         for column, expected in alone["columns"].items():
             assert two["columns"][column] == pytest.approx(expected, abs=1e-12)
     encoder = Encoder(
-        glip.load_model(run / "model.pt")[0], torch.device("cpu"), "fp32"
+        glip.load_model(run / "model.pt")[0], Device(torch.device("cpu"), bf16=False)
     )
     wanted = ours(encoder, classes)["classes"]["columns"]["full picture"]
     assert found[0]["classes"]["columns"]["after tuning"] == pytest.approx(wanted, abs=1e-12)

@@ -37,6 +37,7 @@ from nanoglip.evals import encoder as encoding
 from nanoglip.evals import figures
 from nanoglip.evals.encoder import Encoder, metrics
 from nanoglip.evals.metrics import retrieval, zero_shot
+from nanoglip.machine import Device
 from nanoglip.sources import emoji, pictures
 from nanoglip.sources.order import loader
 from tests.test_model import CAPTIONS, Evil
@@ -544,7 +545,7 @@ def test_clip_benchmarks_command_prints_our_numbers(tmp_path, monkeypatch):
             str(tmp_path / f"{kind}.json"),
         ])  # fmt: skip
         main()
-    encoder = Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
     features, texts = encoder.images(lambda i: images[i], len(images)), encoder.texts(names)
     ours = metrics(
         zero_shot(features, texts[:10], concept, np.zeros(10, bool))
@@ -635,7 +636,7 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
     do(monkeypatch, "import", "hub", "--from", "hf", "--out", "runs/published")
     monkeypatch.setattr(figures, "draw_all", lambda *_: [])
     results = evaluate.run_evaluation(evaluate.EvaluateConfig("runs/published", precision="fp32"))
-    encoder = Encoder(model_of(config), torch.device("cpu"), "fp32")
+    encoder = Encoder(model_of(config), Device(torch.device("cpu"), bf16=False))
     wanted = metrics(encoding.evaluate(encoder, data.load("emoji", 32)[1]))
     assert results["held_out"] == {"full picture": wanted}
     words = [*WORDS, "--mask", "gaussian", "--image-size", "64", "--init", "runs/published"]

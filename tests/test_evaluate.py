@@ -22,6 +22,7 @@ from nanoglip import masks
 from nanoglip.evals import probe
 from nanoglip.evals.encoder import Encoder, metrics, prompted, robustness
 from nanoglip.evals.metrics import ranks, retrieval, zero_shot
+from nanoglip.machine import Device
 from nanoglip.noise import uniform
 from nanoglip.sources.emoji import Emoji
 from tests.test_data import make_pictures
@@ -141,7 +142,7 @@ def test_recall_within_all_candidates_is_left_out():
 def test_every_picture_is_encoded_once_whatever_the_block():
     torch.manual_seed(0)
     model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2))
-    encoder = Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
     images = torch.rand(300, 3, 16, 16)
     found = encoder.images(lambda ids: images[ids], 300)
     with torch.no_grad():

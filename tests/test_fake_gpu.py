@@ -26,6 +26,7 @@ from nanoglip import runlog
 from nanoglip.config import TrainConfig
 from nanoglip.evals import probe, search
 from nanoglip.evals.encoder import Encoder
+from nanoglip.machine import resolve
 from tests.fake_gpu import fake_gpu
 from tests.test_probe import make_folder
 from tools import convert, finetune
@@ -253,7 +254,7 @@ def test_search_classification_and_attention_on_a_gpu(run, pairs):
         ):
             evaluate.run_command(replace(options, **asked))
         device = torch.device(device)
-        encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), device, "fp32")
+        encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), resolve(device, "fp32"))
         return search.search(encoder, "a dog", pairs), search.attention(encoder, pairs / "3.png")
 
     wanted, found = both(work)

@@ -19,6 +19,7 @@ import evaluate
 import glip
 from nanoglip.evals import probe
 from nanoglip.evals.encoder import Encoder
+from nanoglip.machine import Device
 from tests.test_probe import make_folder, make_run
 from tools import finetune, tables
 from tools.finetune import Classifier, FineTuneConfig
@@ -145,7 +146,8 @@ def test_it_learns_and_what_it_wrote_can_be_used(tmp_path, monkeypatch):
     model, _ = glip.load_model(out / "model.pt")
     content = glip.load_checkpoint(out / "model.pt")
     source, (_, _, test) = probe.labelled("colours", 18, "--data")
-    encoder, read = Encoder(model, torch.device("cpu"), "fp32"), probe.reader(source, test)
+    encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
+    read = probe.reader(source, test)
     features = encoder.images(lambda places: read(places)[..., 1:17, 1:17], len(test))
     logits = features @ content["head"]["weight"].T + content["head"]["bias"]
     right = (logits.argmax(1).numpy() == source.concept[test]).mean()

@@ -19,6 +19,7 @@ from nanoglip import files
 from nanoglip.config import parse
 from nanoglip.evals import probe
 from nanoglip.evals.encoder import Encoder
+from nanoglip.machine import Device
 
 
 def blobs(n=900, width=20, classes=5, noise=1.5, seed=0):
@@ -50,7 +51,7 @@ def make_run(folder, seed=0):
     model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2))
     folder.mkdir(exist_ok=True)
     glip.save_checkpoint(folder / "model.pt", model)
-    return Encoder(model, torch.device("cpu"), "fp32")
+    return Encoder(model, Device(torch.device("cpu"), bf16=False))
 
 
 # --- logistic regression ------------------------------------------------------------------------

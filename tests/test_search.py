@@ -8,6 +8,7 @@ from PIL import Image
 import glip
 from nanoglip.evals import search
 from nanoglip.evals.encoder import Encoder
+from nanoglip.machine import Device
 from nanoglip.sources import pictures
 from tests.test_significance import run_main
 
@@ -94,7 +95,7 @@ def test_a_model_that_knows_colours_finds_and_names_them(run, tmp_path, monkeypa
 
 def test_shares_are_the_models_softmax(run, folder):
     model, _ = glip.load_model(run / "model.pt")
-    encoder = Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
     path, names = folder / "clear.png", ["cat", "dog", "a photo of a cow"]
     image = pictures.centred(np.asarray(pictures.read_picture(path, 32)), 32)
     with torch.no_grad():
@@ -111,7 +112,7 @@ def test_shares_are_the_models_softmax(run, folder):
 def test_attention_is_the_softmax_of_every_layer(run, folder, monkeypatch, capsys):
     """Against torch's own attention, which returns its weights."""
     model, config = glip.load_model(run / "model.pt")
-    encoder = Encoder(model, torch.device("cpu"), "fp32")
+    encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
     path = folder / "clear.png"
     found = search.attention(encoder, path)
     image = pictures.centred(np.asarray(pictures.read_picture(path, 32)), 32)[None]

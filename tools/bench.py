@@ -43,7 +43,7 @@ from nanoglip.config import TrainConfig, masker_of, parse
 from nanoglip.evals import benchmarks, probe
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import classification
-from nanoglip.machine import machine, pick_device, use_bf16
+from nanoglip.machine import Device, machine, pick_device, use_bf16
 from nanoglip.sources import shards
 from nanoglip.sources.emoji import Emoji, photographs
 from nanoglip.sources.order import Batches, make_order
@@ -213,7 +213,7 @@ def measure_zero_shot(rounds: int, count: int, name: str = "ViT-B-32") -> dict:
     model = open_clip.create_model(name, device=device).eval()
     ours = glip.GLIP(GLIPConfig.named(name))
     ours.load_state_dict(model.state_dict())
-    encoder = Encoder(ours.to(device), device, "fp32")
+    encoder = Encoder(ours.to(device), Device(device, bf16=False))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         classes = make_tree(folder, count)

@@ -50,7 +50,7 @@ from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import per_class
 from nanoglip.evals.probe import labelled, reader
-from nanoglip.machine import machine, pick_device
+from nanoglip.machine import Device, machine, resolve
 from nanoglip.runlog import command
 from nanoglip.sources.pictures import Pictures, decode
 from train import lr_at
@@ -243,7 +243,7 @@ def batches(ids: np.ndarray, size: int, config: FineTuneConfig) -> Iterator[list
 
 def fine_tune(
     classifier: Classifier, source: Pictures, ids: np.ndarray, config: FineTuneConfig,
-    device: torch.device, bf16: bool, out: Path,
+    on: Device, out: Path,
 ) -> nn.Module:  # fmt: skip
     """Train a classifier in place on pictures `ids`; its moving average is returned."""
     size = min(config.batch_size, len(ids)) // 2 * 2  # mixup wants pairs
@@ -261,7 +261,7 @@ def fine_tune(
                     num_classes=len(source.captions))  # fmt: skip
     loader = DataLoader(
         Augmented(source, config), batch_sampler=batches(ids, size, config),
-        num_workers=config.workers, pin_memory=device.type == "cuda",
+        num_workers=config.workers, pin_memory=on.device.type == "cuda",
     )  # fmt: skip
     drop_paths(classifier.visual, config.drop_path)
     classifier.train()
@@ -270,11 +270,11 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         reseed(config.seed, config.epochs, step)  # pictures have smaller numbers in the middle
-        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+        images, labels = (x.to(on.device, non_blocking=True) for x in (images, labels))
         images = images.float() / 255
         smooth = 0.0 if mix else config.label_smoothing
         images, targets = mix(images, labels) if mix else (images, labels)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with on.autocast():
             logits = classifier(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=smooth)
         optimizer.zero_grad()
@@ -303,7 +303,7 @@ def middles(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]
 
 def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.ndarray) -> dict:
     """Top-1 and mean per class of pictures `ids`."""
-    encoder = Encoder(classifier, encoder.device, "bf16" if encoder.bf16 else "fp32")
+    encoder = Encoder(classifier, encoder.on)
     features = encoder.images(middles(source, ids), len(ids))
     with torch.no_grad():
         found = deepcopy(classifier.head).cpu()(features).argmax(1).numpy()
@@ -316,7 +316,7 @@ def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.
 
 def run_fine_tuning(config: FineTuneConfig) -> dict:
     """Everything that `python -m tools.finetune` does; the content of results.json is returned."""
-    run, device = Path(config.run), pick_device(config.device)
+    run, on = Path(config.run), resolve(config.device, config.precision)
     if not (run / "model.pt").is_file():
         raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
     model, settings = glip.load_model(run / "model.pt")
@@ -328,9 +328,9 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     out = Path(config.out or run / f"finetune-{Path(config.data).resolve().name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} holds something already: choose another, or remove it")
-    encoder = Encoder(model.to(device), device, config.precision)
+    encoder = Encoder(model.to(on.device), on)
     head = zero_shot_head(encoder, Path(config.data), source.captions)
-    classifier = Classifier(deepcopy(model.visual), head).to(device)
+    classifier = Classifier(deepcopy(model.visual), head).to(on.device)
     tables = {"zero-shot": accuracy(classifier, encoder, source, test)}
     render = reader(source, ids)
     for places in np.array_split(np.arange(len(ids)), -(-len(ids) // 256)):
@@ -338,7 +338,7 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     start = {name: value.clone() for name, value in classifier.state_dict().items()}
     out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    ema = fine_tune(classifier, source, ids, config, device, encoder.bf16, out)
+    ema = fine_tune(classifier, source, ids, config, on, out)
     seconds = time.perf_counter() - begun
     tables[final := "fine-tuned"] = accuracy(classifier, encoder, source, test)
     if config.ema:
@@ -350,17 +350,17 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
         tables[f"WiSE-FT {share:g}"] = accuracy(classifier, encoder, source, test)
     cli.say(
         f"{run.name} on {source.name}: {len(source.captions)} classes, {len(ids)} training and "
-        f"{len(test)} test pictures; top-1, mean per class, in {encoder.precision}"
+        f"{len(test)} test pictures; top-1, mean per class, in {on.precision}"
     )
     for name, row in tables.items():
         print(f"{name:24}" + "".join(f"{100 * share:>10.1f} %" for share in row.values()))
     save(out, model, end, source.captions)
     record = {**asdict(config), "run": run.name, "data": source.name, "out": out.name}
     results = {
-        "name": run.name, "command": command(), "config": record, "bf16": encoder.bf16,
+        "name": run.name, "command": command(), "config": record, "bf16": on.bf16,
         "counts": {"classes": len(source.captions), "training pictures": len(ids),
                    "test pictures": len(test)},
-        "train_seconds": seconds, "machine": machine(device), "fine_tuned": tables,
+        "train_seconds": seconds, "machine": machine(on.device), "fine_tuned": tables,
     }  # fmt: skip
     evaluate.write_results(out, results)
     known = evaluate.known_results(run)  # the run's own, which report.py reads once published

@@ -13,7 +13,7 @@ from glip import GLIP
 from nanoglip import cli
 from nanoglip.evals import significance
 from nanoglip.evals.metrics import hits, retrieval, zero_shot
-from nanoglip.machine import precision_of
+from nanoglip.machine import Device
 from nanoglip.masks import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.emoji import PROMPTS, UNSEEN, Emoji, captioned
@@ -22,12 +22,10 @@ from nanoglip.sources.pictures import HeldOut
 
 # Features and metrics
 class Encoder:
-    """A model with its device and precision; encodes in blocks, without gradients."""
+    """A model on its device; encodes in blocks, without gradients."""
 
-    def __init__(self, model: GLIP, device: torch.device, precision: str) -> None:
-        self.model, self.device = model.eval(), device
-        self.precision = precision_of(precision, device)
-        self.bf16 = self.precision == "bf16"
+    def __init__(self, model: GLIP, on: Device) -> None:
+        self.model, self.on, self.device = model.eval(), on, on.device
 
     def images(self, render: object, count: int, masker: Masker | None = None) -> Tensor:
         """image_features (count, E) of render(ids) -> (B, 3, S, S), under a mask if given."""
@@ -39,7 +37,7 @@ class Encoder:
         """image_features (B, E) of pictures (B, 3, S, S) that stand from `start` on."""
         images = images.to(self.device)
         keep = self.mask(images, start, masker) if masker else (None, None)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.on.autocast():
             return self.model.encode_image(images, *keep).cpu()
 
     @torch.inference_mode()
@@ -47,7 +45,7 @@ class Encoder:
         """ids_keep and visible of pictures that stand from `start` on: always the same. (B, K)."""
         n = math.prod(self.model.config.grid)
         noise = torch.from_numpy(uniform(0, "masked inference", start, len(images), n))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.on.autocast():
             return masker(images, noise.to(self.device), self.model.visual)
 
     @torch.inference_mode()
@@ -57,7 +55,7 @@ class Encoder:
         for ids in cli.blocks(len(tokens), 512, "texts"):
             block = tokens[ids]
             block = block[:, : int(glip.lengths(block).max())]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with self.on.autocast():
                 features.append(self.model.encode_text(block).cpu())
         return torch.cat(features)
 
@@ -91,11 +89,11 @@ def mask_shares(encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker) -> dic
 
 
 
-def quick(model: GLIP, pairs: Emoji | HeldOut, device: torch.device, precision: str) -> dict:
+def quick(model: GLIP, pairs: Emoji | HeldOut, on: Device) -> dict:
     """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
     if not len(pairs.concept):
         return {}
-    full = metrics(evaluate(Encoder(model, device, precision), pairs))
+    full = metrics(evaluate(Encoder(model, on), pairs))
     names = ("zero-shot top-1", "zero-shot top-5")
     if isinstance(pairs, HeldOut):
         names = ("image to text R@1", "image to text R@5", "text to image R@5")

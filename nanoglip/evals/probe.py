@@ -352,7 +352,7 @@ def cached_features(
     The key is the checkpoint's content, the precision, and `stamp`, what the pictures' content is
     known by. `encoder` is an evaluate.Encoder of the run's model.
     """
-    key = digest([run / "model.pt"], f"{encoder.bf16} {encoder.model.config.pixels} {stamp}")
+    key = digest([run / "model.pt"], f"{encoder.on.bf16} {encoder.model.config.pixels} {stamp}")
     cache = run / f"features-{name.replace(' ', '-')}-{key[:16]}.npy"
     return cached_array(cache, count, lambda: encoder.images(render, count).numpy())
 
