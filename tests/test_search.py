@@ -125,7 +125,7 @@ def test_attention_is_the_softmax_of_every_layer(run, folder, monkeypatch, capsy
             y = block.ln_1(x)
             _, weights = theirs(y, y, y, average_attn_weights=True)
             wanted += weights[0, 0, 1:] / config.layers
-            x = block(x, None)
+            x = block(x)
     torch.testing.assert_close(found.flatten(), wanted / wanted.sum(), atol=1e-5, rtol=1e-4)
     code, out, _ = run_main(monkeypatch, capsys, run, "--attention", path)
     share = found[1:3, 1:3].sum().item()
