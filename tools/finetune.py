@@ -1,6 +1,6 @@
 """Fine-tune a run's image tower on a labelled folder, from its zero-shot classifier.
 
-    python -m tools.finetune runs/demo --data flowers/            DIR/train/CLASS/*.jpg, DIR/test/...
+    python -m tools.finetune runs/demo --data flowers/           DIR/train/CLASS/*.jpg, DIR/test/...
     python -m tools.finetune runs/demo --data flowers/ --wise 0.3 0.5 and interpolate weights
 
     logits = features of the picture, normalised, @ head; before the first step the head is
