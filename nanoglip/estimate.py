@@ -320,8 +320,8 @@ def tell(config: TrainConfig, stages: list) -> str:
                  f"256 pixels, {SHARD_BYTES / 1e3:.0f} KB a pair)")  # fmt: skip
     if not set(config.data) & set(EMBEDDED):
         rate, most = reader_rate(), max(stage["pairs_per_second"] for stage in found)
-        lines.append(f"reader: {most:,.0f} pairs a second are the work of {most / rate:.3g} CPU cores "
-                     f"like ours, {rate:,.0f} each (`python -m tools.bench data`)")  # fmt: skip
+        lines.append(f"reader: {most:,.0f} pairs a second need {most / rate:.3g} CPU cores like "
+                     f"ours, {rate:,.0f} each (`python -m tools.bench data`)")  # fmt: skip
     lines.append(disk)
     if on.name == config.estimate:
         lines.append(f"not verified: no GPU has run this; assumed are {ATTAINED[0]:.0%} of the "
