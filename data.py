@@ -44,7 +44,7 @@ def load(
     weights: Sequence[float] = (),
     max_bad: float = MAX_BAD,
     crop_scale: tuple[float, float] = pictures.CROP_SCALE,
-) -> tuple[Emoji | Source, Emoji | HeldOut]:
+) -> tuple[Source, HeldOut]:
     """Open data: (training pairs, held-out pairs). Raises InputError for what is not there.
 
     For emoji the held-out pairs are another vendor's pictures (and other backgrounds); to hold out
@@ -65,15 +65,16 @@ def load(
             raise InputError(f"unknown vendor {unknown[0]}: choose from {', '.join(VENDORS)}")
         if held_out in vendors:
             raise InputError(f"vendor {held_out} is held out, so --vendors cannot train on it")
-        train = Emoji(names[0], image_size, vendors, "train")
-        return train, Emoji(names[0], image_size, (held_out,), "test")
-    opened = [open_source(name, image_size) for name in names]
+        opened = [(Emoji(names[0], image_size, vendors, "train"),
+                   Emoji(names[0], image_size, (held_out,), "test"))]  # fmt: skip
+    else:
+        opened = [open_source(name, image_size) for name in names]
     train, test = [source for source, _ in opened], [source for _, source in opened]
     for source, other in opened:
         source.crop_scale = tuple(crop_scale)
         if other is not source:
-            source.probe(max_bad)
-    good = [source.probe(max_bad) for source in test]
+            source.check_readable(max_bad)
+    good = [source.check_readable(max_bad) for source in test]
     whole = train[0] if len(train) == 1 else Mixed(train, weights or [1.0] * len(train))
     return whole, HeldOut(test, good)
 

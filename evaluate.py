@@ -47,7 +47,6 @@ from nanoglip.evals.probe import probe_all
 from nanoglip.files import digest
 from nanoglip.machine import Device, machine, resolve
 from nanoglip.masks import Masker
-from nanoglip.sources.emoji import VENDORS, Emoji
 from nanoglip.sources.pictures import HeldOut
 
 # --- Two runs, example by example -----------------------------------------------------------------
@@ -60,15 +59,10 @@ def identity(run: Path, precision: str) -> str:
 
 
 def keep_ranks(
-    run: Path, found: dict[str, dict[str, Tensor]], pairs: Emoji | HeldOut, model: str
+    run: Path, found: dict[str, dict[str, Tensor]], pairs: HeldOut, model: str
 ) -> None:
     """Write every answer's rank to outcomes.npz, which pairs were asked about, and the `model`."""
-    if isinstance(pairs, HeldOut):  # by name: the folder may move
-        each = zip(pairs.sources, pairs.chosen, strict=True)
-        pictures = [Path(source.where(i)).name for source, ids in each for i in ids]
-    else:
-        pictures = [pairs.name, *(VENDORS[i] for i in pairs.vendor)]
-    asked = json.dumps([pictures, pairs.captions, pairs.concept.tolist()])
+    asked = json.dumps([pairs.examples(), pairs.captions, pairs.concept.tolist()])
     arrays = {column: {question: rank.numpy() for question, rank in questions.items()}
               for column, questions in found.items()}  # fmt: skip
     significance.keep(run / "outcomes.npz", arrays, digest([], asked), model)
@@ -272,7 +266,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "held_out": {column: metrics(answers) for column, answers in found.items()},
         "intervals": {column: intervals(answers) for column, answers in found.items()},
     }  # fmt: skip
-    if isinstance(test, Emoji):
+    if test.flags is not None:
         results["prompted"] = prompted(encoder, test, last[0])
     if options.linear_probe or folders:
         probed = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)

@@ -39,8 +39,8 @@ from nanoglip.masks import Masker
 from nanoglip.runlog import Report, Stage, cut_log, listening
 from nanoglip.sources import captions
 from nanoglip.sources.captions import TextMask
-from nanoglip.sources.emoji import EMBEDDED, Emoji
-from nanoglip.sources.order import Batches, loader, make_order
+from nanoglip.sources.emoji import EMBEDDED
+from nanoglip.sources.order import Batch, Batches, loader, make_order
 
 # --- Pure functions of the step, and the optimizer ------------------------------------------------
 
@@ -149,7 +149,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
-        prompts = isinstance(train, Emoji) and config.captions == "prompts"
+        prompts = train.flags is not None and config.captions == "prompts"
         batches = Batches(train, order, model, rank, world, text_mask, views, prompts)
         return Stage(
             name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
@@ -191,7 +191,7 @@ def run_stage(
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         workers = 0 if config.data[0] in EMBEDDED else max(1, min(8, cores))
     batches = loader(stage.batches, start, stage.steps, workers, pin=device.type == "cuda")
-    batches = distributed.ahead(batches, device)
+    batches = distributed.prefetch(batches, device)
     model.train()
     report.begin(stage, network, optimizers, state)
     for step, batch in enumerate(batches, start):
@@ -229,22 +229,21 @@ def renew_mask(
 
 
 def compute_gradients(
-    shared: nn.Module, network: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor, list],
-    stage: Stage, config: TrainConfig, device: torch.device, bf16: bool,
+    shared: nn.Module, network: nn.Module, batch: Batch, stage: Stage, config: TrainConfig,
+    device: torch.device, bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Backward through images (B, 3, H, W), tokens (B, T), noise (B, N), A-CLIP's further noise.
+    """Backward through a batch; returns the loss, logit_scale, and visible (B, K) or None.
 
-    `shared` is `network` as processes share it. Returns the loss, logit_scale, and visible (B, K)
-    or None.
+    `shared` is `network` as processes share it.
     """
-    images, tokens, noise, extra = distributed.moved(batch[:4], device)
+    images, tokens, noise, views, _ = batch.to_device(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if config.micro_batch:
             found = backward_cached(shared, network, images, tokens, noise, stage.masker, config)
         else:
             if stage.aclip:
                 loss, scale, visible = aclip.aclip_loss(
-                    shared, network, stage.masker, images, tokens, noise, extra, config.crop_scale
+                    shared, network, stage.masker, images, tokens, noise, views, config.crop_scale
                 )
             else:
                 ids_keep, visible = stage.masker(images, noise, network.visual)
@@ -443,13 +442,13 @@ def overfit(config: TrainConfig) -> None:
         model = first_model(config, stage.model, {}).to(device).train()
         optimizers = make_optimizers(model, config)
         bf16, guess = use_bf16(config.precision, device), math.log(config.batch_size)
-        images, tokens, *others = stage.batches[0]
-        if len(tokens.unique(dim=0)) < len(tokens):
+        batch = stage.batches[0]
+        if len(batch.tokens.unique(dim=0)) < len(batch.tokens):
             raise InputError("captions of the batch are alike: no loss near 0 is possible")
         for step in range(config.steps):
             renew_mask(stage, model, config, step, device)
             noise = stage.batches.noise("mask", step * config.batch_size, stage.batches.patches)
-            batch = (images, tokens, noise, *others[1:])
+            batch = batch._replace(noise=noise)
             loss, scale, _ = compute_gradients(model, model, batch, stage, config, device, bf16)
             lr = lr_at(step, config.steps, config.warmup, config.lr)
             finite = apply_gradients(model, optimizers, lr, config.clip_grad_norm)
@@ -462,7 +461,7 @@ def overfit(config: TrainConfig) -> None:
                 print(f"{config.batch_size} pairs are learned by heart: model and loss work")
                 return
         with torch.no_grad():
-            alike = [f @ f.T for f in model(images.to(device), tokens.to(device))[:2]]
+            alike = [f @ f.T for f in model(batch.images.to(device), batch.tokens.to(device))[:2]]
         alike = [(x.sum() - x.trace()).item() / (len(x) * (len(x) - 1)) for x in alike]
         raise InputError(diagnosis(loss.item(), guess, *alike, config))
 

@@ -16,17 +16,16 @@ from nanoglip.cli import printable
 from nanoglip.config import MACHINE, TrainConfig, flag_of
 from nanoglip.files import FOREIGN, digest
 from nanoglip.masks import Masker
-from nanoglip.sources import pictures
+from nanoglip.sources.pictures import Source
 
 # Checkpoints, and going on from them
 FREE = MACHINE | {"max_bad"}  # what may differ when a run is resumed
 
 
 
-def stamp_of(pairs: object) -> str:
+def stamp_of(pairs: Source) -> str:
     """What tells these training data from others."""
-    text = pairs.stamp(np.arange(0)) if isinstance(pairs, pictures.Source) else str(pairs.counts)
-    return digest([], text)[:16]
+    return digest([], pairs.stamp(np.arange(0)))[:16]
 
 
 

@@ -90,33 +90,25 @@ def spread(
     return network
 
 
-def moved(batch: tuple, device: torch.device) -> tuple:
-    """A batch with its tensors on a device; its tokens follow once their fillers are out."""
-    return tuple(
-        x.to(device, non_blocking=True) if isinstance(x, Tensor) and i != 1 else x
-        for i, x in enumerate(batch)
-    )
-
-
-def ahead(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
-    """Batches on a device, the copy of each beside the computation of the one before."""
+def prefetch(batches: Iterable, device: torch.device) -> Iterator:
+    """Batches on a device; each is copied while the one before it is used."""
     streams = torch.get_device_module(device)
     if not hasattr(streams, "Stream"):  # no such thing on MPS
-        yield from (moved(batch, device) for batch in batches)
+        yield from (batch.to_device(device) for batch in batches)
         return
     side, waiting = streams.Stream(), None
     for batch in batches:
         with streams.stream(side):
-            coming = moved(batch, device), side.record_event()
+            coming = batch.to_device(device), side.record_event()
         if waiting:
-            yield arrived(*waiting, streams.current_stream())
+            yield wait_for_copy(*waiting, streams.current_stream())
         waiting = coming
     if waiting:
-        yield arrived(*waiting, streams.current_stream())
+        yield wait_for_copy(*waiting, streams.current_stream())
 
 
-def arrived(batch: tuple, copied: object, stream: object) -> tuple:
-    """The batch, for whose copy what computes waits, and which stays until it was used."""
+def wait_for_copy(batch: tuple, copied: object, stream: object) -> tuple:
+    """The batch; the stream waits for its asynchronous copy and keeps it until it was used."""
     if copied is not None:  # a CPU's streams have no events
         stream.wait_event(copied)
     for x in batch:

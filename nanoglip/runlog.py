@@ -36,9 +36,8 @@ from nanoglip.evals.encoder import quick
 from nanoglip.files import flush_folder, prune
 from nanoglip.machine import machine, resolve, use_bf16
 from nanoglip.masks import Masker
-from nanoglip.sources import pictures
-from nanoglip.sources.emoji import Emoji
-from nanoglip.sources.order import Batches
+from nanoglip.sources.order import Batch, Batches
+from nanoglip.sources.pictures import HeldOut
 
 # --- A stage, and signals -------------------------------------------------------------------------
 
@@ -55,7 +54,7 @@ class Stage:
     warmup: int
     model: GLIPConfig
     batches: Batches
-    held_out: Emoji | pictures.HeldOut
+    held_out: HeldOut
 
 asked_to_stop = []  # signals that came
 
@@ -147,13 +146,13 @@ class Report:
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=start + 1)
         self.before = before
 
-    def data_arrived(self, batch: tuple) -> None:
+    def data_arrived(self, batch: Batch) -> None:
         """Count the time since the last step ended as waiting for data, and list bad pictures."""
-        self.batch, bad = batch[:3], batch[4]
+        self.batch = batch
         self.waited += time.perf_counter() - self.ready
         self.read += self.stage.batches.share
-        self.bad += len(bad)
-        self.news += bad
+        self.bad += len(batch.bad)
+        self.news += batch.bad
 
     def quarantine(self) -> None:
         """List what could not be read since the last time; the first process writes for all."""
@@ -358,7 +357,7 @@ class Report:
     @torch.no_grad()
     def write_page(self, model: GLIP, step: int) -> None:
         """Write report.html, with some pairs of the last batch under their masks."""
-        images, tokens, noise = (x[:SHOWN] for x in self.batch)
+        images, tokens, noise = (x[:SHOWN] for x in self.batch[:3])
         keep = self.stage.masker(images.to(self.device), noise.to(self.device), model.visual)
         self.pairs[self.stage.name] = page.samples(images, tokens, *keep, self.stage.model.grid)
         where = f"{self.stage.name}, step {step:,} of {self.stage.steps:,}"

@@ -35,6 +35,7 @@ from glip import GLIPConfig
 from nanoglip import estimate, files
 from nanoglip.config import masker_of, parse
 from nanoglip.machine import keep_memory, machine
+from nanoglip.sources.order import Batch
 from tools.bench import status
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +97,7 @@ def our_step(
 
     def step(tokens: Tensor, noise: Tensor) -> float:
         tokens = tokens[:, : int(glip.lengths(tokens).max())]
-        pairs = (images, tokens, noise, torch.zeros(batch, 0), [])
+        pairs = Batch(images, tokens, noise, torch.zeros(batch, 0), [])
         loss, *_ = train.compute_gradients(model, model, pairs, stage, config, device, bf16)
         train.apply_gradients(model, optimizers, 1e-4, 0.0)
         model.clamp_logit_scale()

@@ -519,7 +519,7 @@ def test_clip_benchmarks_command_prints_our_numbers(tmp_path, monkeypatch):
     do(monkeypatch, "export", tmp_path / "run", "--to", "open_clip", "--out", tmp_path / "model")
     _, test = data.load("emoji", 64)
     ids = np.arange(0, 1800, 9)
-    images, concept = test.render(ids, None), np.arange(len(ids)) % 10
+    images, concept = test.render(ids), np.arange(len(ids)) % 10
     names = [test.captions[test.concept[i]] for i in ids]
     for kind, count in (("classification", 10), ("retrieval", len(ids))):
         folder = tmp_path / kind / "test"
@@ -600,8 +600,8 @@ def test_open_clip_trains_on_from_our_export_and_we_from_its_checkpoint(folder, 
     (stage,) = train.plan(config, 0, 1)
     losses = []
     for step, batch in enumerate(loader(stage.batches, 0, 2, 0, pin=False)):
-        pixels = TF.normalize(batch[0] / 255, glip.MEAN, glip.STD)
-        tokens = F.pad(batch[1], (0, 77 - batch[1].shape[1]))
+        pixels = TF.normalize(batch.images / 255, glip.MEAN, glip.STD)
+        tokens = F.pad(batch.tokens, (0, 77 - batch.tokens.shape[1]))
         loss = open_clip.ClipLoss()(*theirs(pixels, tokens))
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -621,8 +621,8 @@ def test_open_clip_trains_on_from_our_export_and_we_from_its_checkpoint(folder, 
     (stage,) = train.plan(parse([*WORDS, "--seed", "1"]), 0, 1)
     batch = next(iter(loader(stage.batches, 0, 1, 0, pin=False)))
     with torch.no_grad():
-        pixels = TF.normalize(batch[0] / 255, glip.MEAN, glip.STD)
-        tokens = F.pad(batch[1], (0, 77 - batch[1].shape[1]))
+        pixels = TF.normalize(batch.images / 255, glip.MEAN, glip.STD)
+        tokens = F.pad(batch.tokens, (0, 77 - batch.tokens.shape[1]))
         loss = open_clip.ClipLoss()(*theirs(pixels, tokens)).item()
     assert logged(folder / "on")[0] == pytest.approx(loss, rel=1e-5)
 

@@ -84,7 +84,7 @@ def test_emoji_counts(emoji):
 def test_the_held_out_vendor_is_held_out(emoji):
     train, test = emoji
     held = VENDORS.index("Twtr")
-    assert set(test.vendor) == {held} and held not in train.vendor
+    assert set(test.sources[0].vendor) == {held} and held not in train.vendor
     assert set(train.vendor) == {*range(7)} - {held}
 
 
@@ -92,7 +92,7 @@ def test_no_placeholder_is_left():
     """No picture that four vendors share bit for bit, and hardly one shared across the split."""
     train, test = data.load("emoji", 64)
     seen = {}
-    for pairs in (train, test):
+    for pairs in (train, *test.sources):
         for picture, concept, vendor in zip(pairs.art, pairs.concept, pairs.vendor, strict=True):
             seen.setdefault((concept, picture.tobytes()), set()).add(vendor)
     assert max(len(vendors) for vendors in seen.values()) <= 3
@@ -184,9 +184,9 @@ def test_scenes_put_the_emoji_where_they_say(place):
         assert ((quarter - 0.5).abs() < 0.1).all()
     else:
         assert off.max() > 17 and off.min() < 2 and 0.1 < centre < 0.7
-    again = test.render(np.arange(9), None)
-    assert torch.equal(again, test.render(np.arange(9), None))
-    assert torch.equal(again[4:6], test.render(np.arange(4, 6), None))
+    again = test.render(np.arange(9))
+    assert torch.equal(again, test.render(np.arange(9)))
+    assert torch.equal(again[4:6], test.render(np.arange(4, 6)))
 
 
 def test_backgrounds_are_disjoint():
@@ -238,13 +238,13 @@ def test_processes_share_the_global_batch(emoji):
     order = ConceptOrder(train.concept, 48, 0, "pretrain")
     whole = Batches(train, order, NANO, 0, 1)[7]
     parts = [Batches(train, order, NANO, rank, 4)[7] for rank in range(4)]
-    assert torch.equal(torch.cat([p[0] for p in parts]), whole[0])
-    assert torch.equal(torch.cat([p[2] for p in parts]), whole[2])
-    assert (whole[1][torch.arange(48), glip.lengths(whole[1]) - 1] == glip.END).all()
-    longest = max(p[1].shape[1] for p in parts)
-    assert longest == whole[1].shape[1]
-    for part, rows in zip(parts, whole[1].split(12), strict=True):
-        assert torch.equal(part[1], rows[:, : part[1].shape[1]])
+    assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
+    assert torch.equal(torch.cat([p.noise for p in parts]), whole.noise)
+    tokens = whole.tokens
+    assert (tokens[torch.arange(48), glip.lengths(tokens) - 1] == glip.END).all()
+    assert max(p.tokens.shape[1] for p in parts) == tokens.shape[1]
+    for part, rows in zip(parts, tokens.split(12), strict=True):
+        assert torch.equal(part.tokens, rows[:, : part.tokens.shape[1]])
 
 
 def test_workers_change_nothing(emoji):
@@ -254,7 +254,7 @@ def test_workers_change_nothing(emoji):
     helped = list(loader(batches, 3, 9, 2, False))
     assert len(alone) == 6
     for a, b in zip(alone, helped, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4] == []
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a.bad == []
 
 
 def test_captions_are_names_in_templates_drawn_by_position(emoji):
@@ -266,10 +266,10 @@ def test_captions_are_names_in_templates_drawn_by_position(emoji):
     )
     seen = Counter()
     for step in (0, 7, 40):
-        images, tokens, *_ = whole[step]
-        assert torch.equal(images, plain[step][0])  # a concept stands once in a batch, as before
+        tokens = whole[step].tokens
+        assert torch.equal(whole[step].images, plain[step].images)
         for part, rows in zip(parts, tokens.split(128), strict=True):
-            found = part[step][1]
+            found = part[step].tokens
             assert torch.equal(found, rows[:, : found.shape[1]])
         names = train.texts(order.batch(step))
         for row, name in zip(tokens, names, strict=True):
@@ -278,9 +278,10 @@ def test_captions_are_names_in_templates_drawn_by_position(emoji):
             assert caption.endswith(name), (caption, name)
             seen[caption.removesuffix(name).strip().replace(" an", " a")] += 1
     assert len(seen) >= 4 and 0.2 < seen[""] / seen.total() < 0.6  # bare names have a good share
-    assert not torch.equal(whole[0][1], Batches(
-        train, ConceptOrder(train.concept, 256, 0, "tune"), NANO, 0, 1, prompts=True)[0][1])
-    widths = [whole[step][1].shape[1] for step in range(3)]  # what --estimate counts with
+    tune = ConceptOrder(train.concept, 256, 0, "tune")
+    tune = Batches(train, tune, NANO, 0, 1, prompts=True)
+    assert not torch.equal(whole[0].tokens, tune[0].tokens)
+    widths = [whole[step].tokens.shape[1] for step in range(3)]  # what --estimate counts with
     assert estimate.longest(SimpleNamespace(steps=3, batches=whole)) == sum(widths) / 3
 
 
@@ -400,8 +401,8 @@ def test_the_crop_scale_reaches_folders_and_shards_in_a_worker(tmp_path, cache):
         scale = {} if high == 1 else {"crop_scale": (low, high)}
         train, _ = data.load(names, 32, **scale)
         batches = Batches(train, make_order(train, 60, 0, "x"), NANO, 0, 1)
-        ((images, *_),) = loader(batches, 0, 1, 1, False)
-        spread = images[:, :2].flatten(2).float().aminmax(dim=2)
+        (batch,) = loader(batches, 0, 1, 1, False)
+        spread = batch.images[:, :2].flatten(2).float().aminmax(dim=2)
         area = ((spread.max - spread.min) / 255).prod(dim=1)  # of the crop, over the picture's
         assert low - 0.03 < area.quantile(0.1) and area.quantile(0.9) < high + 0.03
 
@@ -413,7 +414,7 @@ def test_views_are_cut_from_whole_pictures_and_tuning_from_crops(tmp_path, cache
         "--batch-size", "8", "--tune-batch-size", "8", "--crop-scale", "0.1", "0.2",
     ])  # fmt: skip
     pretrain, tune = train.plan(config, 0, 1)
-    images, _, _, views, _ = pretrain.batches[0]
+    images, views = pretrain.batches[0].images, pretrain.batches[0].views
     pairs = pretrain.batches.pairs
     for i, image, aspect in zip(pretrain.batches.order.batch(0), images, views[:, -1], strict=True):
         whole = Image.open(pairs.paths[i])
@@ -421,8 +422,9 @@ def test_views_are_cut_from_whole_pictures_and_tuning_from_crops(tmp_path, cache
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - wanted).max() <= 2
         assert aspect == pytest.approx(whole.width / whole.height)
     assert views.shape == (8, aclip.VIEW_DRAWS + 1)
-    cropped, _, _, views, _ = tune.batches[0]
-    assert views.shape == (8, 0) and (cropped[:, 0].flatten(1).float().std(dim=1) < 50).all()
+    crops = tune.batches[0]
+    assert crops.views.shape == (8, 0)
+    assert (crops.images[:, 0].flatten(1).float().std(dim=1) < 50).all()
 
 
 def test_crops_equal_torchvisions(tmp_path, cache):
@@ -584,7 +586,7 @@ def test_validation_on_another_vendor_leaves_the_test_vendor_out():
     train, test = data.load("emoji", 16, held_out="Joy")
     names = {VENDORS[v] for v in train.vendor}
     assert names == {*VENDORS} - {"Joy", "Twtr"}
-    assert {VENDORS[v] for v in test.vendor} == {"Joy"}
+    assert {VENDORS[v] for v in test.sources[0].vendor} == {"Joy"}
 
 
 def bad_inputs(folder):

@@ -22,6 +22,7 @@ from nanoglip.aclip import VIEW_DRAWS, AClip
 from nanoglip.config import TrainConfig
 from nanoglip.masks import Masker
 from nanoglip.noise import uniform
+from nanoglip.sources.order import Batch
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
 BATCH, SEED, CPU = 12, 3, torch.device("cpu")
@@ -64,7 +65,7 @@ def prepared(
     config = TrainConfig(
         loss=loss, micro_batch=micro, shard=bool(shard), optimizer="adamw"
     )  # fmt: skip
-    batch = (images, tokens[rows], noise, draws, [])
+    batch = Batch(images, tokens[rows], noise, draws, [])
     return network, (shared, network, batch, stage, config, CPU, False)
 
 

@@ -84,7 +84,7 @@ def test_robustness_changes_pixels_and_only_them():
     plain, *changed = seen.values()
     pictures = dict(zip(found, (plain, *changed), strict=True))
     assert all(p.shape == plain.shape and p.dtype == torch.uint8 for p in changed)
-    assert torch.equal(plain, art.render(np.arange(40), None))
+    assert torch.equal(plain, art.render(np.arange(40)))
     assert all((p != plain).any() for p in changed)
     assert (pictures["grey"][:, 0] == pictures["grey"][:, 2]).all()
     assert (pictures["turned, 40°"][:, :, 0, 0] == 255).all()  # the corner is laid open
@@ -218,7 +218,7 @@ def test_train_then_evaluate_by_the_readmes_commands(tmp_path, monkeypatch, caps
         "masked inference": ("pretrained.pt", ids), "full picture": ("pretrained.pt", None),
         "after tuning": ("model.pt", None),
     }  # fmt: skip
-    images, wanted = test.render(np.arange(1809), None), torch.from_numpy(test.concept)
+    images, wanted = test.render(np.arange(1809)), torch.from_numpy(test.concept)
     for column, (file, ids) in columns.items():
         model, _ = glip.load_model(run / file)
         with torch.no_grad():

@@ -311,7 +311,7 @@ def test_cluster_shows_the_asked_share_on_the_average(name, ratio):
     masker.find_threshold(batches.sample(), tower)
     shares = []
     for step in range(12):
-        images, _, noise, *_ = batches[step]
+        images, noise = batches[step].images, batches[step].noise
         ids, visible = masker(images, noise, tower)
         assert ids.shape[1] == num_keep(64, ratio - 0.2)
         shares.append(visible.sum() / (64 * 64))

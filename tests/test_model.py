@@ -19,6 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 import glip
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import distributed, losses
+from nanoglip.sources.order import Batch
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2)
 CAPTIONS = ["a dog", "two cats asleep on a red sofa", "", "word " * 90]
@@ -376,9 +377,10 @@ def test_batches_come_ahead_in_their_order():
     def batches():
         for step in range(4):
             fetched.append(step)
-            yield torch.full((2,), step), torch.zeros(1), [["bad", str(step)]]
+            tensors = [torch.full((2,), step), *torch.zeros(3, 1)]
+            yield Batch(*tensors, [["bad", str(step)]])
 
-    for step, (images, _, bad) in enumerate(distributed.ahead(batches(), torch.device("cpu"))):
-        assert images.tolist() == [step, step] and bad == [["bad", str(step)]]
+    for step, batch in enumerate(distributed.prefetch(batches(), torch.device("cpu"))):
+        assert batch.images.tolist() == [step, step] and batch.bad == [["bad", str(step)]]
         assert fetched == list(range(min(step + 2, 4)))
     assert step == 3

@@ -61,7 +61,7 @@ class Pairs:
         self.captions = [f"costs ${i}_{{x \\frac$ {i}" for i in range(40)]
         self.concept = np.arange(40)
 
-    def render(self, ids, draws):
+    def render(self, ids):
         return torch.zeros(len(ids), 3, 8, 8, dtype=torch.uint8)
 
 

@@ -315,15 +315,16 @@ def test_two_nodes_are_one_run(tmp_path):
 
 
 POISON = """
-import os, sys, data, train
-original = data.Batches.__getitem__
+import os, sys, train
+from nanoglip.sources.order import Batches
+original = Batches.__getitem__
 def poisoned(self, step):
-    images, *rest = original(self, step)
-    images = images.float() / 255
+    batch = original(self, step)
+    images = batch.images.float() / 255
     if step == 3 and self.rank == {rank}:
         images[0] = float("nan")
-    return images, *rest
-data.Batches.__getitem__ = poisoned
+    return batch._replace(images=images)
+Batches.__getitem__ = poisoned
 train.main()
 """
 

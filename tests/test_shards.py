@@ -428,7 +428,7 @@ def test_fuzzed_shards_never_crash(tmp_path):
 
 def numbers(batches, step):
     """The pictures of a process's share of a batch, by their captions."""
-    tokens = batches[step][1]
+    tokens = batches[step].tokens
     return [number_of(decode_tokens(row[1 : n - 1]))
             for row, n in zip(tokens, glip.lengths(tokens))]  # fmt: skip
 
@@ -524,11 +524,11 @@ def test_sources_are_mixed_by_their_weights(folder, tmp_path):
         seen = np.unique(np.concatenate(own), return_counts=True)[1]
         assert len(seen) >= len(source) - len(source.held) - 1  # half, and then the other half
         assert seen.min() == seen.max() or quota == plan.quota[1]
-    images, tokens, *_ = Batches(train, plan, NANO, 0, 1)[3]
+    images, tokens = Batches(train, plan, NANO, 0, 1)[3][:2]
     ids = plan.batch(3)
     assert images.shape == (20, 3, 16, 16) and not np.array_equal(ids, np.sort(ids))
     assert torch.equal(tokens, glip.tokenize(train.texts(ids))[:, : tokens.shape[1]])
-    halves = [Batches(train, plan, NANO, rank, 2)[3][0] for rank in (0, 1)]
+    halves = [Batches(train, plan, NANO, rank, 2)[3].images for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), images)
     for bad, words in (
         ({"weights": (1.0,)}, "needs 3 numbers"), ({"weights": (1.0, 0.0, 1.0)}, "above 0"),

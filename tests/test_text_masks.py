@@ -15,6 +15,7 @@ from nanoglip import files
 from nanoglip.sources import captions
 from nanoglip.sources.captions import LONGEST, TextMask
 from nanoglip.sources.order import Batches, ConceptOrder
+from nanoglip.sources.pictures import Source
 from nanoglip.text import TEXT_MASKS, mask_text
 
 CAPTIONS = ["a big red apple on the wooden table near an open window", "cat", "the dog's bone",
@@ -22,13 +23,16 @@ CAPTIONS = ["a big red apple on the wooden table near an open window", "cat", "t
             "! ! of ! of ! of the flag of the flag of France !"]  # fmt: skip
 
 
-class Captions:
+class Captions(Source):
     """Pairs as far as a text mask looks at them: caption i has counts[i] pictures."""
 
     def __init__(self, captions, counts=None):
         self.captions = captions
         self.concept = np.repeat(np.arange(len(captions)), counts or [1] * len(captions))
         self.held = np.empty(0, int)
+
+    def stamp(self, ids):
+        return str(self.texts(np.arange(len(self))))
 
     def __len__(self):
         return len(self.concept)
@@ -176,13 +180,13 @@ def test_batches_mask_captions_by_their_address():
     config = glip.GLIPConfig(32, 8, 24, 1, 3, 10, 20, 1, 2)
     order = ConceptOrder(train.concept, 12, 3, "pretrain")
     apply = TextMask("frequency", 4, 1e-4, train)
-    whole = Batches(train, order, config, 0, 1, apply)[5][1]
-    parts = [Batches(train, order, config, rank, 3, apply)[5][1] for rank in range(3)]
+    whole = Batches(train, order, config, 0, 1, apply)[5].tokens
+    parts = [Batches(train, order, config, rank, 3, apply)[5].tokens for rank in range(3)]
     width = whole.shape[1]
     assert width == 4
     padded = [torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts]
     assert torch.equal(whole, torch.cat(padded))
-    assert not torch.equal(whole, Batches(train, order, config, 0, 1)[5][1][:, :width])
+    assert not torch.equal(whole, Batches(train, order, config, 0, 1)[5].tokens[:, :width])
 
 
 @pytest.mark.parametrize(

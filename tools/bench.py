@@ -46,7 +46,7 @@ from nanoglip.evals.metrics import classification
 from nanoglip.machine import Device, machine, pick_device, use_bf16
 from nanoglip.sources import shards
 from nanoglip.sources.emoji import Emoji, photographs
-from nanoglip.sources.order import Batches, make_order
+from nanoglip.sources.order import Batch, Batches, make_order
 from nanoglip.sources.shards import Shards
 
 SIDE, BATCH = 224, 128
@@ -80,7 +80,7 @@ def ours(folder: Path) -> Iterator[int]:
     config, train = GLIPConfig.named("ViT-B-16"), Shards(str(folder), SIDE)
     batches = Batches(train, make_order(train, BATCH, 0, "pretrain"), config, 0, 1)
     for step in range(10**9):
-        yield len(batches[step][0])
+        yield len(batches[step].images)
 
 
 def theirs(folder: Path) -> Iterator[int]:
@@ -266,7 +266,7 @@ def a_step(flags: list[str], batch: int) -> tuple[object, TrainConfig, GLIPConfi
     bf16 = use_bf16("auto", device)
 
     def step() -> None:
-        drawn = (images, tokens, torch.rand(batch, patches), torch.zeros(batch, 0), [])
+        drawn = Batch(images, tokens, torch.rand(batch, patches), torch.zeros(batch, 0), [])
         train.compute_gradients(model, model, drawn, stage, config, device, bf16)
         train.apply_gradients(model, optimizers, 1e-3, 0.0)
 

@@ -119,7 +119,7 @@ def measure_cost(threads: int, masks: list[str], rounds: int = 8) -> dict:
             train.renew_mask(stage, model, changed, step, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 ids_keep, _ = stage.masker(
-                    batch[0].to(device), batch[2].to(device), model.visual
+                    batch.images.to(device), batch.noise.to(device), model.visual
                 )
             if ids_keep is not None:
                 ids_keep[0, 0].item()  # waits for a GPU

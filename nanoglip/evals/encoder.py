@@ -16,7 +16,6 @@ from nanoglip.evals.metrics import hits, retrieval, zero_shot
 from nanoglip.machine import Device
 from nanoglip.masks import Masker
 from nanoglip.noise import uniform
-from nanoglip.sources.emoji import PROMPTS, UNSEEN, Emoji, captioned
 from nanoglip.sources.pictures import HeldOut
 
 
@@ -73,11 +72,11 @@ def intervals(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
 
 
 
-def mask_shares(encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker) -> dict:
+def mask_shares(encoder: Encoder, pairs: HeldOut, masker: Masker) -> dict:
     """What the mask does to the held-out pictures: shares of patches computed and seen."""
     n, seen = math.prod(encoder.model.config.grid), []
     for ids in np.array_split(np.arange(len(pairs.concept)), -(-len(pairs.concept) // 256)):
-        images = pairs.render(ids, None).to(encoder.device)
+        images = pairs.render(ids).to(encoder.device)
         ids_keep, visible = encoder.mask(images, int(ids[0]), masker)
         seen.append(torch.ones_like(ids_keep).sum(1) if visible is None else visible.sum(1))
     seen = torch.cat(seen).double()
@@ -89,59 +88,58 @@ def mask_shares(encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker) -> dic
 
 
 
-def quick(model: GLIP, pairs: Emoji | HeldOut, on: Device) -> dict:
+def quick(model: GLIP, pairs: HeldOut, on: Device) -> dict:
     """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
     if not len(pairs.concept):
         return {}
     full = metrics(evaluate(Encoder(model, on), pairs))
     names = ("zero-shot top-1", "zero-shot top-5")
-    if isinstance(pairs, HeldOut):
+    if pairs.flags is None:
         names = ("image to text R@1", "image to text R@5", "text to image R@5")
     return {name: full[name] for name in names if name in full}
 
 
 
 def features(
-    encoder: Encoder, pairs: Emoji | HeldOut, masker: Masker | None = None,
+    encoder: Encoder, pairs: HeldOut, masker: Masker | None = None,
     change: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """image_features (M, E) and text_features (C, E) of the held-out pairs.
 
     Under a mask, or with pictures (B, 3, S, S) changed, if given.
     """
-    images = encoder.images(lambda ids: change(pairs.render(ids, None)), len(pairs.concept), masker)
+    images = encoder.images(lambda ids: change(pairs.render(ids)), len(pairs.concept), masker)
     return images, encoder.texts(pairs.captions)
 
 
 
-def ranked(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+def ranked(pairs: HeldOut, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
     """Ranks by question, zero-shot (emoji) and retrieval, from the pairs' `features`."""
     result = {}
-    if isinstance(pairs, Emoji):
+    if pairs.flags is not None:
         result = zero_shot(images, texts, pairs.concept, pairs.flags)
     shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
     return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
 
 
 
-def prompted(encoder: Encoder, pairs: Emoji, images: Tensor) -> dict[str, float]:
+def prompted(encoder: Encoder, pairs: HeldOut, images: Tensor) -> dict[str, float]:
     """Zero-shot top-1 of image_features (M, E) by the prompt that all names are put in."""
     found = {}
-    for template in (*PROMPTS, *UNSEEN):
-        names = encoder.texts([captioned(name, template) for name in pairs.captions])
-        answers = zero_shot(images, names, pairs.concept, pairs.flags)
-        found[template.format("...", a="a")] = metrics(answers)["zero-shot top-1"]
+    for prompt, names in pairs.prompts().items():
+        answers = zero_shot(images, encoder.texts(names), pairs.concept, pairs.flags)
+        found[prompt] = metrics(answers)["zero-shot top-1"]
     return found
 
 
 
-def evaluate(encoder: Encoder, pairs: Emoji | HeldOut, *how: object) -> dict[str, Tensor]:
+def evaluate(encoder: Encoder, pairs: HeldOut, *how: object) -> dict[str, Tensor]:
     """Ranks by question of the held-out pairs; `how`: as `features` is told."""
     return ranked(pairs, *features(encoder, pairs, *how))
 
 
 
-def robustness(encoder: Encoder, pairs: Emoji | HeldOut) -> dict:
+def robustness(encoder: Encoder, pairs: HeldOut) -> dict:
     """All metrics of the held-out pictures, as they are and after each change."""
     from torchvision.transforms.v2 import functional as change
 

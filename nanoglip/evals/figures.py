@@ -17,7 +17,6 @@ from nanoglip import files, masks
 from nanoglip.evals.metrics import ranks
 from nanoglip.masks import Masker
 from nanoglip.noise import uniform
-from nanoglip.sources.emoji import FREE_ART, Emoji
 from nanoglip.sources.pictures import HeldOut
 
 GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
@@ -81,7 +80,7 @@ def draw_curves(run: Path) -> object:
 
 
 def draw_masks(
-    pairs: Emoji | HeldOut, picks: np.ndarray, encoder: object, own: Masker
+    pairs: HeldOut, picks: np.ndarray, encoder: object, own: Masker
 ) -> object:
     """Every mask of the registry on the same pictures, and how often it keeps each patch.
 
@@ -91,7 +90,7 @@ def draw_masks(
     tower, grid = encoder.model.visual, encoder.model.config.grid
     p, n = encoder.model.config.patch_size, grid[0] * grid[1]
     ratio = own.mask_ratio or 0.75
-    many = pairs.render(np.arange(len(pairs.concept))[:2000], None).to(encoder.device)
+    many = pairs.render(np.arange(len(pairs.concept))[:2000]).to(encoder.device)
     noise = torch.from_numpy(uniform(0, "gallery", 0, len(many), n)).to(encoder.device)
     fig = figure(1.1 * (len(picks) + 1.5), 1.1 * len(masks.MASKS) + 0.4)
     axes = fig.subplots(len(picks) + 1, len(masks.MASKS), squeeze=False)
@@ -122,7 +121,7 @@ def draw_masks(
     return fig
 
 
-def draw_top5(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
+def draw_top5(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
     """Held-out pictures with the five captions the model finds likeliest, the right one in blue.
 
     Where it is not among the five, it stands below them with its rank.
@@ -132,7 +131,7 @@ def draw_top5(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.n
     for cell in fig.subplots(rows, columns, squeeze=False).flat:
         cell.axis("off")
     for cell, i in zip(fig.axes, picks, strict=False):
-        show(cell, pairs.render(np.array([i]), None)[0])
+        show(cell, pairs.render(np.array([i]))[0])
         scores, wanted = images[i] @ texts.T, int(pairs.concept[i])
         found = scores.topk(min(5, len(texts))).indices.tolist()
         rank = 1 + int(ranks(scores[None], (torch.arange(len(texts)) == wanted)[None]))
@@ -150,7 +149,7 @@ def draw_top5(pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.n
 
 
 def draw_retrieval(
-    pairs: Emoji | HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray
+    pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray
 ) -> object:
     """Captions and the pictures found for them, best first, the right ones framed.
 
@@ -167,7 +166,7 @@ def draw_retrieval(
             cell.set_axis_off()
         for cell, j in zip(row, found, strict=False):
             cell.set_axis_on()
-            show(cell, pairs.render(np.array([j]), None)[0])
+            show(cell, pairs.render(np.array([j]))[0])
             right = pairs.concept[j] == caption
             for side in cell.spines.values():
                 side.set(color=GOOD if right else "#dddddd", linewidth=3 if right else 1)
@@ -184,21 +183,19 @@ def shorten(text: str, length: int) -> str:
 
 
 def draw_all(
-    run: Path, config: dict, features: tuple[Tensor, Tensor] | None, test: Emoji | HeldOut,
-    before: object, before_test: Emoji | HeldOut, masker: Masker,
+    run: Path, config: dict, features: tuple[Tensor, Tensor] | None, test: HeldOut,
+    before: object, before_test: HeldOut, masker: Masker,
 ) -> list[str]:  # fmt: skip
     """Write the run's PNGs; art that may not be published is left out. Returns their names.
 
     `features` are the final model's of the pairs `test`; `before` was trained under `masker`.
     """
     figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
-    art = before_test
-    if isinstance(art, Emoji):
-        art = Emoji(before_test.name, before.model.config.pixels[0], FREE_ART, "test")
+    art = before_test.free_art()
     if len(art.concept):
         picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
         figures["masks.png"] = draw_masks(art, picks, before, masker)
-    if len(test.concept) and (not isinstance(test, Emoji) or config["held_out"] in FREE_ART):
+    if len(test.concept) and test.publishable:
         sample = np.random.default_rng(1).permutation(len(test.concept))
         figures["top5.png"] = draw_top5(test, *features, sample[:18])
         figures["retrieval.png"] = draw_retrieval(test, *features, sample[-8:])

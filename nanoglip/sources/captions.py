@@ -18,7 +18,6 @@ from glip import InputError, encode_word, lengths, tokenize, words
 from nanoglip import files
 from nanoglip.files import cached, cached_array, digest, open_regular
 from nanoglip.masks import declared
-from nanoglip.sources.emoji import Emoji
 from nanoglip.sources.pictures import Source
 from nanoglip.text import TEXT_MASKS, mask_text
 
@@ -31,7 +30,7 @@ class TextMask:
     """A text mask of the registry with what its row declares: captions -> shortened tokens."""
 
     def __init__(
-        self, text_mask: str, text_tokens: int, text_threshold: float, pairs: Emoji | Source
+        self, text_mask: str, text_tokens: int, text_threshold: float, pairs: Source
     ) -> None:
         self.text_mask, self.text_tokens = text_mask, text_tokens
         self.inputs = declared(TEXT_MASKS[text_mask])
@@ -71,7 +70,7 @@ def per_token(
     return table
 
 
-def word_shares(pairs: Emoji | Source) -> dict[str, float]:
+def word_shares(pairs: Source) -> dict[str, float]:
     """Each word's share of all words in the training captions: one pass, kept in the cache."""
 
     def count() -> dict[str, int]:
@@ -87,7 +86,7 @@ def word_shares(pairs: Emoji | Source) -> dict[str, float]:
 
 
 def captions_of(
-    pairs: Emoji | Source, purpose: str, block: int = 10_000
+    pairs: Source, purpose: str, block: int = 10_000
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
     """All training captions, by blocks: (ids, texts)."""
     begins = range(0, len(pairs), block)
@@ -97,12 +96,9 @@ def captions_of(
         yield ids, pairs.texts(ids)
 
 
-def captions_key(pairs: Emoji | Source) -> str:
+def captions_key(pairs: Source) -> str:
     """What tells these captions from others, short."""
-    stamp = pairs.stamp(np.arange(0)) if isinstance(pairs, Source) else ""
-    if not stamp:
-        stamp = "\n".join(text for _, texts in captions_of(pairs, "") for text in texts)
-    return digest([], stamp)[:16]
+    return digest([], pairs.stamp(np.arange(0)))[:16]
 
 
 CLASSES = ("NN", "JJ", "VB")  # nouns, adjectives, verbs: how their tags begin

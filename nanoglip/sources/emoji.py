@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from glip import InputError, tokenize
+from glip import InputError
 from nanoglip import files
 from nanoglip.files import write_bytes, write_safely
 from nanoglip.noise import DRAWS, uniform
+from nanoglip.sources.pictures import Source
 
 VENDORS = ("Appl", "FB", "Goog", "Joy", "Sams", "Twtr", "Wind")
 
@@ -149,7 +150,7 @@ def photographs(split: str, side: int) -> list[np.ndarray]:
     return photos
 
 
-class Emoji:
+class Emoji(Source):
     """Some vendors' pictures, plain or in scenes, with the names of all.
 
     `captions` are all names; `concept` (M,) is each picture's; `flags` says which names are flags.
@@ -157,8 +158,8 @@ class Emoji:
 
     def __init__(self, data: str, image_size: int, vendors: tuple[str, ...], split: str) -> None:
         self.place = data.removeprefix("scenes-") if data.startswith("scenes-") else None
-        self.name, self.held = data, np.empty(0, int)
-        self.image_size, self.split = image_size, split
+        self.name, self.image_size, self.split = data, image_size, split
+        self.publishable = set(vendors) <= set(FREE_ART)
         side = min(NATIVE, int(EMOJI_SHARE * image_size) if self.place else image_size)
         art, pictures, self.counts = decode_emoji(side)
         sequences = sorted({sequence for sequence, _ in pictures})
@@ -168,6 +169,7 @@ class Emoji:
         rows = [i for i, (_, vendor) in enumerate(pictures) if vendor in vendors]
         self.concept = np.array([number[pictures[i][0]] for i in rows])
         self.vendor = np.array([VENDORS.index(pictures[i][1]) for i in rows])
+        self.held = np.arange(len(rows) if split == "test" else 0)
         self.art = art[rows].transpose(0, 3, 1, 2)                             # (M, 4, side, side)
         if self.place:
             self.photos = photographs(split, image_size)
@@ -180,16 +182,31 @@ class Emoji:
         return len(self.concept)
 
     def where(self, i: int) -> str:
-        """A picture's vendor and name."""
         return f"{VENDORS[self.vendor[i]]} {self.captions[self.concept[i]]}"
 
-    def texts(self, ids: np.ndarray) -> list[str]:
-        """Names of pictures."""
-        return [self.captions[i] for i in self.concept[ids]]
+    def stamp(self, ids: np.ndarray) -> str:
+        vendors = [VENDORS[i] for i in np.unique(self.vendor)]
+        return f"{self.name} {self.split} {vendors} {self.counts}"
 
-    def tokens(self, ids: np.ndarray) -> Tensor:
-        """Token ids of names, (B, T)."""
-        return tokenize(self.texts(ids))
+    def examples(self, ids: np.ndarray) -> list[str]:
+        return [self.name, *(VENDORS[i] for i in self.vendor[ids])]
+
+    def check_readable(self, max_bad: float) -> np.ndarray:
+        """The held-out pictures: all can be read."""
+        return self.held
+
+    def free_art(self) -> "Emoji":
+        return Emoji(self.name, self.image_size, FREE_ART, self.split)
+
+    def prompts(self) -> dict[str, list[str]]:
+        return {template.format("...", a="a"): [captioned(name, template) for name in self.captions]
+                for template in (*PROMPTS, *UNSEEN)}  # fmt: skip
+
+    def prompted(self, ids: np.ndarray, draws: np.ndarray) -> list[str]:
+        return prompted(self.texts(ids), draws)
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return [self.captions[i] for i in self.concept[ids]]
 
     def read(
         self, ids: np.ndarray, draws: np.ndarray, aspects: np.ndarray | None = None
@@ -199,7 +216,7 @@ class Emoji:
             aspects[:] = 1
         return ids, self.render(ids, draws), []
 
-    def render(self, ids: np.ndarray, draws: np.ndarray | None) -> Tensor:
+    def render(self, ids: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
         """Pictures `ids` (B,), augmented by draws (B, DRAWS) in [0, 1) if given -> (B, 3, S, S)."""
         if self.place:
             fixed = draws if draws is not None else np.concatenate(

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,24 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 from glip import GLIPConfig, InputError, lengths, tokenize
 from nanoglip.noise import DRAWS, uniform
 from nanoglip.sources.captions import LONGEST, TextMask
-from nanoglip.sources.emoji import Emoji, prompted
-from nanoglip.sources.pictures import Mixed, Source
-from nanoglip.sources.shards import Shards
+from nanoglip.sources.pictures import Source
 from nanoglip.text import cut_tokens
 
 
 # Order: pure functions of (seed, stage, epoch, position)
 def make_order(
-    pairs: Emoji | Source, batch_size: int, seed: int, stage: str,
-    chances: np.ndarray | None = None,
+    pairs: Source, batch_size: int, seed: int, stage: str, chances: np.ndarray | None = None
 ) -> "Order":  # fmt: skip
     """The order that suits the data: distinct captions where they are few, windows in shards.
 
     `chances` (M,) says how likely an epoch shows each picture, if not all are shown.
     """
-    if isinstance(pairs, Mixed):
+    if pairs.sources:
         return MixedOrder(pairs, batch_size, seed, stage)
-    if isinstance(pairs, Shards) or chances is not None:
+    if pairs.concept is None or chances is not None:
         return ShardOrder(pairs, batch_size, seed, stage, chances)
     return ConceptOrder(pairs.concept, batch_size, seed, stage)
 
@@ -160,8 +158,8 @@ class ShardOrder(Order):
         chances: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, seed, stage)
-        index = getattr(pairs, "index", None)
-        self.starts = index.starts if index else np.array([0, len(pairs)])
+        starts = pairs.shard_starts
+        self.starts = starts if len(starts) else np.array([0, len(pairs)])
         self.held, self.chances = pairs.held, chances
         self.total = len(pairs) - len(pairs.held)
         self.length = self.total if chances is None else round(float(chances.sum()))
@@ -232,7 +230,7 @@ class MixedOrder(Order):
     0.2 shows another fifth each time.
     """
 
-    def __init__(self, pairs: Mixed, batch_size: int, seed: int, stage: str) -> None:
+    def __init__(self, pairs: Source, batch_size: int, seed: int, stage: str) -> None:
         super().__init__(batch_size, seed, stage)
         if not all(0 < weight < math.inf for weight in pairs.weights):
             raise InputError("--data-weights must be above 0 and finite")
@@ -289,18 +287,31 @@ class MixedOrder(Order):
 
 
 # Batches
+class Batch(NamedTuple):
+    """What a process computes a step with: B pairs, and noise for their masks."""
+
+    images: Tensor  # (B, 3, S, S) bytes
+    tokens: Tensor  # (B, T), T: the longest caption's; they stay on the CPU until they are packed
+    noise: Tensor  # (B, N) fp32, for the patch mask
+    views: Tensor  # (B, 0); where views are cut out of whole pictures, their noise and aspect ratio
+    bad: list[list[str]]  # [source, where, reason] of each unreadable picture that was replaced
+
+    def to_device(self, device: torch.device) -> "Batch":
+        """The batch with all but the tokens on a device."""
+        images, noise, views = (
+            x.to(device, non_blocking=True) for x in (self.images, self.noise, self.views)
+        )
+        return self._replace(images=images, noise=noise, views=views)
+
+
 class Batches(Dataset):
     """Item `step`: this process's share of the global batch, a pure function of the step.
 
-    images (B, 3, S, S) bytes, tokens (B, T) cut to the longest caption, mask noise (B, N) fp32,
-    (B, 0), and the bad pictures that others stand in for, as [source, where, reason].
-
-    A stage that cuts views out of pictures gets them whole, and in place of (B, 0) `views` random
-    numbers and the width / height that each picture had before, (B, views + 1).
+    A stage that cuts `views` out of pictures gets them whole, squeezed into the square.
     """
 
     def __init__(
-        self, pairs: Emoji | Source, order: Order, config: GLIPConfig, rank: int, world: int,
+        self, pairs: Source, order: Order, config: GLIPConfig, rank: int, world: int,
         text_mask: "TextMask | None" = None, views: int = 0, prompts: bool = False,
     ) -> None:  # fmt: skip
         self.pairs, self.order, self.text_mask, self.views = pairs, order, text_mask, views
@@ -308,7 +319,7 @@ class Batches(Dataset):
         self.patches, self.context_length = config.grid[0] * config.grid[1], config.context_length
         self.rank, self.share = rank, order.batch_size // world
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[str]]]:
+    def __getitem__(self, step: int) -> Batch:
         start = self.rank * self.share
         ids = self.order.batch(step)[start : start + self.share]
         position = step * self.order.batch_size + start
@@ -321,7 +332,7 @@ class Batches(Dataset):
         views = self.noise("extra", position, self.views)
         if aspects is not None:
             views = torch.cat([views, torch.from_numpy(aspects)[:, None]], dim=1)
-        return images, tokens, masks, views, bad
+        return Batch(images, tokens, masks, views, bad)
 
     def tokens(self, ids: np.ndarray, position: int) -> Tensor:
         """Token ids of pictures that stand from a position on, (B, T)."""
@@ -330,7 +341,7 @@ class Batches(Dataset):
             return self.text_mask(self.pairs.texts(ids), words)
         if self.prompts:
             chosen = self.noise("prompt", position, 1)[:, 0].numpy()
-            return tokenize(prompted(self.pairs.texts(ids), chosen), self.context_length)
+            return tokenize(self.pairs.prompted(ids, chosen), self.context_length)
         return cut_tokens(self.pairs.tokens(ids), self.context_length)
 
     def noise(self, purpose: str, position: int, n: int) -> Tensor:

@@ -196,6 +196,10 @@ class Source:
 
     `left_out`: rows of the data, as given, that have no number here. `crop_scale`: smallest and
     largest share of the area that a training crop covers.
+
+    What only some sources have is empty in the others: `concept` (M,), the number of each picture's
+    caption in `captions`; `flags` (C,), where captions are class names: which of them are flags;
+    `shard_starts` (S + 1,); `sources` and their `weights`, passes in an epoch.
     """
 
     name: str
@@ -204,6 +208,13 @@ class Source:
     left_out = np.empty(0, int)
     crop_scale = CROP_SCALE
     counts: dict[str, int]
+    captions: Sequence[str] = ()
+    concept: np.ndarray | None = None
+    flags: np.ndarray | None = None
+    shard_starts = np.empty(0, int)
+    sources: Sequence["Source"] = ()
+    weights: Sequence[float] = ()
+    publishable = True  # whether figures may show its pictures
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -227,6 +238,22 @@ class Source:
     def tokens(self, ids: np.ndarray) -> Tensor:
         """Token ids of captions, (B, T)."""
         return tokenize(self.texts(ids))
+
+    def prompted(self, ids: np.ndarray, draws: np.ndarray) -> list[str]:
+        """Class names of pictures in templates that draws (B,) choose."""
+        raise NotImplementedError
+
+    def prompts(self) -> dict[str, list[str]]:
+        """All class names in each template that is evaluated; empty where captions are texts."""
+        return {}
+
+    def examples(self, ids: np.ndarray) -> list[str]:
+        """What tells these pictures from others, wherever the data lie."""
+        return [Path(self.where(i)).name for i in ids]
+
+    def free_art(self) -> "Source":
+        """The source in the place of this one whose pictures figures may show."""
+        return self
 
     def following(self, i: int) -> int:
         """The picture that stands in for a bad one: the next that is not held out."""
@@ -280,7 +307,20 @@ class Source:
                 (content,) = self.encoded(ids[k : k + 1])
         return ids, images, bad
 
-    def probe(self, max_bad: float) -> np.ndarray:
+    def render(self, ids: np.ndarray) -> Tensor:
+        """Held-out pictures `ids`, centred squares, (B, 3, S, S) bytes. Raises InputError."""
+        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for k, (i, content) in enumerate(zip(ids, self.encoded(ids), strict=True)):
+            try:
+                images[k] = self.image(content, None)
+            except BadPicture as error:
+                raise InputError(
+                    f"{self.where(i)} is held out and was read before, and now cannot be "
+                    f"({error}): look after the data"
+                ) from None
+        return images
+
+    def check_readable(self, max_bad: float) -> np.ndarray:
         """Decode the first PROBED pictures and all held-out ones; returns the good held-out ones.
 
         Bad ones are named. Raises InputError if more than max_bad of them are bad.
@@ -320,15 +360,16 @@ class Source:
 
 
 class HeldOut:
-    """The held-out pictures of some sources; equal captions are one concept.
+    """The held-out pictures of some sources, as evaluation sees them.
 
-    `captions`: the distinct ones; `concept` (M,): each picture's.
+    `captions`: the distinct ones, or all class names; `concept` (M,): each picture's. `flags`:
+    which class names are flags, None where captions are texts.
     """
 
     def __init__(self, sources: Sequence[Source], chosen: Sequence[np.ndarray]) -> None:
-        self.sources, self.chosen = sources, chosen
+        self.sources, self.chosen, self.flags = sources, chosen, sources[0].flags
         texts = [t for s, ids in zip(sources, chosen, strict=True) for t in s.texts(ids)]
-        self.captions = sorted(set(texts))
+        self.captions = sorted(set(texts)) if self.flags is None else sources[0].captions
         number = {text: i for i, text in enumerate(self.captions)}
         self.concept = np.array([number[text] for text in texts], int)
         self.ends = np.cumsum([len(ids) for ids in chosen])
@@ -336,21 +377,35 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.concept)
 
-    def render(self, ids: np.ndarray, draws: None = None) -> Tensor:
-        """Pictures `ids` (B,), centred squares -> (B, 3, S, S) bytes."""
+    @property
+    def publishable(self) -> bool:
+        """Whether figures may show the pictures."""
+        return all(source.publishable for source in self.sources)
+
+    def free_art(self) -> "HeldOut":
+        """The pairs in the place of these whose pictures figures may show."""
+        if self.flags is None:
+            return self
+        source = self.sources[0].free_art()
+        return HeldOut([source], [source.held])
+
+    def prompts(self) -> dict[str, list[str]]:
+        """All class names in each template that is evaluated; empty where captions are texts."""
+        return self.sources[0].prompts()
+
+    def examples(self) -> list[str]:
+        """What tells these pictures from others, wherever the data lie."""
+        each = zip(self.sources, self.chosen, strict=True)
+        return [example for source, ids in each for example in source.examples(ids)]
+
+    def render(self, ids: np.ndarray) -> Tensor:
+        """Pictures `ids` (B,) -> (B, 3, S, S) bytes."""
         size, number = self.sources[0].image_size, np.searchsorted(self.ends, ids, "right")
         images = torch.empty(len(ids), 3, size, size, dtype=torch.uint8)
         for s in np.unique(number):
             places = np.flatnonzero(number == s)
             own = self.chosen[s][ids[places] - self.ends[s]]  # counted from the end
-            for place, i, content in zip(places, own, self.sources[s].encoded(own), strict=True):
-                try:
-                    images[place] = self.sources[s].image(content, None)
-                except BadPicture as error:
-                    raise InputError(
-                        f"{self.sources[s].where(i)} is held out and was read before, and now "
-                        f"cannot be ({error}): look after the data"
-                    ) from None
+            images[places] = self.sources[s].render(own)
         return images
 
 

@@ -582,7 +582,7 @@ class Shards(Source):
 
     def __init__(self, location: str, image_size: int) -> None:
         self.name, self.image_size, self.index = location, image_size, Index(location)
-        total = len(self.index)
+        self.shard_starts, total = self.index.starts, len(self.index)
         self.held = held_out(self.index.names)
         left_out = {f"left out: {why}": n for why, n in self.index.skipped.items()}
         self.counts = {"pictures": total, "shards": len(self.index.counts), **left_out}
