@@ -4,7 +4,7 @@
     python evaluate.py runs/demo --linear-probe
     python evaluate.py runs/demo --robustness               the same pictures, blurred, turned, ...
     python evaluate.py runs/demo --publish  copies its results.json to results/; --figures its PNGs
-    python evaluate.py runs/demo --zero-shot DIR CIFAR10 --retrieval DIR    published sets:
+    python evaluate.py runs/demo --zero-shot DIR --retrieval DIR            published sets:
     python evaluate.py runs/demo --suite paper --root DIR                   see benchmarks.py
     python evaluate.py runs/a runs/b        which differences between two runs are real; with
                                             --zero-shot, --retrieval or --suite on published sets
@@ -65,16 +65,16 @@ def keep_ranks(
     asked = json.dumps([pairs.examples(), pairs.captions, pairs.concept.tolist()])
     arrays = {column: {question: rank.numpy() for question, rank in questions.items()}
               for column, questions in found.items()}  # fmt: skip
-    significance.keep(run / "outcomes.npz", arrays, digest([], asked), model)
+    significance.save_outcomes(run / "outcomes.npz", arrays, digest([], asked), model)
 
 
 def kept_ranks(run: Path, options: "EvaluateConfig") -> tuple[dict[str, dict[str, Tensor]], str]:
     """What keep_ranks wrote; evaluates where that is missing, or of another model or precision."""
     path = run / "outcomes.npz"
     model = identity(run, resolve(options.device, options.precision).precision)
-    if not path.is_file() or significance.kept(path)[2] != model:
+    if not path.is_file() or significance.load_outcomes(path)[2] != model:
         run_evaluation(replace(options, run=str(run), other=""))
-    arrays, pairs, _ = significance.kept(path)
+    arrays, pairs, _ = significance.load_outcomes(path)
     found = {column: {question: torch.from_numpy(rank) for question, rank in questions.items()
                       if question in WITHIN} for column, questions in arrays.items()}  # fmt: skip
     return found, pairs
@@ -108,7 +108,7 @@ def compare_runs(options: "EvaluateConfig") -> list[str]:
         )
     tables = significance.compare(*({column: side[column] for column in both} for side in (a, b)))
     precision = resolve(options.device, options.precision).precision
-    cli.say(f"A: {runs[0]}\nB: {runs[1]}\nin {precision}\n{significance.describe(tables)}")
+    cli.say(f"A: {runs[0]}\nB: {runs[1]}\nin {precision}\n{significance.comparison_table(tables)}")
     return problems
 
 
@@ -139,10 +139,10 @@ class EvaluateConfig:
     robustness: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # on changed pictures too
     publish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy results.json to results/
     figures: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy the PNGs to results/
-    zero_shot: tuple[str, ...] = ()  # instead: published sets in folders, or torchvision's names
+    zero_shot: tuple[str, ...] = ()  # instead: published sets in folders
     retrieval: tuple[str, ...] = ()  # instead: published sets with captions, in folders
     suite: Literal["none", "paper"] = "none"  # instead: the paper's sets, as far as under --root
-    root: str = "."  # folder of the suite's sets, and of torchvision's
+    root: str = "."  # folder of the suite's sets
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
 
@@ -309,7 +309,7 @@ def run_benchmarks(
     folders = labelled_folders(options, encoder.model.config.pixels[0])
     known_results(run)  # as above
     new, answers, problems = benchmarks.evaluate_sets(
-        columns, places, captioned, options.root, rank, world
+        columns, places, captioned, rank, world
     )
     if rank:
         return answers, problems
@@ -319,18 +319,18 @@ def run_benchmarks(
     results["benchmarks"] = {**results.get("benchmarks", {}), **new}
     found, told = {}, []
     if new:
-        told.append(benchmarks.describe(new, on.precision))
+        told.append(benchmarks.sets_table(new, on.precision))
         cli.say(told[0])
         write_results(run, results)
     try:
-        folders += [probe.to_probe(place, encoder.model.config.pixels[0]) for place in probed]
+        folders += [probe.open_set(place, encoder.model.config.pixels[0]) for place in probed]
         found = probe_all(encoder, run, folders, options.linear_probe, options.few_shot)
     except InputError as error:
         problems.append(str(error))
     if found:
         results["linear_probe"] = {**results.get("linear_probe", {}), **found}
-        told += probe.describe(found)
-        cli.say("\n".join(probe.describe(found)))
+        told += probe.probe_lines(found)
+        cli.say("\n".join(probe.probe_lines(found)))
         write_results(run, results)
     if told:
         written = page.add_results(run, "published sets", "\n".join(told), [])
@@ -384,7 +384,7 @@ def labelled_folders(options: EvaluateConfig, image_size: int) -> list[tuple]:
     """What --probe-data names, opened; raises InputError before anything is computed."""
     if options.few_shot and not (options.linear_probe or options.probe_data):
         raise InputError("--few-shot is a part of a probe: add --linear-probe or --probe-data DIR")
-    folders = [probe.to_probe(place, image_size) for place in options.probe_data]
+    folders = [probe.open_set(place, image_size) for place in options.probe_data]
     names = [name for name, *_ in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -429,7 +429,7 @@ def describe(results: dict) -> str:
         )
     for prompt, value in results.get("prompted", {}).items():
         lines.append(f"{'zero-shot top-1, ' + prompt:40}{100 * value:>8.1f} %")
-    lines += probe.describe(results.get("linear_probe", {}))
+    lines += probe.probe_lines(results.get("linear_probe", {}))
     for name, table in results.get("robustness", {}).items():
         for metric, value in list(table.items())[:1]:
             lines.append(f"{metric}, {name:{30 - len(metric)}}{100 * value:>16.1f} %")

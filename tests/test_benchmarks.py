@@ -1,7 +1,5 @@
 """The published sets' formats, their metrics against CLIP_benchmark, and what broken ones say."""
 
-import gzip
-import inspect
 import io
 import json
 import os
@@ -131,20 +129,6 @@ def write_sugar_crepe(folder, count=12):
     return folder
 
 
-def write_mnist(folder, count=40):
-    """The raw files of yann.lecun.com, as torchvision keeps them."""
-    raw, draw = folder / "MNIST/raw", np.random.default_rng(2)
-    raw.mkdir(parents=True)
-    for part, n in (("train", 1), ("t10k", count)):
-        pixels, labels = draw.integers(0, 256, (n, 28, 28)), draw.integers(0, 10, n)
-        for kind, head, content in (("images-idx3", (2051, n, 28, 28), pixels),
-                                    ("labels-idx1", (2049, n), labels)):  # fmt: skip
-            content = struct.pack(f">{len(head)}i", *head) + content.astype(np.uint8).tobytes()
-            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
-            (raw / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
-    return folder
-
-
 # --- a model, as open_clip's and as ours ----------------------------------------------------------
 
 
@@ -164,10 +148,10 @@ def models():
     return theirs, Encoder(ours, Device(torch.device("cpu"), bf16=False))
 
 
-def ours(encoder, place, root=".", captions=False, **columns):
+def ours(encoder, place, captions=False, **columns):
     places = ((), (str(place),)) if captions else ((str(place),), ())
     columns = columns or {"full picture": (encoder, None)}
-    results, _, problems = benchmarks.evaluate_sets(columns, *places, str(root))
+    results, _, problems = benchmarks.evaluate_sets(columns, *places)
     assert problems == []
     return results
 
@@ -342,14 +326,14 @@ def test_trees_of_folders_are_the_shards_of_the_same_pictures(models, tmp_path):
 
 def test_folders_names_are_classes_where_nothing_else_is_said(tmp_path):
     write_tree(tmp_path / "flowers/val", ["red_tulip", "daisy"], 2)
-    (found,) = benchmarks.open_benchmarks(str(tmp_path / "flowers"), ".")
+    (found,) = benchmarks.open_benchmarks(str(tmp_path / "flowers"))
     assert found.classes == ["daisy", "red tulip"] and found.labels.tolist() == [0, 0, 1, 1]
     write_tree(tmp_path / "splits", ["train/a", "train/b", "validation/a", "validation/b"], 1)
     with pytest.raises(glip.InputError, match="no names for the 2"):
-        benchmarks.open_benchmarks(str(tmp_path / "splits"), ".")
+        benchmarks.open_benchmarks(str(tmp_path / "splits"))
     for name, folders in (("one", ["train"]), ("numbers", ["0", "1"])):
         with pytest.raises(glip.InputError, match=f"no names for the {len(folders)}"):
-            benchmarks.open_benchmarks(str(write_tree(tmp_path / name, folders)), ".")
+            benchmarks.open_benchmarks(str(write_tree(tmp_path / name, folders)))
 
 
 def test_a_set_with_training_shards_is_probed(models, tmp_path):
@@ -357,7 +341,7 @@ def test_a_set_with_training_shards_is_probed(models, tmp_path):
     samples = [(encoded(i), ("cls", str(label))) for i, label in enumerate(LABELS[:90])]
     folder = write_set(tmp_path / "wds_x", samples[:60], split="train", classes=COLOURS)
     write_set(folder, samples[60:], split="test")
-    name, labels, (train, valid, test), stamp, render = probe.to_probe(str(folder), SIDE)
+    name, labels, (train, valid, test), stamp, render = probe.open_set(str(folder), SIDE)
     assert name == "x" and (labels == LABELS[:90]).all() and stamp.count(".tar") == 6
     assert sorted([*train, *valid]) == list(range(60)) and (test == np.arange(60, 90)).all()
     held = np.bincount(labels[valid], minlength=7)
@@ -365,12 +349,12 @@ def test_a_set_with_training_shards_is_probed(models, tmp_path):
     features = models[1].images(render, 90)
     wanted = []
     for split in ("train", "test"):
-        (found,) = benchmarks.open_benchmarks(str(folder), ".", split)
+        (found,) = benchmarks.open_benchmarks(str(folder), split)
         blocks = benchmarks.image_features({"x": (models[1], None)}, found, 0, 1)
         wanted.append(benchmarks.joined([blocks])["x"])
     torch.testing.assert_close(features, torch.cat(wanted))
     with pytest.raises(glip.InputError, match="a set for retrieval, not for classification"):
-        probe.to_probe(str(both_splits(write_captions(tmp_path / "captions"))), SIDE)
+        probe.open_set(str(both_splits(write_captions(tmp_path / "captions"))), SIDE)
 
 
 def both_splits(folder):
@@ -381,34 +365,11 @@ def both_splits(folder):
 def test_wordnets_folders_are_imagenets_classes(tmp_path):
     """The class names of ImageNet-A, -R and -O follow from their folders."""
     write_tree(tmp_path / "imagenet-a", ["n01498041", "n07697537", "n12267677"], 1)
-    (found,) = benchmarks.open_benchmarks(str(tmp_path / "imagenet-a"), ".")
+    (found,) = benchmarks.open_benchmarks(str(tmp_path / "imagenet-a"))
     assert found.classes == ["stingray", "hot dog", "acorn"] and found.labels.tolist() == [0, 1, 2]
     assert len(found.prompts) == 80 and "a bad photo of a {c}." in found.prompts
     every = benchmarks.imagenet_names()
     assert list(every) == sorted(every) and len(every) == 1000
-
-
-def test_torchvisions_sets_by_name(models, tmp_path):
-    write_mnist(tmp_path)
-    found = ours(models[1], "MNIST", tmp_path)["mnist"]
-    assert (found["pictures"], found["classes"], found["prompts"]) == (40, 10, 80)
-    write_tree(tmp_path / "eurosat/2750", ["AnnualCrop", "Forest", "Sea_Lake"])
-    (found,) = benchmarks.open_benchmarks("EuroSAT", str(tmp_path))
-    assert found.classes == ["AnnualCrop", "Forest", "Sea Lake"]
-    (tmp_path / "EuroSAT").mkdir()
-    (tmp_path / "EuroSAT/classnames.txt").write_text("annual crop land\nforest\nsea or lake\n")
-    (found,) = benchmarks.open_benchmarks("EuroSAT", str(tmp_path))
-    assert found.classes == ["annual crop land", "forest", "sea or lake"]
-    assert found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-
-
-def test_every_set_of_torchvision_that_is_named_exists():
-    import torchvision
-
-    whole = {"Caltech101", "EuroSAT", "SUN397"}  # without a test split
-    for kind in benchmarks.TORCHVISION.values():
-        known = inspect.signature(getattr(torchvision.datasets, kind)).parameters
-        assert ("split" in known or "train" in known) != (kind in whole)
 
 
 def test_robustness_is_compared_on_the_same_classes(models, tmp_path):
@@ -428,7 +389,7 @@ def test_robustness_is_compared_on_the_same_classes(models, tmp_path):
     alone = write_set(tmp_path / "alone", same, classes=subset, prompts=PROMPTS)
     columns = {"full picture": (encoder, None)}
     found, _, problems = benchmarks.evaluate_sets(
-        columns, [str(p) for p in (*places, everything, alone)], (), "."
+        columns, [str(p) for p in (*places, everything, alone)], ()
     )
     assert problems == []
     acc1 = {name: entry["columns"]["full picture"]["acc1"] for name, entry in found.items()}
@@ -440,7 +401,7 @@ def test_robustness_is_compared_on_the_same_classes(models, tmp_path):
     assert found["objectnet"]["against"] == "imagenet1k, 7 classes, 90 pictures"
     assert drop["imagenet-o"] is None and drop["alone"] is None
     assert 0 < found["imagenet-o"]["columns"]["full picture"]["aupr"] < 1
-    table = benchmarks.describe(found, "fp32")
+    table = benchmarks.sets_table(found, "fp32")
     assert "imagenet-a T3, drop" in table and "imagenet1k T1 T2 T6 T7, acc1_one_prompt" in table
 
 
@@ -448,18 +409,17 @@ def test_the_papers_suite_takes_what_is_there_and_names_the_rest(tmp_path):
     write_classes(tmp_path / "imagenet1k", 7)
     write_classes(tmp_path / "wds_vtab-pets", 7)
     write_captions(tmp_path / "mscoco_captions", 7)
-    write_mnist(tmp_path, 7)
     write_tree(tmp_path / "imagenet-r/test", ["n01498041", "n07697537"], 1)
     (tmp_path / "food101").mkdir()  # empty
     places, captioned, missing = benchmarks.suite(tmp_path)
     assert {Path(p).name for p in places} == {
-        "imagenet1k", "wds_vtab-pets", "MNIST", "imagenet-r"
+        "imagenet1k", "wds_vtab-pets", "imagenet-r"
     }  # fmt: skip
     assert [Path(p).name for p in captioned] == ["mscoco_captions"]
-    assert len(benchmarks.SETS["T2"]) == 26 and len(missing) == 26 + 6 + 2 - 5
+    assert len(benchmarks.SETS["T2"]) == 26 and len(missing) == 26 + 6 + 2 - 4
     assert any("clip-benchmark/wds_vtab-cifar10 " in line for line in missing)
     assert any("cub/CLASS/*.jpg" in line for line in missing)
-    (pets,) = benchmarks.open_benchmarks(str(tmp_path / "wds_vtab-pets"), ".")
+    (pets,) = benchmarks.open_benchmarks(str(tmp_path / "wds_vtab-pets"))
     assert pets.name == "pets" and pets.metric == "mean_per_class_recall"
     assert benchmarks.suite(tmp_path / "imagenet1k")[:2] == ([], [])
 
@@ -539,8 +499,7 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
     broken("thread", "over 67,108,864 pixels", sample(("png", thread()), cls))
     several = sample(picture, ("npy", npy(np.array([Bomb()]))), kind=["multilabel"])
     broken("pickle", "without a .npy", several)
-    broken("nowhere", "no such folder, and no such set of torchvision")
-    broken("CIFAR10", "torchvision finds no whole copy")
+    broken("nowhere", "nowhere: no such folder")
     broken("speech", "a set for retrieval: give it to --retrieval")
     write_captions(tmp_path / "speech", 3)
     broken("tree", "no names for the 2 folders")
@@ -552,7 +511,7 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
         (tmp_path / name).mkdir()
         (tmp_path / name / "swap_obj.json").write_text(content)
     columns = {"full picture": (models[1], None)}
-    results, _, problems = benchmarks.evaluate_sets(columns, [*cases, "good"], (), ".")
+    results, _, problems = benchmarks.evaluate_sets(columns, [*cases, "good"], ())
     assert list(results) == ["good"] and len(problems) == len(cases)
     for name, told in zip(cases, problems, strict=True):
         assert cases[name] in told and name in told and "\n" not in told, (name, told)
@@ -564,7 +523,7 @@ def test_a_npy_is_never_unpickled(tmp_path):
     folder = write_set(tmp_path / "x", samples, 1, kind=["multilabel"], classes=["a"],
                        prompts=PROMPTS)  # fmt: skip
     with pytest.raises(glip.InputError, match=r"s0000000: \.npy does not hold 1 times 0 or 1"):
-        benchmarks.open_benchmarks(str(folder), ".")
+        benchmarks.open_benchmarks(str(folder))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -602,7 +561,7 @@ def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
         }  # fmt: skip
         model, _ = glip.load_model(folder / "model.pt")
         encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
-        (found,) = benchmarks.open_benchmarks(str(classes), ".")
+        (found,) = benchmarks.open_benchmarks(str(classes))
         blocks = benchmarks.image_features({"x": (encoder, None)}, found, 0, 1)
         names = benchmarks.class_features(encoder, COLOURS, PROMPTS)
         right = (benchmarks.joined([blocks])["x"] @ names.T).argmax(1).numpy() == LABELS[:53]
@@ -637,7 +596,7 @@ def test_a_mean_over_classes_has_its_own_interval(models, tmp_path):
     low, high = found["intervals"]["full picture"]["mean_per_class_recall"]
     assert 0.5 <= low < share < high < 0.65
     told = f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-    assert told in benchmarks.describe({"pets": found}, "fp32")
+    assert told in benchmarks.sets_table({"pets": found}, "fp32")
 
 
 def test_answers_about_one_picture_are_one_example(models, tmp_path):
@@ -658,7 +617,7 @@ def test_answers_about_one_picture_are_one_example(models, tmp_path):
         return torch.eye(40)[0 if text[-3:] == "mat" else 39]
 
     oracle = Oracle(models[1].model, torch.eye(40), words)
-    found, answers, _ = benchmarks.evaluate_sets({"c": (oracle, None)}, (), [str(flickr)], ".")
+    found, answers, _ = benchmarks.evaluate_sets({"c": (oracle, None)}, (), [str(flickr)])
     half = significance.interval(np.arange(40) < 20)
     for way in ("image", "text"):
         assert found["flickr"]["columns"]["c"][f"{way}_retrieval_recall@1"] == 0.5

@@ -136,7 +136,7 @@ def test_features_are_computed_once_for_each_content(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "images", lambda *a, **k: count.append(1) or once(*a, **k))
 
     def probed():
-        opened = probe.to_probe(folder, 16)
+        opened = probe.open_set(folder, 16)
         return probe.probe_all(encoder, tmp_path / "run", [opened], embedded=False)["colours"]
 
     first = probed()
@@ -176,7 +176,7 @@ def test_bad_folders_are_told_in_a_sentence(tmp_path):
     encoder = make_run(tmp_path / "run")
     for i in (1, 4):
         (good / f"train/class_1/{i}.png").write_bytes(b"no picture")
-    opened = probe.to_probe(good, 16)
+    opened = probe.open_set(good, 16)
     with pytest.raises(glip.InputError, match=r"2 of 24 pictures .*train/class_1/1.png \("):
         probe.probe_all(encoder, tmp_path / "run", [opened], embedded=False)
     assert not list((tmp_path / "run").glob("features-*"))

@@ -143,7 +143,7 @@ def test_clear_differences_are_real_and_chance_seldom_is():
     b = as_columns(better=rights(1000, 0.5, 1), same=rights(1000, 0.5, 2))
     rows = compare(a, b)["full picture"]
     assert rows["better"]["real"] and rows["better"]["low"] > 0.1 and not rows["same"]["real"]
-    text = significance.describe({"full picture": rows})
+    text = significance.comparison_table({"full picture": rows})
     assert next(line for line in text.splitlines() if line.endswith("real")).startswith("better")
     assert "1 of 2 differences are real" in text
     fooled = 0

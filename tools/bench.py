@@ -169,7 +169,7 @@ def make_tree(folder: Path, count: int) -> list[str]:
 
 def our_zero_shot(folder: Path, encoder: Encoder) -> dict[str, float]:
     """Seconds for names and for pictures, and acc1."""
-    (benchmark,) = benchmarks.open_benchmarks(str(folder), ".")
+    (benchmark,) = benchmarks.open_benchmarks(str(folder))
     begun = time.perf_counter()
     names = benchmarks.class_features(encoder, benchmark.classes, benchmark.prompts)
     between = time.perf_counter()

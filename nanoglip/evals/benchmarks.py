@@ -8,14 +8,12 @@
     DIR/CLASS/*.jpg, or DIR/test/CLASS/*.jpg    a folder a class; DIR/classnames.txt, if there,
                                                 calls them otherwise
     DIR/val2017/*.jpg, DIR/replace_obj.json     SugarCrepe: which of two captions fits
-    CIFAR10, Food101, ...                       torchvision's own, in the folder --root
 
 Pictures are prepared as open_clip does for evaluation: RGB, the shorter side resized (bicubic), the
 centre cut. Nothing in a set is trusted. A set that is not whole is told in a sentence, and gives no
 number: a share of other pictures than everybody's could be compared with nothing.
 """
 
-import inspect
 import io
 import json
 import os
@@ -78,15 +76,6 @@ METRICS = {  # what a set, or a kind of sets, is reported by where it is not acc
     "choice": "text_acc",
 }  # fmt: skip
 
-TORCHVISION = {  # name: torchvision's class
-    "caltech101": "Caltech101", "cars": "StanfordCars", "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100", "clevr_count_all": "CLEVRClassification", "country211": "Country211",
-    "dtd": "DTD", "eurosat": "EuroSAT", "fer2013": "FER2013", "fgvc_aircraft": "FGVCAircraft",
-    "flowers": "Flowers102", "food101": "Food101", "gtsrb": "GTSRB", "imagenet1k": "ImageNet",
-    "mnist": "MNIST", "pcam": "PCAM", "pets": "OxfordIIITPet", "renderedsst2": "RenderedSST2",
-    "stl10": "STL10", "sun397": "SUN397",
-}  # fmt: skip
-
 SUGAR_CREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att",
                "swap_obj")  # fmt: skip
 
@@ -101,8 +90,7 @@ def set_name(folder: Path) -> str:
 def suite(root: Path) -> tuple[list[str], list[str], list[str]]:
     """What `root` holds of the paper's sets, with classes and with captions, and what it lacks.
 
-    A set is a folder under its name, or a data set of torchvision. What is missing comes with how
-    to get it.
+    A set is a folder under its name. What is missing comes with how to get it.
     """
     found, missing = {}, []
     signs = ("*/nshards.txt", "classnames.txt", "n[0-9]*", "*/n[0-9]*", "0", "*/0")
@@ -111,8 +99,6 @@ def suite(root: Path) -> tuple[list[str], list[str], list[str]]:
         there = [f for f in folders if any(next(f.glob(sign), None) for sign in signs)]
         if there:
             found[name] = str(there[0])
-        elif name in TORCHVISION and from_torchvision(name, root):
-            found[name] = TORCHVISION[name]
         elif name in UNPUBLISHED:
             how = f"lay it out as {root / name}/CLASS/*.jpg beside {root / name}/classnames.txt"
             missing.append(f"not there: {name}: {how}")
@@ -152,18 +138,14 @@ class Benchmark:
         return by_unit(right, self.labels) if self.kind == "choice" else right
 
 
-def open_benchmarks(place: str, root: str, split: str = "test") -> list[Benchmark]:
-    """The set in a folder, or torchvision's under `root`; SugarCrepe is several.
+def open_benchmarks(place: str, split: str = "test") -> list[Benchmark]:
+    """The set in a folder; SugarCrepe is several.
 
     Raises InputError for what is not there, not whole, or contradicts itself.
     """
-    folder, own = Path(place), {kind: name for name, kind in TORCHVISION.items()}
+    folder = Path(place)
     if not folder.is_dir():
-        if place not in own:
-            raise InputError(
-                f"{place}: no such folder, and no such set of torchvision; it has {', '.join(own)}"
-            )
-        return [open_torchvision(own[place], Path(root))]
+        raise InputError(f"{place}: no such folder: `--suite paper` says how to get a set")
     crepes = [task for task in SUGAR_CREPE if (folder / f"{task}.json").is_file()]
     if crepes:
         return [open_sugar_crepe(folder, task) for task in crepes]
@@ -363,56 +345,6 @@ def of_files(files: Sequence[Path]) -> tuple[Callable[[int], bytes], Callable[[i
     return lambda i: read_regular(files[i], pictures.PICTURE_CAP), lambda i: str(files[i])
 
 
-def from_torchvision(name: str, root: Path) -> object | None:
-    """torchvision's data set, its test split if it has one; None where `root` has no whole copy."""
-    import torchvision
-
-    kind = getattr(torchvision.datasets, TORCHVISION[name])
-    split = "val" if name in ("clevr_count_all", "imagenet1k") else "test"
-    known = inspect.signature(kind).parameters
-    options = {key: value for key, value in (("split", split), ("train", False)) if key in known}
-    try:
-        return kind(str(root), **options)
-    except Exception:  # it raises many kinds for files that are not there or not whole
-        return None
-
-
-def open_torchvision(name: str, root: Path) -> Benchmark:
-    """torchvision's own set; ROOT/NAME/classnames.txt, if there, names its classes anew."""
-    found, kind = from_torchvision(name, root), TORCHVISION[name]
-    if found is None:
-        raise InputError(
-            f"{kind}: torchvision finds no whole copy under --root {root}: download it there with "
-            f"torchvision.datasets.{kind}"
-        )
-    own = ("targets", "labels", "_labels", "y")
-    labels = next((getattr(found, n) for n in own if hasattr(found, n)), None)
-    if labels is None:
-        rows = getattr(found, "_samples", None) or map(found.__getitem__, range(len(found)))
-        labels = [label for _, label in rows]
-    if any(label is None for label in labels):
-        raise InputError(f"{kind}: this copy has no labels for its test split: get the other one")
-    if kind == "CLEVRClassification":  # 3 to 10 objects
-        labels = np.unique(labels, return_inverse=True)[1]
-    folder = root / kind
-    if (folder / "classnames.txt").exists():
-        classes = class_names(folder)
-    elif kind == "ImageNet":
-        classes = list(imagenet_names().values())
-    else:
-        names = getattr(found, "classes", None) or getattr(found, "categories", None)
-        if not names:
-            raise InputError(
-                f"{kind}: torchvision knows no names of its classes: write "
-                f"{folder}/classnames.txt, one a line"
-            )
-        classes = [re.sub(r"[_/]", " ", name) for name in names]
-    labels = np.array([int(label) for label in labels])
-    check_labels(labels, classes, lambda i: f"{kind} {i}")
-    return Benchmark(name, "classification", labels, lambda i: found[i][0],
-                     lambda i: f"{kind} {i}", classes, prompts_of(folder))  # fmt: skip
-
-
 def open_sugar_crepe(folder: Path, task: str) -> Benchmark:
     """SugarCrepe (2306.14610): COCO's pictures in val2017/, and for each a caption and a wrong one.
     """
@@ -536,8 +468,8 @@ def intervals(benchmark: Benchmark, hits: dict[str, np.ndarray]) -> dict[str, tu
 
 
 def evaluate_sets(
-    columns: Columns, places: Sequence[str], captioned: Sequence[str], root: str,
-    rank: int = 0, world: int = 1,
+    columns: Columns, places: Sequence[str], captioned: Sequence[str], rank: int = 0,
+    world: int = 1,
 ) -> tuple[dict[str, dict], dict[str, dict], list[str]]:  # fmt: skip
     """Of `places` (with classes) and `captioned`: results by set, answers, what is wrong with some.
 
@@ -548,7 +480,7 @@ def evaluate_sets(
     for place in (*places, *captioned):
         problem, own = "", []
         try:
-            for benchmark in open_benchmarks(place, root):
+            for benchmark in open_benchmarks(place):
                 if bool(benchmark.captions) != (place in captioned):
                     flag = "--zero-shot" if place in captioned else "--retrieval"
                     raise InputError(f"{place}: a set for {benchmark.kind}: give it to {flag}")
@@ -617,7 +549,7 @@ def compare_with_imagenet(results: dict[str, dict], kept: dict, columns: Columns
                 found["drop"] = shares(right)["acc1"] - found["acc1"]
 
 
-def describe(results: dict[str, dict], precision: str) -> str:
+def sets_table(results: dict[str, dict], precision: str) -> str:
     """One run's results: each set's own metric, with one prompt, and what it is compared by."""
     columns = list(next(iter(results.values()))["columns"])
     title = f"set, metric (%, 95 % interval), in {precision}"

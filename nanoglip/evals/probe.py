@@ -304,7 +304,7 @@ def reader(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]:
     return render
 
 
-def to_probe(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, Callable]:
+def open_set(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, Callable]:
     """What `published` or `labelled` opens, for probe_all.
 
     (name, labels (M,), ids for training, validation and test, what its content is known by, ids ->
@@ -318,7 +318,7 @@ def to_probe(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, 
 
 
 def published(folder: str, image_size: int) -> tuple[str, np.ndarray, list, str, Callable]:
-    """For `to_probe`, a set with shards in DIR/train and DIR/test.
+    """For `open_set`, a set with shards in DIR/train and DIR/test.
 
     A fifth of every class of the training pictures is for validation.
     """
@@ -361,7 +361,7 @@ def probe_all(
     encoder: object, run: Path, folders: Sequence[tuple] = (), embedded: bool = True,
     few_shot: bool = False,
 ) -> dict:  # fmt: skip
-    """The probe on the sets that packages ship, if `embedded`, and on what `to_probe` gave."""
+    """The probe on the sets that packages ship, if `embedded`, and on what `open_set` gave."""
     results = {}
     options = {"few_shot": few_shot, "device": "cuda" if encoder.device.type == "cuda" else "cpu"}
     sets = probe_sets(encoder.model.config.pixels[0]) if embedded else {}
@@ -375,7 +375,7 @@ def probe_all(
     return results
 
 
-def describe(results: dict[str, dict]) -> list[str]:
+def probe_lines(results: dict[str, dict]) -> list[str]:
     """What `probe_all` found, as lines of text."""
     lines = []
     for name, probed in results.items():

@@ -6,7 +6,7 @@
                                 the place of hits in what stands above and below
     difference(a, b)            two models on the same examples: difference, interval, p
     compare(a, b)               the same for every metric of two runs, with a verdict
-    keep, kept                  arrays of a run to a file, and back
+    save_outcomes, load_outcomes    arrays of a run to a file, and back
 
 Arrays of per-example outcomes go in and floats come out. Examples are what is drawn: another seed
 of the same training is another model, and its distance from the first is in none of these numbers.
@@ -129,7 +129,7 @@ def compare(
     return tables
 
 
-def describe(tables: dict[str, dict[str, dict]]) -> str:
+def comparison_table(tables: dict[str, dict[str, dict]]) -> str:
     """compare()'s tables as text, and what they do not say."""
     lines, width = [], max(32, *(len(column) + 1 for column in tables))
     for column, table in tables.items():
@@ -150,7 +150,7 @@ def describe(tables: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def keep(
+def save_outcomes(
     path: Path, columns: dict[str, dict[str, np.ndarray]], examples: str, model: str
 ) -> None:  # fmt: skip
     """Write whole numbers (n,) by column and question.
@@ -165,8 +165,8 @@ def keep(
     files.write_safely(path, lambda file: np.savez_compressed(file, **arrays))
 
 
-def kept(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str, str]:
-    """What keep() was given; executes nothing. Raises InputError for another file."""
+def load_outcomes(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str, str]:
+    """What save_outcomes() was given; executes nothing. Raises InputError for another file."""
     columns = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
