@@ -3,7 +3,7 @@
     python evaluate.py                      the run written last
     python evaluate.py runs/demo --linear-probe
     python evaluate.py runs/demo --robustness               the same pictures, blurred, turned, ...
-    python evaluate.py runs/demo --publish  copies its results.json to results/; --figures its PNGs
+    python evaluate.py runs/demo --publish  adds it to results/; --figures: its PNGs to docs/
     python evaluate.py runs/demo --zero-shot DIR --retrieval DIR            published sets:
     python evaluate.py runs/demo --suite paper --root DIR                   see benchmarks.py
     python evaluate.py runs/a runs/b        which differences between two runs are real; with
@@ -47,6 +47,7 @@ from nanoglip.evals.probe import probe_all
 from nanoglip.files import digest
 from nanoglip.machine import Device, machine, resolve
 from nanoglip.masks import Masker
+from nanoglip.results import add_run
 from nanoglip.sources.pictures import HeldOut
 
 # --- Two runs, example by example -----------------------------------------------------------------
@@ -137,8 +138,8 @@ class EvaluateConfig:
     probe_data: tuple[str, ...] = ()  # labelled folders (DIR/train/CLASS/*.jpg) to probe them on
     few_shot: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # probe with few pictures, too
     robustness: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # on changed pictures too
-    publish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy results.json to results/
-    figures: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy the PNGs to results/
+    publish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # add it to results/runs.jsonl
+    figures: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # copy the PNGs to docs/figures/
     zero_shot: tuple[str, ...] = ()  # instead: published sets in folders
     retrieval: tuple[str, ...] = ()  # instead: published sets with captions, in folders
     suite: Literal["none", "paper"] = "none"  # instead: the paper's sets, as far as under --root
@@ -372,12 +373,13 @@ def write_results(run: Path, results: dict) -> None:
 
 
 def publish(run: Path, options: EvaluateConfig, pictures: list[str]) -> None:
-    """Copy what was asked for to results/."""
-    public = {f"{run.name}.json": run / "results.json"} if options.publish else {}
-    public |= {name: run / name for name in pictures} if options.figures else {}
-    for name, path in public.items():
-        files.write_bytes(Path(__file__).parent / "results" / name, path.read_bytes())
-        print(f"published results/{name}")
+    """Write the run's line in results/runs.jsonl, and copy its PNGs, where asked."""
+    if options.publish:
+        add_run(known_results(run))
+        print(f"published {run.name} in results/runs.jsonl")
+    for name in pictures if options.figures else ():
+        files.write_bytes(Path(__file__).parent / "docs/figures" / name, (run / name).read_bytes())
+        print(f"published docs/figures/{name}")
 
 
 def labelled_folders(options: EvaluateConfig, image_size: int) -> list[tuple]:

@@ -295,8 +295,8 @@ def of_run(config: TrainConfig, stages: list) -> tuple[Machine, list[dict]]:
 
 def reader_rate() -> float:
     """Pictures a second that a thread of our reader gives, measured."""
-    measured = json.loads((Path(__file__).parents[1] / "results/bench-data.json").read_text())
-    return measured["pictures_per_second"]["ours"]
+    measured = json.loads((Path(__file__).parents[1] / "results/bench.json").read_text())
+    return measured["data"]["pictures_per_second"]["ours"]
 
 
 def tell(config: TrainConfig, stages: list) -> str:

@@ -25,7 +25,7 @@ def machine(device: torch.device) -> dict:
     git = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     try:
         commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        code = ["--", ".", ":!results"]  # a run that is published does not change what ran
+        code = ["--", ".", ":!results", ":!docs"]  # to publish a run does not change what ran
         dirty = git(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout.strip()
     except OSError:  # no git here
         commit = dirty = ""

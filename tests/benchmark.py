@@ -12,7 +12,7 @@ Beside the steps: the machine's own rate of products, before and after each case
 highest memory, in a process of its own; and what our step costs against batch, mask ratio, size of
 pictures and length of captions.
 
-Writes results/benchmark.json and results/benchmark.png.
+Writes into results/bench.json, and docs/figures/benchmark.png.
 """
 
 import argparse
@@ -32,9 +32,10 @@ from torch import Tensor
 import glip
 import train
 from glip import GLIPConfig
-from nanoglip import estimate, files
+from nanoglip import estimate
 from nanoglip.config import masker_of, parse
 from nanoglip.machine import keep_memory, machine
+from nanoglip.results import save_bench
 from nanoglip.sources.order import Batch
 from tools.bench import status
 
@@ -339,9 +340,8 @@ def main() -> None:
         "command": " ".join(["python tests/benchmark.py", *sys.argv[1:]]),
         "machine": machine(CPU),
     }  # fmt: skip
-    text = json.dumps(found, indent=1) + "\n"
-    files.write_bytes(ROOT / "results/benchmark.json", text.encode())
-    draw(found, ROOT / "results/benchmark.png")
+    save_bench("benchmark", found)
+    draw(found, ROOT / "docs/figures/benchmark.png")
     print(json.dumps(found, indent=1))
 
 

@@ -1,6 +1,5 @@
-"""What takes too long for `make test`: `make proof` runs it and records results/proof.json."""
+"""What takes too long for `make test`: `make proof`, which records it in results/bench.json."""
 
-import json
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoglip import files
+from nanoglip import results
 from nanoglip.machine import machine
 from nanoglip.sources import shards
 from tests.test_shards import fuzz, make_shards, memory_growth
@@ -25,11 +24,9 @@ def record():
     """Keep a proof's numbers, with the machine and the commit that they are of."""
 
     def keep(name, **numbers):
-        path = ROOT / "results/proof.json"
-        content = json.loads(path.read_text()) if path.exists() else {}
         where = machine(torch.device("cpu"))
-        content[name] = {**numbers, "command": "make proof", "machine": where}
-        files.write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+        found = {**numbers, "command": "make proof", "machine": where}
+        results.save_bench("proof", {**results.load("bench")["proof"], name: found})
 
     return keep
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import glip
 import train
 from glip import GLIP, GLIPConfig, InputError
-from nanoglip import aclip, estimate, losses, page
+from nanoglip import aclip, estimate, losses, page, results
 from nanoglip.config import check, parse
 from tests.test_resume import TORCHRUN, cut_short
 from tests.torture import BASE, ROOT, finish
@@ -228,7 +228,7 @@ def test_a_gpu_computes_the_loss_in_large_parts():
 def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
     told = estimate.tell(parse(["--recipe", "cc12m", "--estimate", "h100x8"]), [])
     rate, cores = re.search(r"reader: ([\d,]+) pairs a second .* of ([\d.]+) CPU", told).groups()
-    ours = json.loads((ROOT / "results/bench-data.json").read_text())["pictures_per_second"]["ours"]
+    ours = results.load("bench")["data"]["pictures_per_second"]["ours"]
     assert float(cores) == pytest.approx(int(rate.replace(",", "")) / ours, rel=0.01)
     learned = estimate.parameters(GLIPConfig.named("ViT-B-16"))
     disk = float(re.search(r"disk: ([\d.]+) GB of checkpoints", told)[1]) * 1e9

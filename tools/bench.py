@@ -14,7 +14,7 @@ memory     a step's highest memory against the batch, under --micro-batch.
 processes  the demo's loop on one and two processes.
 
 What is compared alternates: timings of shared machines lie, ratios within a round less. Each
-writes results/bench-NAME.json.
+writes results/bench.json.
 """
 
 import argparse
@@ -38,12 +38,13 @@ from PIL import Image
 import glip
 import train
 from glip import GLIPConfig, InputError
-from nanoglip import cli, estimate, files
+from nanoglip import cli, estimate
 from nanoglip.config import TrainConfig, masker_of, parse
 from nanoglip.evals import benchmarks, probe
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import classification
 from nanoglip.machine import Device, machine, pick_device, use_bf16
+from nanoglip.results import save_bench
 from nanoglip.sources import shards
 from nanoglip.sources.emoji import Emoji, photographs
 from nanoglip.sources.order import Batch, Batches, make_order
@@ -465,10 +466,8 @@ def main() -> None:
     }[options.what]()
     found["command"] = f"python {' '.join(['bench.py', *sys.argv[1:]])}"
     found["machine"] = machine(pick_device("auto"))
-    text = json.dumps(found, indent=1) + "\n"
-    path = Path(__file__).parents[1] / f"results/bench-{options.what}.json"
-    files.write_bytes(path, text.encode())
-    print(text)
+    save_bench(options.what, found)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ At the end come the runs that only the notebooks 05 and 06 need: other sigmas, f
 anywhere.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -36,13 +35,11 @@ import data
 import glip
 import train
 from glip import GLIP, GLIPConfig, InputError
-from nanoglip import cli, files, masks
+from nanoglip import cli, masks, results
 from nanoglip.config import TrainConfig, parse, run_name
 from nanoglip.machine import machine, pick_device, use_bf16
 
 ROOT = Path(__file__).parents[1]
-
-RESULTS = ROOT / "results"
 
 SEEDS = (0, 1, 2)
 
@@ -250,9 +247,7 @@ def questions() -> list[Run]:
 
 
 def run(name: str, flags: tuple[str, ...], threads: int, more: tuple[str, ...] = ()) -> str | None:
-    """Train, evaluate and publish one run, unless results/ has it; returns what went wrong."""
-    if (RESULTS / f"{name}.json").exists():
-        return None
+    """Train, evaluate and publish one run; returns what went wrong."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = ROOT / "runs/sweep" / name
     if folder.exists() and not (folder / "model.pt").exists():
@@ -278,8 +273,7 @@ def main() -> None:
     options = tyro.cli(SweepConfig, description=__doc__)
     cli.check_numbers(options, above_0=("jobs",))
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    path = RESULTS / "cost.json"
-    cost = json.loads(path.read_text()) if path.exists() else None
+    cost = results.load("cost")
     unknown = [mask for mask in options.masks if mask not in (*masks.MASKS, SMALL)]
     if unknown:
         choices = ", ".join((*masks.MASKS, f"'{SMALL}'"))
@@ -292,18 +286,19 @@ def main() -> None:
             data.load(name, glip.SIZES[TrainConfig().model][0])
     if not options.list or not cost:
         cost = complete_cost(cost, threads)
-        files.write_bytes(path, (json.dumps(cost, indent=1) + "\n").encode())
+        results.save("cost", cost)
     wanted = options.masks or (*masks.MASKS, SMALL)
     runs = [*planned(cost), *questions()]
     runs = {run.name: (run.flags, run.more) for run in runs if run.mask in wanted}
+    done = {run["name"] for run in results.load_runs()}
     if options.list:
         for name, (flags, _) in runs.items():
-            there = (RESULTS / f"{name}.json").exists()
-            print("done   " if there else "missing", "python train.py", *flags)
+            print("done   " if name in done else "missing", "python train.py", *flags)
         return
+    runs = {name: words for name, words in runs.items() if name not in done}
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda name: run(name, runs[name][0], threads, runs[name][1]), runs)
-        failed = [problem for problem in done if problem]
+        ended = pool.map(lambda name: run(name, runs[name][0], threads, runs[name][1]), runs)
+        failed = [problem for problem in ended if problem]
     if failed:
         raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
 

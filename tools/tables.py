@@ -1,4 +1,4 @@
-"""Tables from results/*.json; nothing in them is typed by hand.
+"""Tables from results/; nothing in them is typed by hand.
 
     python -m tools.tables                    rewrites the parts of README.md between the marks
     python -m tools.tables --paper            prints the paper's tables, its numbers beside ours
@@ -7,7 +7,6 @@
 Published numbers, with their sources, are in results/paper.json.
 """
 
-import json
 import re
 import statistics
 from collections import defaultdict
@@ -23,6 +22,7 @@ import glip
 from nanoglip import cli, estimate, masks
 from nanoglip.config import parse, run_name
 from nanoglip.evals import benchmarks
+from nanoglip.results import FOLDER, load, load_runs
 from tools import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -30,12 +30,6 @@ ROOT = Path(__file__).parents[1]
 NOT_RUN, NOT_PUBLISHED = "not run", "not published"
 
 STAGES = ("masked inference", "full picture", "after tuning")  # the paper's columns
-
-
-def load_results(folder: Path = ROOT / "results", having: str = "held_out") -> list[dict]:
-    """Every published run that has a part, what was held out or, say, its benchmarks."""
-    files = sorted(folder.glob("*.json"))
-    return [r for r in (json.loads(file.read_text()) for file in files) if having in r]
 
 
 def runs_of(results: list[dict], flags: str) -> list[dict]:
@@ -237,8 +231,8 @@ def cost_table(cost: dict) -> str:
 
 def data_table() -> str:
     """How fast data are read, and what else make proof found."""
-    bench = json.loads((ROOT / "results/bench-data.json").read_text())
-    proof = json.loads((ROOT / "results/proof.json").read_text())
+    measured = load("bench")
+    bench, proof = measured["data"], measured["proof"]
     names = {"open_clip": "open_clip 3.3's pipeline", "decoder": "the decoder alone (simplejpeg)",
              "Pillow": "Pillow's decoder alone"}  # fmt: skip
     rate = bench["pictures_per_second"]
@@ -265,8 +259,7 @@ def data_table() -> str:
 
 def training_table() -> str:
     """Memory against the batch, several processes, and what the estimate is worth."""
-    memory, shared, told = (json.loads((ROOT / f"results/bench-{name}.json").read_text())
-                            for name in ("memory", "processes", "estimate"))  # fmt: skip
+    memory, shared, told = (load("bench")[name] for name in ("memory", "processes", "estimate"))
     kept = table(
         ["model, `--micro-batch`", "batch", "highest memory of a step", "without features"],
         [[f"{r['model']}, {r['micro_batch']}", f"{r['batch']:,}", f"{r['peak'] / 1e6:,.0f} MB",
@@ -294,7 +287,7 @@ def training_table() -> str:
 
 def speed_table() -> str:
     """Training steps beside open_clip's, where their time goes, and the paper's run estimated."""
-    found = json.loads((ROOT / "results/benchmark.json").read_text())
+    found = load("bench")["benchmark"]
     steps = table(
         ["ViT-B/16, batch 32", "pairs a second", "open_clip 3.3", "times faster",
          "were its AdamW fused", "of the rate of products", "memory of a step", "open_clip's"],
@@ -483,12 +476,11 @@ def against_aclip(models: list[dict], runs: list[dict], scenes: dict) -> tuple[l
     return head, rows
 
 
-def paper_tables(folder: Path = ROOT / "results") -> dict[str, Table]:
+def paper_tables(folder: Path = FOLDER) -> dict[str, Table]:
     """The paper's seven tables: what is published, what is not, and what was run here."""
-    paper = json.loads((folder / "paper.json").read_text())
-    cost = json.loads((folder / "cost.json").read_text())
-    models, runs = paper["models"], load_results(folder, "config")
-    scenes = cells(load_results(folder), cost)
+    paper, cost = load("paper", folder), load("cost", folder)
+    models, runs = paper["models"], load_runs(folder, "config")
+    scenes = cells(load_runs(folder), cost)
     source = {key: f"{key}: {text}." for key, text in paper["sources"].items()}
     small_models = [m for m in models if m["data"] == "CC3M"]
     ratio_models = [m for m in models if m["source"] in ("GLIP", "GLIP, first")]
@@ -563,8 +555,7 @@ def latex(name: str, content: Table) -> str:
 
 def filled(text: str) -> str:
     """README text with every marked part made anew."""
-    results = load_results()
-    cost = json.loads((ROOT / "results/cost.json").read_text())
+    results, cost = load_runs(), load("cost")
     parts = {
         "demo": demo_table(results), "compare": compare_table(results, cost),
         "cost": cost_table(cost), "data": data_table(), "training": training_table(),

@@ -1,0 +1,328 @@
+"""Tables and budgets on made-up results whose means, ranges and steps are known."""
+
+import itertools
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from pylatexenc.latexwalker import LatexEnvironmentNode, LatexWalker
+
+from nanoglip import masks
+from nanoglip.config import check, parse
+from nanoglip.evals import benchmarks
+from nanoglip.results import add_run
+from nanoglip.sources.emoji import Emoji
+from tools import sweep, tables
+
+FULL = parse(["--recipe", "compare"]).steps
+TIMES = {"cluster": 1.5, "attentive": 2.0, "gumbel": 1.1}  # 1.1 is nearly the same
+
+
+def made_up_cost():
+    """GLIP's step takes 4, 2, 1 s at the ratios, one without a mask 6; a mask a hundredth."""
+    glips = dict(zip((0.5, 0.75, 0.918), (4.0, 2.0, 1.0), strict=True))
+    rows = [{"mask": "none", "mask_ratio": 0.0, "step": 6.0, "mask alone": 0.0}]
+    for mask, ratio in itertools.product((*masks.MASKS, sweep.SMALL), sweep.RATIOS):
+        if mask != "none":
+            step = glips[ratio] * TIMES.get(mask, 1.0)
+            rows.append({"mask": mask, "mask_ratio": ratio, "step": step,
+                         "mask alone": step / 100})  # fmt: skip
+    return {"seconds": rows, "rounds": 8, "data": "d", "batch_size": 4, "threads": 1,
+            "machine": {"commit": "abc"}}  # fmt: skip
+
+
+def made_up(name, top1):
+    column = {"zero-shot top-1": top1}
+    tables = {
+        "masked inference": {"zero-shot top-1": top1 / 5},
+        "full picture": {"zero-shot top-1": top1 / 2}, "after tuning": column,
+    }  # fmt: skip
+    machine = {"cores": 2, "cpu": "c", "memory_gib": 8, "versions": {"torch": "2"}, "commit": "abc"}
+    shares = {"computed": 0.5, "visible": top1, "pictures of one patch": 0.1}
+    shares = shares if "cluster" in name else {**shares, "visible": 0.5}
+    return {"name": name, "held_out": tables, "trained_on": machine, "bf16": True,
+            "mask_shares": shares}  # fmt: skip
+
+
+def test_the_sweep_is_what_it_says():
+    """Three seeds of every cell; equal cost shares a run; equal time is paid for in steps."""
+    runs = sweep.planned(made_up_cost())
+    cells = {(run.data, run.mask, run.ratio, run.equal) for run in runs}
+    names = (*masks.MASKS, sweep.SMALL)
+    assert cells == {
+        *itertools.product([sweep.HOME], names, sweep.RATIOS, ("steps", "time")),
+        *itertools.product(sweep.AWAY, set(masks.MASKS) - sweep.HOME_ONLY, [0.75],
+                           ("steps", "time")),
+    }  # fmt: skip
+    steps, names = {}, {}
+    for run in runs:
+        config = parse(list(run.flags))
+        key = (run.data, run.mask, run.ratio, run.equal)
+        steps[key] = config.steps
+        names.setdefault(key, set()).add(run.name)
+        assert config.data == (run.data,) and config.seed == run.seed
+        assert config.mask == ("none" if run.mask == sweep.SMALL else run.mask)
+        assert config.mask_ratio == (0 if config.mask == "none" else run.ratio)
+        if run.mask == sweep.SMALL:
+            assert (config.image_size // 8) ** 2 == {0.5: 36, 0.75: 16, 0.918: 4}[run.ratio]
+            assert config.tune_image_size == 64
+    assert all(len(found) == len(sweep.SEEDS) for found in names.values())
+    for data, mask, ratio, _ in cells:
+        slow = TIMES.get(mask, 1.0) if mask != "gumbel" else 1.0
+        slow = 6.0 / {0.5: 4, 0.75: 2, 0.918: 1}[ratio] if mask == "none" else slow
+        assert steps[data, mask, ratio, "steps"] == FULL
+        assert abs(steps[data, mask, ratio, "time"] - FULL / slow) <= 2
+        shared = names[data, mask, ratio, "steps"] == names[data, mask, ratio, "time"]
+        assert shared == (slow == 1.0)
+
+
+def test_the_questions_are_runs_of_their_own_with_the_comparisons_steps():
+    """None is a cell of the comparison; fewer vendors are tuned for as many steps as all."""
+    known = {run.name for run in sweep.planned(made_up_cost())}
+    runs = sweep.questions()
+    assert len({run.name for run in runs}) == len(runs) and not known & {run.name for run in runs}
+    for run in runs:
+        config = parse(list(run.flags))
+        check(config, 1)
+        assert (config.steps, config.seed, config.mask) == (FULL, run.seed, run.mask)
+        assert config.mask_ratio == run.ratio
+        if config.vendors:
+            pictures = Emoji("emoji", 64, config.vendors, "train")
+            assert round(config.tune_epochs * (len(pictures) // config.tune_batch_size)) == 20
+    counts = Counter(str(config.sigma) for config in (parse(list(r.flags)) for r in runs))
+    assert all(counts[s] == len(sweep.SEEDS) for s in ("0.05", "0.1", "0.4", "0.8"))
+
+
+def test_tables_show_means_ranges_and_what_is_missing():
+    cost, values = made_up_cost(), {}
+    for run in sweep.planned(cost):
+        values[run.name] = 0.01 * (run.seed + 1)
+        if run.mask == "gaussian":
+            values[run.name] += {0.5: 0.3, 0.75: 0.2, 0.918: 0.1}[run.ratio]
+    missing = {run.name for run in sweep.planned(cost) if run.mask == "grid" and run.seed}
+    missing |= {run.name for run in sweep.planned(cost) if run.mask == "block"}
+    results = [made_up(name, top1) for name, top1 in values.items() if name not in missing]
+    first = tables.ratio_table(results, cost).splitlines()
+    assert first[0].startswith("| scenes-center, top-1 (%) | 50.0% masked | 75.0% masked")
+    assert "| gaussian | 32.0 (31.0-33.0) | 22.0 (21.0-23.0) | 12.0 (11.0-13.0) |" in first
+    assert "| grid | 1.0 (1 seed) | 1.0 (1 seed) | 1.0 (1 seed) |" in first
+    assert "| block | not run | not run | not run |" in first
+    labels = [line.split(" | ")[0].removeprefix("| ") for line in first[2:]]
+    assert "none, equal time (300, 152, 76 steps)" in labels and "none, equal steps" in labels
+    assert "cluster, equal time (300, 300, 300 steps)" in labels and labels.count("random") == 1
+    second = tables.set_table(results, cost)
+    assert "| gaussian | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) |" in second
+    assert "grid" not in second and "scenes-corner" in second
+    third = tables.stage_table(results, cost)
+    row = "| gaussian | 75.0% | 4.4 (4.2-4.6) | 11.0 (10.5-11.5) | 22.0 (21.0-23.0) |"
+    assert row in third.splitlines() and "| small pictures | 50.0% | - | 1.0 (0.5-1.5)" in third
+    whole = tables.compare_table(results, cost)
+    assert "`cluster` at 50.0% on scenes-center computes 50.0% of the patches, shows 2.0%" in whole
+    assert "`random` at" not in whole
+    assert f"{len(values) - len(missing)} of {len(values)} runs; 2 cores of c" in whole
+
+
+def test_a_new_masks_cost_is_measured_beside_glips(monkeypatch):
+    """And told in the seconds of the table; what the table has is not touched."""
+    cost, asked = made_up_cost(), []
+    old = [dict(row) for row in cost["seconds"]]
+
+    def measured(threads, masks):
+        asked.extend(masks)
+        steps = {"gaussian": 10.0, "border": 15.0}
+        return {"seconds": [{"mask": m, "mask_ratio": r, "step": steps[m], "mask alone": 1.0}
+                            for m in masks for r in sweep.RATIOS]}  # fmt: skip
+
+    monkeypatch.setattr(sweep, "measure_cost", measured)
+    assert sweep.complete_cost(cost, 1) is cost and asked == []
+    monkeypatch.setitem(masks.MASKS, "border", None)
+    assert "border" not in {run.mask for run in sweep.planned(cost) if run.equal == "time"}
+    cost = sweep.complete_cost(cost, 1)
+    assert asked == ["gaussian", "border"] and cost["seconds"][: len(old)] == old
+    new = {row["mask_ratio"]: row["step"] for row in cost["seconds"][len(old) :]}
+    assert new == {0.5: 6.0, 0.75: 3.0, 0.918: 1.5}
+    assert sweep.affordable(cost, "border", 0.75, 450) == 300
+
+
+def test_costs_are_measured(monkeypatch):
+    """Two masks for one round: rows for every ratio, of real steps."""
+    monkeypatch.setattr(sweep, "RATIOS", (0.75,))
+    found = sweep.measure_cost(1, ["gaussian", "none", sweep.SMALL], rounds=1)
+    rows = {(row["mask"], row["mask_ratio"]): row for row in found["seconds"]}
+    assert rows.keys() == {("gaussian", 0.75), ("none", 0.0), (sweep.SMALL, 0.75)}
+    assert all(0 <= row["mask alone"] < row["step"] for row in rows.values())
+
+
+def test_a_run_of_the_sweep_is_started_once_and_its_failure_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    started = []
+
+    def pretend(words, **_):
+        started.append(words[1:])
+        failed = "evaluate.py" in words
+        return subprocess.CompletedProcess(words, -9 if failed else 0, "", "")
+
+    monkeypatch.setattr(sweep.subprocess, "run", pretend)
+    flags = ("--recipe", "compare", "--seed", "1")
+    told = sweep.run("compare_seed=1", flags, 1)
+    assert told == "compare_seed=1: exit -9"
+    assert started[0][: 1 + len(flags)] == ["train.py", *flags]
+    assert started[1] == ["evaluate.py", "runs/sweep/compare_seed=1", "--publish"]
+
+
+def test_costs_are_ratios():
+    text = tables.cost_table(made_up_cost())
+    assert "| none | 1.50 | 3.00 | 6.00 | - | - | - |" in text
+    assert "| attentive | 2.00 | 2.00 | 2.00 | 1.00% | 1.00% | 1.00% |" in text
+
+
+def test_missing_results_are_not_run():
+    assert tables.compare_table([], made_up_cost()) == tables.demo_table([]) == "Not run."
+    assert tables.spread([]) == "not run" and tables.spread([0.25]) == "25.0"
+
+
+PAPER = json.loads((tables.ROOT / "results/paper.json").read_text())
+
+
+def a_run(top1, **config):
+    """A published run on CC12M with a result on every kind of set."""
+    stages = ("masked inference", "full picture", "after tuning")
+    columns = {stage: {"acc1": top1 * k / 3, "mean_per_class_recall": 0.125}
+               for k, stage in enumerate(stages, 1)}  # fmt: skip
+    recall = {stage: {"text_retrieval_recall@1": 0.25} for stage in stages}
+    config = {"recipe": "cc12m", "mask": "gaussian", "mask_ratio": 0.5, "sigma": 0.2,
+              "image_size": 0, "text_mask": "none", "aclip": False, **config}  # fmt: skip
+    machine = {"cores": 2, "commit": "abc"}
+    return {
+        "name": "r", "config": config, "command": "train.py", "trained_on": machine,
+        "linear_probe": {"cifar10": {"accuracy": 0.875}},
+        "benchmarks": {"imagenet1k": {"metric": "acc1", "columns": columns},
+                       "pets": {"metric": "mean_per_class_recall", "columns": columns},
+                       "flickr30k": {"metric": "acc1", "columns": recall}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder of results without a run of ours."""
+    shutil.copy(tables.ROOT / "results/paper.json", tmp_path)
+    (tmp_path / "cost.json").write_text(json.dumps(made_up_cost()))
+    return tmp_path
+
+
+def row_of(table, *start):
+    (row,) = [row for row in table.rows if row[: len(start)] == list(start)]
+    return dict(zip(table.head, row, strict=True))
+
+
+def test_published_numbers_agree_with_themselves():
+    """Means over sets that the third party prints are the means of its sets, as copied here."""
+    checked = 0
+    for model in PAPER["models"]:
+        numbers = model["numbers"]
+        if model["source"] == "CLIP-PGS":
+            kept = [name for name, found in numbers.items() if "acc1" in found
+                    and not name.startswith(("imagenet", "average"))]  # fmt: skip
+            mean = statistics.mean(numbers[name]["acc1"]["full picture"] for name in kept)
+            assert len(kept) == 17
+            assert mean == pytest.approx(numbers["average of 17"]["acc1"]["full picture"], abs=0.06)
+            checked += 1
+        if "average of 26" in numbers:
+            mean = statistics.mean(value for name in tables.SMALL_SETS
+                                   for value in numbers[name][benchmarks.METRICS.get(name, "acc1")]
+                                   .values())  # fmt: skip
+            assert mean == pytest.approx(numbers["average of 26"]["acc1"]["full picture"], abs=0.06)
+            checked += 1
+        assert model["source"] in PAPER["sources"]
+        for name in ("mscoco_captions", "flickr30k"):
+            for way in ("text", "image"):
+                found = [numbers[name][f"{way}_retrieval_recall@{k}"]["full picture"]
+                         for k in (1, 5, 10)] if model["source"] == "CLIP-PGS" else []  # fmt: skip
+                assert found == sorted(found)
+    assert checked == 4 + 10
+
+
+def test_tables_of_the_paper_without_a_run_of_ours(results):
+    made = tables.paper_tables(results)
+    assert list(made) == [f"T{i}" for i in range(1, 8)]
+    first = row_of(made["T1"], "GLIP", "91.8 %", "17", "CC12M")
+    assert first["after tuning, published"] == "28.0" and first["after tuning, ours"] == "not run"
+    assert row_of(made["T1"], "RECLIP", "64 px", "17", "CC12M")[
+        "masked inference, published"] == "-"  # fmt: skip
+    assert len(made["T2"].rows) == 26
+    assert row_of(made["T2"], "Oxford Pets")["Cluster Masking, third party"] == "55.4"
+    assert row_of(made["T2"], "Oxford Pets")["SLIP, A-CLIP's authors"] == "31.1"
+    assert "SLIP, A-CLIP's authors" not in made["T3"].head + made["T4"].head + made["T5"].head
+    views = row_of(made["T6"], "random mask, two views")
+    assert views["COCO, text R@1"] == "31.1" and views["mean of 26 sets"] == "not published"
+    assert row_of(made["T5"], "ImageNet, fine-tuned")["GLIP 50 %, ours"] == "not run"
+    assert set(row_of(made["T7"], "FLIP").values()) >= {"not published", "not run"}
+    for table in made.values():
+        cells = [cell for row in table.rows for cell in row]
+        assert tables.NOT_RUN in cells and tables.NOT_PUBLISHED in cells
+        assert tables.NOT_PUBLISHED in table.note
+
+
+def test_the_tables_ask_for_what_the_suite_runs():
+    runs, (imagenet,) = benchmarks.SETS, benchmarks.SETS["T1"]
+    assert sorted(tables.SMALL_SETS) == sorted(runs["T2"])
+    assert list(tables.SHIFTED_SETS) == [imagenet, *runs["T3"]]
+    assert tuple(tables.CAPTIONED_SETS) == runs["T4"]
+
+
+def test_our_runs_stand_beside_the_papers_numbers(results):
+    """Those of the same settings alone, in percent, with the range of seeds."""
+    runs = {
+        "a": a_run(0.30), "b": a_run(0.36), "sigma": a_run(0.9, sigma=0.8),
+        "words": a_run(0.9, text_mask="block"), "other": a_run(0.9, recipe="flip"),
+        "flip": a_run(0.24, mask="random"),
+    }  # fmt: skip
+    for name, run in runs.items():
+        add_run({**run, "name": name}, results)
+    made = tables.paper_tables(results)
+    row = row_of(made["T1"], "GLIP", "50 %", "99", "CC12M")
+    assert row["after tuning, ours"] == "33.0 (30.0-36.0)"
+    assert row["masked inference, ours"] == "11.0 (10.0-12.0)"
+    assert row_of(made["T1"], "FLIP", "50 %", "99", "CC12M")["after tuning, ours"] == "24.0"
+    assert row_of(made["T1"], "GLIP", "75 %", "50", "CC12M")["after tuning, ours"] == "not run"
+    assert row_of(made["T2"], "Oxford Pets")["FLIP 50 %, ours"] == "12.5"
+    assert row_of(made["T3"], "ImageNet")["FLIP 50 %, ours"] == "24.0"
+    assert row_of(made["T4"], "Flickr30k, text R@1")["FLIP 50 %, ours"] == "25.0"
+    assert row_of(made["T4"], "Flickr30k, text R@5")["FLIP 50 %, ours"] == "not run"
+    assert row_of(made["T5"], "CIFAR-10, linear probe")["FLIP 50 %, ours"] == "87.5"
+
+
+def test_latex_is_whole_and_escaped(results):
+    """Read by a LaTeX parser: balanced, a tabular with as many cells in each row as columns."""
+    nasty = tables.Table("50 % & more_or {less}", ["a_b", "c"], [["#1", r"\x^~$"]], "100 % _")
+    made = {**tables.paper_tables(results), "X": nasty}
+    for name, table in made.items():
+        text = tables.latex(name, table)
+        (node,) = LatexWalker(text, tolerant_parsing=False).get_latex_nodes()[0]
+        assert isinstance(node, LatexEnvironmentNode) and node.environmentname == "table"
+        columns, body = re.search(r"tabular}{(l+)}(.*)\\end{tabular}", text, re.DOTALL).groups()
+        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == 1 + len(table.rows)
+        for line in lines:
+            assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
+            assert not re.search(r"(?<!\\)[%$#_^~]", line)
+    assert r"\#1 & \textbackslash{}x\textasciicircum{}\textasciitilde{}\$" in text
+
+
+def test_the_command_prints_the_paper_and_leaves_the_readme_alone(monkeypatch, capsys):
+    before = (tables.ROOT / "README.md").read_bytes()
+    for words, start in (["--paper"], "### T1. "), (["--paper", "--latex"], "% in the preamble: "):
+        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        tables.main()
+        assert capsys.readouterr().out.startswith(start)
+    for words, code in (["--help"], 0), (["--latex"], 2):
+        monkeypatch.setattr(sys, "argv", ["report.py", *words])
+        with pytest.raises(SystemExit) as stopped:
+            tables.main()
+        assert stopped.value.code == code and "paper" in "".join(capsys.readouterr())
+    assert (tables.ROOT / "README.md").read_bytes() == before
