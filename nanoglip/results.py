@@ -64,7 +64,7 @@ def add_run(results: dict, folder: Path = FOLDER) -> None:
     expected = usual(config["recipe"])
     settings = {
         name: value for name, value in config.items()
-        if name == "recipe" or name not in MACHINE and expected.get(name) != value
+        if name == "recipe" or (name not in MACHINE and expected.get(name) != value)
     }  # fmt: skip
     line = json.dumps({
         "name": results["name"],
