@@ -1,46 +1,72 @@
-"""Pictures of a run: its curves, every mask on its pictures, what the model takes them for.
+"""Figures of a run: its curves, every mask on its pictures, the captions and pictures it finds.
 
-Art that may not be published is left out. Written by evaluate.py.
+Each `draw_*` returns a matplotlib figure; draw_all() writes those that may be published.
 """
 
+import io
 import json
+import math
 import warnings
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from glip import GLIP
 from nanoglip import files, masks
 from nanoglip.evals.metrics import ranks
 from nanoglip.masks import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.pictures import HeldOut
 
-GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
-
-
-def figure(height: float, width: float, **room: float) -> object:
-    """An empty matplotlib figure, in inches; `room`: margins, where text stands between cells."""
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(width, height), layout="none" if room else "constrained", dpi=110)
-    if room:
-        fig.subplots_adjust(left=0.01, right=0.99, **room)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito's
+
+RIGHT, GREY = COLOURS[0], "#999999"
+
+PANELS = {  # title: names in log.jsonl
+    "loss, and ln(batch), which guessing gives": ("loss", "ln_batch"),
+    "held-out pictures, without a mask": (
+        "zero-shot top-1", "zero-shot top-5", "image to text R@1", "image to text R@5",
+        "text to image R@5",
+    ),
+    "learning rate": ("lr",),
+    "logit_scale": ("logit_scale",),
+    "share of patches": ("computed", "visible"),
+    "pairs per second": ("pairs_per_second",),
+    "share of time waiting for data": ("data_wait",),
+}  # fmt: skip
+
+
+def figure(height: float, width: float, **margins: float) -> "Figure":
+    """An empty figure, in inches; its layout is automatic unless `margins` are given."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="none" if margins else "constrained", dpi=110)
+    if margins:
+        fig.subplots_adjust(**{"left": 0.01, "right": 0.99, **margins})
     return fig
 
 
-def save(fig: object, path: Path) -> None:
-    """Write a figure as PNG; a "$" in a caption or a file's name is a dollar, and no formula."""
+def to_png(fig: "Figure") -> bytes:
+    """A figure as PNG; a "$" in a caption or a file's name is a dollar, not a formula."""
     from matplotlib.text import Text
 
     for text in fig.findobj(Text):
         text.set_parse_math(False)
+    file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font lacks some letters
-        files.write_safely(path, lambda file: fig.savefig(file, format="png"))
+        fig.savefig(file, format="png")
+    return file.getvalue()
 
 
 def show(axes: object, image: Tensor) -> None:
@@ -49,49 +75,68 @@ def show(axes: object, image: Tensor) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def draw_curves(run: Path) -> object:
-    """Loss of every logged step and accuracy of every evaluation, both stages in a row."""
+def shorten(text: str, length: int) -> str:
+    """A text of at most `length` characters."""
+    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def draw_curves(run: Path, chance: bool = True) -> "Figure":
+    """PANELS of a run's log.jsonl, both stages in a row.
+
+    `chance`: whether ln(batch) is the loss of guessing, as under CLIP's own loss.
+    """
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first = max((r["step"] for r in records if r["stage"] == "pretrain"), default=0)
-    fig = figure(3.2, 8)
-    left, right = fig.subplots(1, 2)
-    for stage, colour, marker in (("pretrain", GOOD, "o"), ("tune", OTHER, "s")):
-        rows = [r for r in records if r["stage"] == stage]
-        start = first if stage == "tune" else 0
-        losses = [(start + r["step"], r["loss"]) for r in rows if "loss" in r]
-        scores = [(start + r["step"], r) for r in rows if "loss" not in r]
-        if losses:
-            dots = "." if len(losses) < 3 else None  # a line of one point is invisible
-            left.plot(*zip(*losses, strict=True), color=colour, label=stage, marker=dots)
-            guess = next(r["ln_batch"] for r in rows if "ln_batch" in r)
-            left.hlines(guess, start, losses[-1][0], colors=BAD, linestyles="--")
-        for name, line in (("top-1", "-"), ("top-5", ":"), ("text R@1", "-"), ("text R@5", ":")):
-            points = [(x, 100 * v) for x, r in scores for k, v in r.items() if k.endswith(name)]
-            if points:
-                style = {"color": colour, "marker": marker, "label": f"{name}, {stage}"}
-                right.plot(*zip(*points, strict=True), line, **style)
-    left.plot([], [], color=BAD, linestyle="--", label="ln(batch): guessing")
-    left.set(xlabel="step", ylabel="contrastive loss", ylim=(0, None))
-    right.set(xlabel="step", ylabel="held-out, full picture (%)", ylim=(0, None))
-    for axes, place in ((left, "lower left"), (right, "lower right")):
-        axes.legend(fontsize=7, loc=place)
-        axes.spines[["top", "right"]].set_visible(False)
+    panels = defaultdict(dict)
+    for title, names in PANELS.items():
+        for name in names:
+            line = [(r["step"] + first * (r["stage"] == "tune"), r[name])
+                    for r in records if r.get(name) is not None]  # fmt: skip
+            if line and (chance or name != "ln_batch"):
+                panels[title][name] = line
+    rows = math.ceil(len(panels) / 2) or 1
+    fig = figure(2 * rows, 8, left=0.07, bottom=0.15 / rows, top=1 - 0.15 / rows, hspace=0.4)
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        axes = fig.add_subplot(rows, 2, place)
+        for (name, line), colour in zip(lines.items(), COLOURS, strict=False):
+            dots = "." if len(line) < 20 else None  # a line of one point is invisible
+            dashes = "--" if name == "ln_batch" else "-"
+            axes.plot(*zip(*line, strict=True), dashes, color=colour, marker=dots, label=name)
+        axes.set_ylim(min(0.0, axes.dataLim.y0))
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=7)
     return fig
 
 
-def draw_masks(
-    pairs: HeldOut, picks: np.ndarray, encoder: object, own: Masker
-) -> object:
-    """Every mask of the registry on the same pictures, and how often it keeps each patch.
+def seen_patches(
+    kept: tuple[Tensor | None, Tensor | None], count: int, grid: tuple[int, int]
+) -> Tensor:
+    """Which patches of `count` pictures a mask's (ids_keep, visible) leaves, (B, R, C) bool."""
+    ids_keep, visible = (None if x is None else x.cpu() for x in kept)
+    seen = torch.ones(count, math.prod(grid), dtype=torch.bool)
+    if ids_keep is not None:
+        left = torch.ones_like(ids_keep, dtype=torch.bool) if visible is None else visible
+        seen = torch.zeros_like(seen).scatter(1, ids_keep, left)
+    return seen.unflatten(1, grid)
 
-    All with the ratio of `own`, the run's; where a mask needs a teacher, it is the run's, or else
-    the run's own image tower.
+
+def grey_out(images: Tensor, seen: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) whose patches that are not seen, (B, R, C), are grey."""
+    shown = F.interpolate(seen[:, None].float(), images.shape[2:], mode="nearest") > 0
+    return torch.where(shown, images, torch.full_like(images, 128))
+
+
+def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "Figure":
+    """Every registered mask on the same pictures, and how often it keeps each patch.
+
+    All use the ratio of `own`, the run's mask; a mask that needs a teacher gets the run's, or else
+    the run's image tower.
     """
-    tower, grid = encoder.model.visual, encoder.model.config.grid
-    p, n = encoder.model.config.patch_size, grid[0] * grid[1]
+    tower, grid, device = model.visual, model.config.grid, model.logit_scale.device
     ratio = own.mask_ratio or 0.75
-    many = pairs.render(np.arange(len(pairs.concept))[:2000]).to(encoder.device)
-    noise = torch.from_numpy(uniform(0, "gallery", 0, len(many), n)).to(encoder.device)
+    many = pairs.render(np.arange(len(pairs.concept))[:2000])
+    noise = torch.from_numpy(uniform(0, "gallery", 0, len(many), math.prod(grid)))
     fig = figure(1.1 * (len(picks) + 1.5), 1.1 * len(masks.MASKS) + 0.4)
     axes = fig.subplots(len(picks) + 1, len(masks.MASKS), squeeze=False)
     columns = list(zip(axes.T, masks.MASKS, strict=True))
@@ -102,18 +147,13 @@ def draw_masks(
         if masker.unmet():
             column[0].set_title(f"{mask} needs {', '.join(masker.unmet())}", fontsize=7)
             continue
-        kept = torch.ones(len(many), n)
-        if mask != "none":
-            found = [masker(*block, tower) for block in zip(many.split(256), noise.split(256))]
-            ids_keep = torch.cat([ids for ids, _ in found])
-            seen = [torch.ones_like(ids) if shown is None else shown for ids, shown in found]
-            seen = torch.cat(seen).float()
-            kept = torch.zeros(len(many), n, device=seen.device).scatter_(1, ids_keep, seen).cpu()
-        often = kept.mean(0)
-        for cell, i in zip(column, picks, strict=False):
-            seen = kept[i].view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1).bool()
-            show(cell, torch.where(seen, many[i].cpu(), torch.tensor(110, dtype=torch.uint8)))
-        heat = column[-1].imshow(often.view(grid).numpy(), cmap="viridis", vmin=0, vmax=1)
+        seen = torch.cat([
+            seen_patches(masker(images.to(device), draws.to(device), tower), len(images), grid)
+            for images, draws in zip(many.split(256), noise.split(256), strict=True)
+        ])                                                                     # (M, R, C)
+        for cell, image in zip(column, grey_out(many[picks], seen[picks]), strict=False):
+            show(cell, image)
+        heat = column[-1].imshow(seen.float().mean(0), cmap="viridis", vmin=0, vmax=1)
         column[-1].set(xticks=[], yticks=[])
     axes[-1, 0].set_ylabel("share kept", fontsize=8)
     fig.colorbar(heat, ax=axes[-1, :], shrink=0.9, pad=0.01).ax.tick_params(labelsize=6)
@@ -121,10 +161,10 @@ def draw_masks(
     return fig
 
 
-def draw_top5(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> object:
-    """Held-out pictures with the five captions the model finds likeliest, the right one in blue.
+def draw_top5(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> "Figure":
+    """Held-out pictures with their five likeliest captions, the right one in blue.
 
-    Where it is not among the five, it stands below them with its rank.
+    A right caption that is not among them stands below them with its rank.
     """
     columns, rows = 6, -(-len(picks) // 6)
     fig = figure(2.4 * rows, 1.75 * columns, top=0.99, bottom=0.55 / rows, hspace=0.9)
@@ -134,23 +174,21 @@ def draw_top5(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) 
         show(cell, pairs.render(np.array([i]))[0])
         scores, wanted = images[i] @ texts.T, int(pairs.concept[i])
         found = scores.topk(min(5, len(texts))).indices.tolist()
-        rank = 1 + int(ranks(scores[None], (torch.arange(len(texts)) == wanted)[None]))
-        lines = [shorten(pairs.captions[j], 27) for j in found]
+        lines = [(j, shorten(pairs.captions[j], 27)) for j in found]
         if wanted not in found:
-            lines.append(f"{rank:,}. {shorten(pairs.captions[wanted], 22)}")
-        for line, (j, text) in enumerate(zip([*found, wanted], lines)):
-            right = j == wanted
-            cell.text(
-                0.5, -0.05 - 0.13 * line, text, fontsize=6.5, va="top",
-                ha="center", transform=cell.transAxes, color=GOOD if right else "#555555",
-                fontweight="bold" if right else "normal",
-            )  # fmt: skip
+            right = torch.arange(len(texts)) == wanted
+            rank = 1 + int(ranks(scores[None], right[None]))
+            lines.append((wanted, f"{rank:,}. {shorten(pairs.captions[wanted], 22)}"))
+        for line, (j, text) in enumerate(lines):
+            look = {"color": "#555555"}
+            if j == wanted:
+                look = {"color": RIGHT, "fontweight": "bold"}
+            cell.text(0.5, -0.05 - 0.13 * line, text, fontsize=6.5, va="top", ha="center",
+                      transform=cell.transAxes, **look)  # fmt: skip
     return fig
 
 
-def draw_retrieval(
-    pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray
-) -> object:
+def draw_retrieval(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> "Figure":
     """Captions and the pictures found for them, best first, the right ones framed.
 
     Where none is right, the caption is followed by the best right one's rank.
@@ -160,45 +198,39 @@ def draw_retrieval(
     axes = fig.subplots(len(picks), columns, squeeze=False)
     for row, i in zip(axes, picks, strict=True):
         caption = pairs.concept[i]
-        scores, wanted = images @ texts[caption], torch.from_numpy(pairs.concept == caption)
+        scores, right = images @ texts[caption], torch.from_numpy(pairs.concept == caption)
         found = scores.topk(min(columns, len(images))).indices.numpy()
-        for cell in row:
+        for cell in row[len(found) :]:
             cell.set_axis_off()
         for cell, j in zip(row, found, strict=False):
-            cell.set_axis_on()
             show(cell, pairs.render(np.array([j]))[0])
-            right = pairs.concept[j] == caption
+            look = {"color": RIGHT, "linewidth": 3} if right[j] else {"color": "#dddddd"}
             for side in cell.spines.values():
-                side.set(color=GOOD if right else "#dddddd", linewidth=3 if right else 1)
-        told = shorten(pairs.captions[caption], 90)
-        if not wanted[found].any():
-            told += f"   (right: rank {1 + int(ranks(scores[None], wanted[None])):,})"
-        row[0].text(0, 1.06, told, transform=row[0].transAxes, fontsize=8)
+                side.set(**look)
+        title = shorten(pairs.captions[caption], 90)
+        if not right[found].any():
+            title += f"   (right: rank {1 + int(ranks(scores[None], right[None])):,})"
+        row[0].text(0, 1.06, title, transform=row[0].transAxes, fontsize=8)
     return fig
 
 
-def shorten(text: str, length: int) -> str:
-    """A text of at most `length` characters."""
-    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
 def draw_all(
-    run: Path, config: dict, features: tuple[Tensor, Tensor] | None, test: HeldOut,
-    before: object, before_test: HeldOut, masker: Masker,
+    run: Path, chance: bool, features: tuple[Tensor, Tensor] | None, test: HeldOut,
+    before: GLIP, before_test: HeldOut, masker: Masker,
 ) -> list[str]:  # fmt: skip
-    """Write the run's PNGs; art that may not be published is left out. Returns their names.
+    """Write the run's PNGs, without art that may not be published; returns their names.
 
     `features` are the final model's of the pairs `test`; `before` was trained under `masker`.
     """
-    figures = {"loss.png": draw_curves(run)} if (run / "log.jsonl").is_file() else {}
+    drawn = {"loss.png": draw_curves(run, chance)} if (run / "log.jsonl").is_file() else {}
     art = before_test.free_art()
     if len(art.concept):
         picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
-        figures["masks.png"] = draw_masks(art, picks, before, masker)
+        drawn["masks.png"] = draw_masks(art, picks, before, masker)
     if len(test.concept) and test.publishable:
         sample = np.random.default_rng(1).permutation(len(test.concept))
-        figures["top5.png"] = draw_top5(test, *features, sample[:18])
-        figures["retrieval.png"] = draw_retrieval(test, *features, sample[-8:])
-    for name, fig in figures.items():
-        save(fig, run / name)
-    return list(figures)
+        drawn["top5.png"] = draw_top5(test, *features, sample[:18])
+        drawn["retrieval.png"] = draw_retrieval(test, *features, sample[-8:])
+    for name, fig in drawn.items():
+        files.write_bytes(run / name, to_png(fig))
+    return list(drawn)
