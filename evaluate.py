@@ -178,7 +178,7 @@ def sets_asked(options: EvaluateConfig) -> bool:
 
 def run_command(options: EvaluateConfig) -> None:
     """Everything that `python evaluate.py` does."""
-    asked, pair = search.wanted(options), ["a second run"] * bool(options.other)
+    asked, pair = search.given_flags(options), ["a second run"] * bool(options.other)
     sets = ["published sets"] * sets_asked(options)
     flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish", "figures")
     beside = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
@@ -278,7 +278,10 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     cli.say(told)  # before anything is written: the folder may be read-only
     write_results(run, results)
     keep_ranks(run, found, test, identity(run, on.precision))
-    pictures = figures.draw_all(run, config, last, test, before, before_test, masker)
+    pictures = figures.draw_all(
+        run, config.get("loss", "clip") == "clip" and not config["aclip"], last, test, before.model,
+        before_test, masker,
+    )  # fmt: skip
     files = ["results.json", "outcomes.npz", *pictures]
     print_files(run, files, page.add_results(run, "held-out pairs", told, pictures))
     publish(run, options, pictures)

@@ -33,13 +33,16 @@ FIGURES = {  # of an evaluation
 }
 
 
-def base64_png(content: Image.Image | bytes) -> str:
-    """A picture, or the bytes of a PNG, in base64."""
-    if isinstance(content, Image.Image):
-        file = io.BytesIO()
-        content.save(file, "PNG")
-        content = file.getvalue()
-    return base64.b64encode(content).decode()
+def base64_of(png: bytes) -> str:
+    """Bytes as text."""
+    return base64.b64encode(png).decode()
+
+
+def as_png(image: Tensor) -> bytes:
+    """A picture (3, H, W), bytes, as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 def shown(pngs: list[str], caption: str) -> str:
@@ -60,7 +63,7 @@ def samples(
     masked = figures.grey_out(images, figures.seen_patches(kept, len(images), grid))
     rows = []
     for *both, row, length in zip(images, masked, tokens, glip.lengths(tokens), strict=True):
-        pngs = [base64_png(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in both]
+        pngs = [base64_of(as_png(image)) for image in both]
         rows.append([*pngs, decode_tokens(row[1 : length - 1].tolist())])
     return rows
 
@@ -89,7 +92,7 @@ def write(
     text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
 <style>{STYLE}</style><h1>{name}</h1><p>{html.escape(where)}. {html.escape(made)}.</p>
 <p><code>{html.escape(command)}</code></p>
-<h2>Curves</h2>{shown([base64_png(curves)], "Over the step")}
+<h2>Curves</h2>{shown([base64_of(curves)], "Over the step; tuning follows pre-training")}
 {batches}
 <h2>Settings (bold: not the recipe's)</h2><table>{table}</table></html>
 """
@@ -104,7 +107,7 @@ def add_results(out: Path, what: str, tables: str, pictures: list[str]) -> Path 
     path = out / "report.html"
     if not path.is_file():
         return None
-    drawn = "".join(shown([base64_png((out / name).read_bytes())], caption)
+    drawn = "".join(shown([base64_of((out / name).read_bytes())], caption)
                     for name, caption in FIGURES.items() if name in pictures)  # fmt: skip
     start, end = f'<section title="{what}">', "</section>\n"
     old = re.compile(re.escape(start) + ".*?" + end, re.DOTALL)

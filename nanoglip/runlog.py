@@ -31,7 +31,7 @@ from glip import GLIP, GLIPConfig, InputError
 from nanoglip import distributed, files, page
 from nanoglip.checkpoint import stamp_of
 from nanoglip.cli import Stopped, say
-from nanoglip.config import TrainConfig
+from nanoglip.config import RECIPES, TrainConfig
 from nanoglip.evals.encoder import quick
 from nanoglip.files import flush_folder, prune
 from nanoglip.machine import machine, resolve, use_bf16
@@ -114,6 +114,7 @@ class Report:
         self.config, self.out, self.rank, self.world, self.device = config, out, rank, world, device
         self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
         self.read, self.bad, self.quarantined, self.news, self.told = 0, 0, set(), [], 0
+        self.chance = config.loss == "clip" and not config.aclip  # guessing loses ln(batch)
         self.board, self.pairs = None, {}  # TensorBoard's writer; pairs on the page
         self.machine = machine(device)
         self.first_bad = torch.full((), -1, device=device)  # the first step that was not finite
@@ -267,8 +268,7 @@ class Report:
             logit_scale=scale.item(), **shares, bad=bad, pairs_per_second=rate, data_wait=waiting,
             seconds=elapsed,
         )  # fmt: skip
-        clip = self.config.loss == "clip" and not self.config.aclip
-        guess = f" (ln batch {math.log(batch_size):.2f})" * clip  # what guessing gives
+        guess = f" (ln batch {math.log(batch_size):.2f})" * self.chance  # what guessing gives
         self.bar.set_postfix_str(
             f"loss {loss:.3f}{guess}, {rate:,.0f} pairs/s, {waiting:.0%} waiting for data",
             refresh=False,
@@ -359,9 +359,14 @@ class Report:
         """Write report.html, with some pairs of the last batch under their masks."""
         images, tokens, noise = (x[:SHOWN] for x in self.batch[:3])
         keep = self.stage.masker(images.to(self.device), noise.to(self.device), model.visual)
-        self.pairs[self.stage.name] = page.samples(images, tokens, *keep, self.stage.model.grid)
+        self.pairs[self.stage.name] = page.samples(images, tokens, keep, self.stage.model.grid)
         where = f"{self.stage.name}, step {step:,} of {self.stage.steps:,}"
-        page.write(self.out, self.config, where, command(), self.machine, self.pairs)
+        recipe = self.config.recipe
+        usual = asdict(TrainConfig(recipe=recipe, **RECIPES[recipe]))
+        page.write(
+            self.out, asdict(self.config), usual, self.chance, where, command(), self.machine,
+            self.pairs,
+        )  # fmt: skip
 
     def write(self, **record: object) -> None:
         """Append a line to log.jsonl, and tell TensorBoard if asked to."""

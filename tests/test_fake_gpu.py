@@ -188,7 +188,7 @@ def test_a_run_on_a_gpu(variant, config, tmp_path, monkeypatch):
     assert {path.name for path in run.iterdir()} == {
         "config.json", "log.jsonl", "pretrained.pt", "model.pt", "report.html"
     }  # fmt: skip
-    assert (run / "report.html").read_text().count("<img") == 2 * 2 * 12
+    assert (run / "report.html").read_text().count("<img") == 1 + 2 * 2 * 12
     train.train(replace(config, device="cpu", out=str(tmp_path / "cpu")))
     near = {"rel": 0.05} if config.precision == "bf16" else {"rel": 1e-3}
     assert losses_of(run) == pytest.approx(losses_of(tmp_path / "cpu"), **near)

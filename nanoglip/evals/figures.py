@@ -28,9 +28,9 @@ from nanoglip.sources.pictures import HeldOut
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # Okabe and Ito's
+GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
 
-RIGHT, GREY = COLOURS[0], "#999999"
+COLOURS = (GOOD, OTHER, "#009e73", "#cc79a7", "#e69f00")
 
 PANELS = {  # title: names in log.jsonl
     "loss, and ln(batch), which guessing gives": ("loss", "ln_batch"),
@@ -105,7 +105,8 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
         axes.set_ylim(min(0.0, axes.dataLim.y0))
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.legend(fontsize=7)
+        if len(lines) > 1:
+            axes.legend(fontsize=7)
     return fig
 
 
@@ -135,8 +136,8 @@ def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "
     """
     tower, grid, device = model.visual, model.config.grid, model.logit_scale.device
     ratio = own.mask_ratio or 0.75
-    many = pairs.render(np.arange(len(pairs.concept))[:2000])
-    noise = torch.from_numpy(uniform(0, "gallery", 0, len(many), math.prod(grid)))
+    many = pairs.render(np.arange(len(pairs.concept))[:2000]).to(device)
+    noise = torch.from_numpy(uniform(0, "gallery", 0, len(many), math.prod(grid))).to(device)
     fig = figure(1.1 * (len(picks) + 1.5), 1.1 * len(masks.MASKS) + 0.4)
     axes = fig.subplots(len(picks) + 1, len(masks.MASKS), squeeze=False)
     columns = list(zip(axes.T, masks.MASKS, strict=True))
@@ -147,11 +148,10 @@ def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "
         if masker.unmet():
             column[0].set_title(f"{mask} needs {', '.join(masker.unmet())}", fontsize=7)
             continue
-        seen = torch.cat([
-            seen_patches(masker(images.to(device), draws.to(device), tower), len(images), grid)
-            for images, draws in zip(many.split(256), noise.split(256), strict=True)
-        ])                                                                     # (M, R, C)
-        for cell, image in zip(column, grey_out(many[picks], seen[picks]), strict=False):
+        blocks = zip(many.split(256), noise.split(256), strict=True)
+        seen = torch.cat([seen_patches(masker(*block, tower), len(block[0]), grid)
+                          for block in blocks])                                # (M, R, C)
+        for cell, image in zip(column, grey_out(many[picks].cpu(), seen[picks]), strict=False):
             show(cell, image)
         heat = column[-1].imshow(seen.float().mean(0), cmap="viridis", vmin=0, vmax=1)
         column[-1].set(xticks=[], yticks=[])
@@ -182,7 +182,7 @@ def draw_top5(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) 
         for line, (j, text) in enumerate(lines):
             look = {"color": "#555555"}
             if j == wanted:
-                look = {"color": RIGHT, "fontweight": "bold"}
+                look = {"color": GOOD, "fontweight": "bold"}
             cell.text(0.5, -0.05 - 0.13 * line, text, fontsize=6.5, va="top", ha="center",
                       transform=cell.transAxes, **look)  # fmt: skip
     return fig
@@ -204,7 +204,7 @@ def draw_retrieval(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndar
             cell.set_axis_off()
         for cell, j in zip(row, found, strict=False):
             show(cell, pairs.render(np.array([j]))[0])
-            look = {"color": RIGHT, "linewidth": 3} if right[j] else {"color": "#dddddd"}
+            look = {"color": GOOD, "linewidth": 3} if right[j] else {"color": "#dddddd"}
             for side in cell.spines.values():
                 side.set(**look)
         title = shorten(pairs.captions[caption], 90)

@@ -4,12 +4,13 @@
     python evaluate.py runs/demo --classify PICTURE --names cat,dog      which names fit a picture
     python evaluate.py runs/demo --attention PICTURE                     where the model looks
 
-Tables go to the screen, search.png and attention.png into the run's folder. Pictures are seen as in
-evaluation: the centred square, at the model's size. `encoder` is evaluate's Encoder.
+Tables go to the screen, search.png and attention.png into the run's folder. As in evaluation, the
+model gets the centred square of a picture.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,53 +20,47 @@ import glip
 from glip import InputError
 from nanoglip.cli import printable
 from nanoglip.evals import figures
+from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.figures import shorten
-from nanoglip.files import read_regular
+from nanoglip.files import write_bytes
 from nanoglip.masks import attend
 from nanoglip.sources import pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HITS = 12  # pictures of a search that are listed and drawn
 
 SHOWN = 224  # pixels a side of a picture in a figure
 
-# --- The flags ------------------------------------------------------------------------------------
-
-
-def wanted(options: object) -> list[str]:
-    """Which of the three are given; raises InputError where one lacks its second half."""
+def given_flags(options: object) -> list[str]:
+    """Which of the three are given; raises InputError for one that lacks its other half."""
     for flag, other in (("search", "images"), ("classify", "names")):
-        given = {name: bool(getattr(options, name)) for name in (flag, other)}
-        if len(set(given.values())) == 2:
+        if bool(getattr(options, flag)) != bool(getattr(options, other)):
             raise InputError(f"--{flag} goes with --{other}: give both")
     return [f"--{flag}" for flag in ("search", "classify", "attention") if getattr(options, flag)]
 
 
-def use(encoder: object, run: Path, options: object) -> None:
-    """Do what is asked: print it, and draw it into the run's folder."""
+def use(encoder: Encoder, run: Path, options: object) -> None:
+    """Print the answer, and draw it into the run's folder."""
     if options.search:
         found = search(encoder, options.search, Path(options.images))
-        save(draw_hits(options.search, found), run / "search.png")
+        figure, path = draw_hits(options.search, found), run / "search.png"
     elif options.classify:
         names = [name.strip() for name in options.names.split(",") if name.strip()]
-        for name, probability, score in classify(encoder, Path(options.classify), names):
-            print(f"{100 * probability:>6.1f} %  similarity {score:+.3f}  {name}")
+        for name, share, score in classify(encoder, Path(options.classify), names):
+            print(f"{100 * share:>6.1f} %  similarity {score:+.3f}  {name}")
         print(f"(the shares are of these {len(names)} names alone)")
+        return
     else:
         heat = attention(encoder, Path(options.attention))
         rows, columns = heat.shape
         middle = heat[rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4]
         print(f"the {middle.numel()} patches in the middle, {middle.numel() / heat.numel():.0%} of "
               f"the picture, get {middle.sum():.0%} of the attention")  # fmt: skip
-        save(draw_attention(Path(options.attention), heat), run / "attention.png")
-
-
-def save(figure: object, path: Path) -> None:
-    """Write a figure as PNG, and say so."""
-    figures.save(figure, path)
+        figure, path = draw_attention(Path(options.attention), heat), run / "attention.png"
+    write_bytes(path, figures.to_png(figure))
     print(f"wrote {path}")
-
-
-# --- Pictures and texts to features ---------------------------------------------------------------
 
 
 def picture_files(folder: Path) -> tuple[list[Path], int]:
@@ -82,23 +77,22 @@ def picture_files(folder: Path) -> tuple[list[Path], int]:
     return chosen, len(files) - len(chosen)
 
 
-def encode_files(encoder: object, paths: list[Path]) -> tuple[Tensor, dict[int, str]]:
-    """image_features (n, E) of n files, and by its place why one cannot be read: ignore its row."""
+def encode_files(encoder: Encoder, paths: list[Path]) -> tuple[Tensor, dict[int, str]]:
+    """image_features (n, E) of n files, and by its row why a file is unreadable."""
     side, bad = encoder.model.config.pixels[0], {}
 
     def read(i: int) -> Tensor:
         try:
-            content = read_regular(paths[i], pictures.PICTURE_CAP)
-            return pictures.centred(pictures.decode(content, side), side)
-        except (OSError, pictures.BadPicture) as error:
-            bad[i] = getattr(error, "strerror", None) or str(error)
+            return one_picture(paths[i], side)
+        except InputError as error:
+            bad[i] = str(error)
             return torch.zeros(3, side, side, dtype=torch.uint8)
 
     with ThreadPoolExecutor() as pool:
         return encoder.images(lambda ids: torch.stack(list(pool.map(read, ids))), len(paths)), bad
 
 
-def encode_texts(encoder: object, texts: list[str], flag: str) -> Tensor:
+def encode_texts(encoder: Encoder, texts: list[str], flag: str) -> Tensor:
     """text_features (n, E) of n texts; raises InputError for one that the model cannot read."""
     room = encoder.model.config.context_length - 2
     for text in texts:
@@ -111,30 +105,26 @@ def encode_texts(encoder: object, texts: list[str], flag: str) -> Tensor:
 
 
 def one_picture(path: Path, side: int) -> Tensor:
-    """A picture's centred square, (3, S, S) bytes; raises InputError where it cannot be read."""
+    """A picture's centred square, (3, S, S) bytes; raises InputError for an unreadable one."""
     return pictures.centred(np.asarray(pictures.read_picture(path, side)), side)
 
 
-# --- Search, classify, look -----------------------------------------------------------------------
+def search(encoder: Encoder, text: str, folder: Path) -> list[tuple[Path, float]]:
+    """The HITS pictures of a folder that fit a text best, with their cosines; also printed.
 
-
-def search(encoder: object, text: str, folder: Path) -> list[tuple[Path, float]]:
-    """The HITS pictures of a folder that fit a text best, with their cosines; prints all about it.
-
-    What cannot be read is named and counted. Raises InputError where nothing can be.
+    Unreadable pictures are named and counted. Raises InputError where all are.
     """
-    wanted = encode_texts(encoder, [text], "search")                           # (1, E)
+    query = encode_texts(encoder, [text], "search")                            # (1, E)
     paths, others = picture_files(folder)
     features, bad = encode_files(encoder, paths)                               # (n, E)
     for i in sorted(bad)[:HITS]:
-        print(f"cannot be read: {printable(paths[i])} ({bad[i]})")
+        print(printable(bad[i]))
     if bad or others:
-        print(f"left out: {len(bad)} of {len(paths)} pictures, which cannot be read, and {others} "
-              "files of other kinds")  # fmt: skip
+        print(f"left out: {len(bad)} of {len(paths)} pictures, {others} files of other kinds")
     good = [i for i in range(len(paths)) if i not in bad]
     if not good:
         raise InputError(f"--images {folder}: not one of its {len(paths)} pictures can be read")
-    scores, places = (features[good] @ wanted[0]).topk(min(HITS, len(good)))
+    scores, places = (features[good] @ query[0]).topk(min(HITS, len(good)))
     found = [(paths[good[i]], score) for i, score in zip(places.tolist(), scores.tolist())]
     print(f"{len(good):,} pictures searched for: {text}")
     for number, (path, score) in enumerate(found, 1):
@@ -142,7 +132,7 @@ def search(encoder: object, text: str, folder: Path) -> list[tuple[Path, float]]
     return found
 
 
-def classify(encoder: object, path: Path, names: list[str]) -> list[tuple[str, float, float]]:
+def classify(encoder: Encoder, path: Path, names: list[str]) -> list[tuple[str, float, float]]:
     """(name, its share among these names, cosine) for a picture, the likeliest first."""
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError("--names: give two different names or more, as in --names cat,dog")
@@ -155,35 +145,30 @@ def classify(encoder: object, path: Path, names: list[str]) -> list[tuple[str, f
 
 
 @torch.inference_mode()
-def attention(encoder: object, path: Path) -> Tensor:
-    """Where the class token looks, mean of heads and layers, (R, C); the patches' shares sum to 1.
+def attention(encoder: Encoder, path: Path) -> Tensor:
+    """Shares (R, C) of the class token's attention that patches get, mean of heads and layers.
 
-    What it gives to itself is left out.
+    What the token gives to itself is left out, so that they sum to 1.
     """
     image = one_picture(path, encoder.model.config.pixels[0])
     heat, _ = attend(encoder.model.visual, image[None].to(encoder.device))
     return (heat[0] / heat[0].sum()).float().cpu()
 
 
-# --- Figures --------------------------------------------------------------------------------------
-
-
-def draw_hits(text: str, found: list[tuple[Path, float]]) -> object:
+def draw_hits(text: str, found: list[tuple[Path, float]]) -> "Figure":
     """The pictures found for a text, best first, with their file names and scores."""
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
     fig = figures.figure(2.5 * rows + 0.4, 2.2 * max(columns, 2))
     fig.suptitle(shorten(text, 60), fontsize=10)
-    for cell in fig.subplots(rows, columns, squeeze=False).flat:
-        cell.axis("off")
-    for cell, (path, score) in zip(fig.axes, found):
+    for place, (path, score) in enumerate(found, 1):
+        cell = fig.add_subplot(rows, columns, place)
         figures.show(cell, one_picture(path, SHOWN))
-        label = f"{shorten(printable(path.name), 26)}\n{score:+.3f}"
-        cell.set_title(label, fontsize=7, y=-0.02, pad=0, va="top")
+        cell.set_title(f"{shorten(printable(path.name), 26)}\n{score:+.3f}", fontsize=7)
     return fig
 
 
-def draw_attention(path: Path, heat: Tensor) -> object:
+def draw_attention(path: Path, heat: Tensor) -> "Figure":
     """A picture, and the same under its attention (R, C), in multiples of an even share."""
     image = one_picture(path, SHOWN)
     fig = figures.figure(3, 6.2)
