@@ -1,6 +1,8 @@
 """The repository keeps what its README says: imports, commands, links, tables, quiet imports."""
 
 import ast
+import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -9,15 +11,14 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+import tyro
 from PIL import Image
 
-import data
-import evaluate
 import glip
 from nanoglip.config import check, parse, run_name
-from nanoglip.sources import fetch
 from tests.test_train import command
-from tools import convert, finetune, tables
+from tools import tables
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
@@ -65,58 +66,90 @@ def test_importing_a_script_has_no_effect(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def readme_commands():
-    text = (ROOT / "README.md").read_text()
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-             for line in block.splitlines()]  # fmt: skip
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_every_command_of_the_readme_parses():
-    seen, folders = 0, ["runs/demo"]  # made before, by `make demo`
-    for words in readme_commands():
-        if "train.py" in words:
-            flags = words[words.index("train.py") + 1 :]
-            if flags != ["--help"]:
+def commands_of(page):
+    """The words of every command in a page's sh blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+class Parsed(BaseException):
+    """Raised once a command line is parsed, so that nothing runs."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """A function that parses a script's command line, by the script's own main."""
+    real = tyro.cli
+
+    def stop(*args, **kwargs):
+        raise Parsed(real(*args, **kwargs))
+
+    def run(script, flags):
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        with pytest.raises(Parsed):
+            importlib.import_module(script.removesuffix(".py")).main()
+
+    monkeypatch.setattr(tyro, "cli", stop)
+    return run
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_docs_parses(page, parsed):
+    commands, folders = commands_of(page), []
+    makefile = (ROOT / "Makefile").read_text()
+    for words in commands:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+        elif words[0] in ("python", "torchrun"):
+            at = next(i for i, word in enumerate(words) if re.match(r"tools\.|\w+\.py$", word))
+            world = 1
+            for name, number in pairwise(words):
+                world *= int(number) if name in ("--nnodes", "--nproc_per_node") else 1
+            script, flags = words[at], words[at + 1 :]
+            if script == "train.py" and flags != ["--help"]:
                 config = parse(flags)
-                check(config, 8 if words[0] == "torchrun" else 1)
+                check(config, world)
                 asks = config.estimate or config.overfit
                 folders += [] if asks else [config.out or f"runs/{run_name(config)}"]
-            seen += 1
-        elif "evaluate.py" in words:
-            flags = words[words.index("evaluate.py") + 1 :]
-            assert isinstance(evaluate.tyro.cli(evaluate.EvaluateConfig, args=flags), object)
-            seen += 1
-        elif "report.py" in words:
-            flags = words[words.index("report.py") + 1 :]
-            assert isinstance(tables.tyro.cli(tables.ReportConfig, args=flags), object)
-            seen += 1
-        elif "finetune.py" in words:
-            flags = words[words.index("finetune.py") + 1 :]
-            config = finetune.tyro.cli(finetune.FineTuneConfig, args=flags)
-            finetune.check(finetune.settled(config, 240))
-            seen += 1
-        elif "data.py" in words:
-            command, *flags = words[words.index("data.py") + 1 :]
-            kinds = {"fetch": fetch.FetchConfig, "snapshot": data.SnapshotConfig,
-                     "index": data.IndexConfig}  # fmt: skip
-            assert isinstance(data.tyro.cli(kinds[command], args=flags), kinds[command])
-            seen += 1
-        elif "convert.py" in words:
-            command, *flags = words[words.index("convert.py") + 1 :]
-            kind = convert.COMMANDS[command][1]
-            assert isinstance(convert.tyro.cli(kind, args=flags), kind)
-            seen += 1
-        elif words[0] not in ("source", "hf"):
-            assert words[0] == "make"
-            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert seen >= 10
+            elif script not in ("train.py", "tools.figures"):  # --help; a script without flags
+                parsed(script, flags)
+        else:
+            assert words[0] in ("source", "hf"), words
     assert len(set(folders)) == len(folders)  # one after the other, each makes its own run
+    assert page.name != "README.md" or len(commands) > 10
 
 
-def test_code_of_the_readme_runs(tmp_path, monkeypatch):
-    """The example for the user's own code, on a model and a picture put where it looks."""
+def test_the_readme_fits_its_page_and_has_the_papers_three_lines():
     text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "glip_loss" in b]
+    told, real = ast.parse(code).body[0], ast.parse(inspect.getsource(glip.glip_loss)).body[0]
+    del real.body[0]  # the docstring
+    assert ast.unparse(told) == ast.unparse(real)
+
+
+def test_numbers_of_the_readme_are_those_of_the_generated_tables():
+    """A row of a result in the README has the cells of a row in docs/results.md, in its order."""
+
+    def rows(page):
+        lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+        return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+
+    known = rows(ROOT / "docs/results.md")
+    found = [row for row in rows(ROOT / "README.md") if re.fullmatch(r"[\d.]+ \(.*\)", row[-1])]
+    for row in found:
+        others = [iter(other) for other in known]
+        assert any(all(cell in other for cell in row) for other in others), row
+    assert len(found) > 10
+
+
+def test_code_of_the_docs_runs(tmp_path, monkeypatch):
+    """The example for the user's own code, on a model and a picture put where it looks."""
+    text = (ROOT / "docs/training.md").read_text()
     (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_model" in b]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/demo").mkdir(parents=True)
@@ -127,21 +160,28 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["scores"].shape == (1, len(names["names"])) and names["scores"].abs().max() <= 1
 
 
-def test_every_link_of_the_readme_leads_somewhere():
-    text = (ROOT / "README.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert len(links) > 12
-    heads = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
-    assert {link for link in links if link[0] == "#"} - anchors == set()
-    assert [link for link in links if link[0] != "#" and not (ROOT / link).exists()] == []
+def anchors_of(page):
+    """The anchors that GitHub gives a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-def test_tables_of_the_readme_are_current():
-    text = (ROOT / "README.md").read_text()
-    assert tables.filled(text) == text
-    assert len(re.findall("made by report.py", text)) == 7
-    assert "Not run." not in text
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_the_docs_leads_somewhere(page):
+    links = [x for x in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in x]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+    assert page.name != "README.md" or len(links) > 12
+
+
+def test_tables_of_the_docs_are_current():
+    texts = [page.read_text() for page in PAGES]
+    assert [tables.filled(text) for text in texts] == texts
+    assert len(re.findall("made by tools/tables.py", "".join(texts))) == 7
+    assert "Not run." not in "".join(texts)
 
 
 def test_results_are_published_from_a_known_commit_and_name_no_folder():

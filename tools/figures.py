@@ -1,4 +1,4 @@
-"""The README's two figures: docs/figures/accuracy.png from results/, docs/figures/three_masks.png from the masks.
+"""The README's two figures, accuracy.png and three_masks.png in docs/figures/.
 
     python -m tools.figures
 
@@ -6,7 +6,6 @@ What they show is free: the Hubble eXtreme Deep Field (NASA), scikit-image's pho
 (Stefan van der Walt), and Google's emoji (Apache-2.0).
 """
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanoglip import masks
+from nanoglip import masks, results
 from nanoglip.evals.figures import figure, save, show
 from nanoglip.sources.emoji import Emoji
 from tools import tables
 
-ROOT = Path(__file__).parents[1]
+FOLDER = Path(__file__).parents[1] / "docs/figures"
 NAMES = {"none": "CLIP", "random": "FLIP", "gaussian": "GLIP"}
 COLOURS = {"none": "#444444", "random": "#d55e00", "gaussian": "#0072b2"}
 STEPS, TUNING = 450, 20  # of --recipe compare
@@ -33,7 +32,7 @@ SETS = {  # title, shorter runs of CLIP, mask ratios of FLIP and GLIP
 GRID, RATIO, MIDDLE = 14, 0.75, slice(4, 10)  # of the mask figure: ViT-B/16 at 224 pixels
 
 
-def draw_time(results: list[dict], cost: dict) -> object:
+def draw_time(runs: list[dict], cost: dict) -> object:
     """Accuracy against training time of CLIP, FLIP and GLIP on three sets, all seeds.
 
     Time is steps times the seconds of a step in cost.json, where all masks were measured in turn;
@@ -44,12 +43,12 @@ def draw_time(results: list[dict], cost: dict) -> object:
     for axes, (data, row) in zip(fig.subplots(1, 3, width_ratios=(1.5, 1, 1)), SETS.items()):
         title, shorter, ratios = row
         for mask, colour in COLOURS.items():
-            runs = [(0.0, n) for n in (*shorter, STEPS)]
-            runs, line = runs if mask == "none" else [(r, STEPS) for r in ratios], []
-            for ratio, steps in runs:
+            unmasked, masked = [(0.0, n) for n in (*shorter, STEPS)], [(r, STEPS) for r in ratios]
+            line = []
+            for ratio, steps in unmasked if mask == "none" else masked:
                 flags = f"--data {data} --mask {mask} --steps {steps}"
                 flags += f" --mask-ratio {ratio}" if ratio else ""
-                seeds = tables.seeds_of(results, flags)
+                seeds = tables.seeds_of(runs, flags)
                 minutes = (steps * step[mask, ratio] + TUNING * step["none", 0.0]) / 60
                 axes.plot([minutes] * len(seeds), seeds, "o", color=colour, alpha=0.5, ms=5, mew=0)
                 line.append((minutes, sum(seeds) / len(seeds)))
@@ -105,9 +104,8 @@ def planet() -> Tensor:
 
 def main() -> None:
     """Write both figures."""
-    cost = json.loads((ROOT / "results/cost.json").read_text())
-    save(draw_time(tables.load_results(), cost), ROOT / "docs/figures/accuracy.png")
-    save(draw_masks(planet()), ROOT / "docs/figures/three_masks.png")
+    save(draw_time(results.load_runs(), results.load("cost")), FOLDER / "accuracy.png")
+    save(draw_masks(planet()), FOLDER / "three_masks.png")
 
 
 if __name__ == "__main__":
