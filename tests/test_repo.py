@@ -89,11 +89,11 @@ def parsed(monkeypatch):
         raise Parsed(real(*args, **kwargs))
 
     def run(script, flags):
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        with pytest.raises(Parsed):
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(tyro, "cli", stop)
+            patch.setattr(sys, "argv", [script, *flags])
             importlib.import_module(script.removesuffix(".py")).main()
 
-    monkeypatch.setattr(tyro, "cli", stop)
     return run
 
 

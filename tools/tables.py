@@ -1,6 +1,6 @@
 """Tables from results/; nothing in them is typed by hand.
 
-    python -m tools.tables                    rewrites the parts of README.md between the marks
+    python -m tools.tables                    rewrites the parts of docs/*.md between the marks
     python -m tools.tables --paper            prints the paper's tables, its numbers beside ours
     python -m tools.tables --paper --latex    the same for a LaTeX document
 
@@ -251,9 +251,9 @@ def data_table() -> str:
         f"{index['open_seconds']:.1f} s with {index['open_memory_mib']:.0f} MiB of memory, and "
         f"gives a batch from the middle of a run in {index['first_batch_seconds']:.2f} s. Over "
         f"{memory['reads']:,} reads a process grew by {memory['growth']:.1%}. {fuzz['shards']:,} "
-        f"damaged and hostile shards made nothing crash. {killed['runs']} training runs were "
-        f"killed {killed['kills']} times, {killed['while_writing']} of them while a checkpoint was "
-        "written, and ended with the bits of runs that were left alone (`make proof`)."
+        f"damaged and hostile shards crashed nothing. {killed['runs']} training runs were killed "
+        f"{killed['kills']} times, {killed['while_writing']} of them while a checkpoint was "
+        "written; they ended with the bits of uninterrupted runs (`make proof`)."
     )
 
 
@@ -278,10 +278,10 @@ def training_table() -> str:
     )  # fmt: skip
     machine = memory["machine"]
     return (
-        f"{kept}\n\n{rates}\n\n{steps}\n\nRandom pairs, pictures and tokens not counted; medians "
-        f"of {shared['rounds']} and {told['rounds']} rounds (`bench.py memory`, `processes`, "
-        f"`estimate`); {machine['cores']} cores of {machine['cpu']}, commit {machine['commit']}. "
-        "Two processes share the cores that one has alone."
+        f"{kept}\n\n{rates}\n\n{steps}\n\nRandom pairs; pictures and tokens are not counted. "
+        f"Medians of {shared['rounds']} and {told['rounds']} rounds (`tools.bench memory`, "
+        f"`processes`, `estimate`); {machine['cores']} cores of {machine['cpu']}, commit "
+        f"{machine['commit']}. Two processes share the two cores."
     )
 
 
@@ -307,8 +307,8 @@ def speed_table() -> str:
         f"{machine['cores']} cores of {machine['cpu']}, whose products reach "
         f"{rate['bf16'] / 1e9:.0f} GFLOP/s in bf16 and {rate['fp32'] / 1e9:.0f} in fp32 in the same"
         f" run; commit {machine['commit']}. Of our step at 75 %: {shares}. Memory is what steps "
-        "take above the weights. The second table is what `--estimate` prints, with the tuning: no "
-        "GPU has verified it; a core of the reader is one of ours (see below)."
+        "take above the weights. The second table is what `--estimate` prints, tuning included. No "
+        "GPU has verified it. A core of the reader is one of ours (see Reading data)."
     )
 
 
@@ -550,11 +550,11 @@ def latex(name: str, content: Table) -> str:
     ])  # fmt: skip
 
 
-# --- The README, and the command ------------------------------------------------------------------
+# --- The pages, and the command -------------------------------------------------------------------
 
 
 def filled(text: str) -> str:
-    """README text with every marked part made anew."""
+    """A page's text with every marked part made anew."""
     results, cost = load_runs(), load("cost")
     parts = {
         "demo": demo_table(results), "compare": compare_table(results, cost),
@@ -563,7 +563,7 @@ def filled(text: str) -> str:
         "paper": ratio_part(),
     }  # fmt: skip
     for name, content in parts.items():
-        start, end = f"<!-- {name}: made by report.py -->", f"<!-- end of {name} -->"
+        start, end = f"<!-- {name}: made by tools/tables.py -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
         text = pattern.sub(lambda _, c=content, s=start, e=end: f"{s}\n{c}\n{e}", text)
     return text
@@ -571,7 +571,7 @@ def filled(text: str) -> str:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Rewrite README.md's tables, or print the paper's."""
+    """Rewrite the tables of docs/, or print the paper's."""
 
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the paper's tables
     latex: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # ... for a LaTeX document
@@ -589,8 +589,8 @@ def main() -> None:
             print(r"% in the preamble: \usepackage{booktabs, graphicx}" + "\n")
         print("\n\n".join(draw(*item) for item in paper_tables().items()))
     else:
-        readme = ROOT / "README.md"
-        readme.write_text(filled(readme.read_text()))
+        for page in sorted((ROOT / "docs").glob("*.md")):
+            page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":
