@@ -57,6 +57,7 @@ def load_runs(folder: Path = FOLDER, having: str = "held_out") -> list[dict]:
 
 def add_run(results: dict, folder: Path = FOLDER) -> None:
     """Add or replace a run's line in runs.jsonl; `results` is the content of its results.json."""
+    results = json.loads(json.dumps(results))  # lists for tuples, as in `usual`
     where = dict(results["trained_on"])
     commit = where.pop("commit")
     machine = files.digest([], json.dumps(where, sort_keys=True))[:8]

@@ -2,20 +2,21 @@
 
 import itertools
 import json
-import re
+import multiprocessing
 import shutil
 import statistics
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 
+import pandas
 import pytest
-from pylatexenc.latexwalker import LatexEnvironmentNode, LatexWalker
 
 from nanoglip import masks
 from nanoglip.config import check, parse
 from nanoglip.evals import benchmarks
-from nanoglip.results import add_run
+from nanoglip.results import add_run, load, load_runs, save_bench
 from nanoglip.sources.emoji import Emoji
 from tools import sweep, tables
 
@@ -61,7 +62,7 @@ def test_the_sweep_is_what_it_says():
     }  # fmt: skip
     steps, names = {}, {}
     for run in runs:
-        config = parse(list(run.flags))
+        config = sweep.config_of(run.flags)
         key = (run.data, run.mask, run.ratio, run.equal)
         steps[key] = config.steps
         names.setdefault(key, set()).add(run.name)
@@ -107,7 +108,9 @@ def test_tables_show_means_ranges_and_what_is_missing():
     missing = {run.name for run in sweep.planned(cost) if run.mask == "grid" and run.seed}
     missing |= {run.name for run in sweep.planned(cost) if run.mask == "block"}
     results = [made_up(name, top1) for name, top1 in values.items() if name not in missing]
-    first = tables.ratio_table(results, cost).splitlines()
+    whole = tables.compare_table(results, cost)
+    first, second, third, *_ = whole.split("\n\n")
+    first = first.splitlines()
     assert first[0].startswith("| scenes-center, top-1 (%) | 50.0% masked | 75.0% masked")
     assert "| gaussian | 32.0 (31.0-33.0) | 22.0 (21.0-23.0) | 12.0 (11.0-13.0) |" in first
     assert "| grid | 1.0 (1 seed) | 1.0 (1 seed) | 1.0 (1 seed) |" in first
@@ -115,13 +118,10 @@ def test_tables_show_means_ranges_and_what_is_missing():
     labels = [line.split(" | ")[0].removeprefix("| ") for line in first[2:]]
     assert "none, equal time (300, 152, 76 steps)" in labels and "none, equal steps" in labels
     assert "cluster, equal time (300, 300, 300 steps)" in labels and labels.count("random") == 1
-    second = tables.set_table(results, cost)
     assert "| gaussian | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) | 22.0 (21.0-23.0) |" in second
     assert "grid" not in second and "scenes-corner" in second
-    third = tables.stage_table(results, cost)
     row = "| gaussian | 75.0% | 4.4 (4.2-4.6) | 11.0 (10.5-11.5) | 22.0 (21.0-23.0) |"
     assert row in third.splitlines() and "| small pictures | 50.0% | - | 1.0 (0.5-1.5)" in third
-    whole = tables.compare_table(results, cost)
     assert "`cluster` at 50.0% on scenes-center computes 50.0% of the patches, shows 2.0%" in whole
     assert "`random` at" not in whole
     assert f"{len(values) - len(missing)} of {len(values)} runs; 2 cores of c" in whole
@@ -150,15 +150,14 @@ def test_a_new_masks_cost_is_measured_beside_glips(monkeypatch):
 
 
 def test_costs_are_measured(monkeypatch):
-    """Two masks for one round: rows for every ratio, of real steps."""
+    """One mask, with a teacher, for one round: rows for every ratio, of real steps."""
     monkeypatch.setattr(sweep, "RATIOS", (0.75,))
-    found = sweep.measure_cost(1, ["gaussian", "none", sweep.SMALL], rounds=1)
-    rows = {(row["mask"], row["mask_ratio"]): row for row in found["seconds"]}
-    assert rows.keys() == {("gaussian", 0.75), ("none", 0.0), (sweep.SMALL, 0.75)}
-    assert all(0 <= row["mask alone"] < row["step"] for row in rows.values())
+    (row,) = sweep.measure_cost(1, ["attentive"], rounds=1, steps=3)["seconds"]
+    assert (row["mask"], row["mask_ratio"]) == ("attentive", 0.75)
+    assert 0 < row["mask alone"] < row["step"]
 
 
-def test_a_run_of_the_sweep_is_started_once_and_its_failure_told(tmp_path, monkeypatch):
+def test_a_run_of_the_sweep_is_trained_then_published_and_its_failure_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     started = []
 
@@ -169,10 +168,24 @@ def test_a_run_of_the_sweep_is_started_once_and_its_failure_told(tmp_path, monke
 
     monkeypatch.setattr(sweep.subprocess, "run", pretend)
     flags = ("--recipe", "compare", "--seed", "1")
-    told = sweep.run("compare_seed=1", flags, 1)
-    assert told == "compare_seed=1: exit -9"
+    run = sweep.Run("emoji", "gaussian", 0.75, "steps", 1, flags, ("--robustness",))
+    assert sweep.carry_out(run, 1) == "compare_seed=1: exit -9"
     assert started[0][: 1 + len(flags)] == ["train.py", *flags]
-    assert started[1] == ["evaluate.py", "runs/sweep/compare_seed=1", "--publish"]
+    place = "runs/sweep/compare_seed=1"
+    assert started[1] == ["evaluate.py", place, "--publish", "--robustness"]
+
+
+def test_the_sweep_lists_what_results_has_and_lacks(monkeypatch, capsys):
+    """All of its runs are published; one that is not is missing."""
+    monkeypatch.setattr(sys, "argv", ["sweep", "--list"])
+    sweep.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) > 190 and all(x.startswith("done ") for x in lines)
+    runs = [run for run in load_runs() if run["name"] != "compare_mask=none_seed=1"]
+    monkeypatch.setattr(sweep.results, "load_runs", lambda: runs)
+    sweep.main()
+    (missing,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("missing")]
+    assert missing.endswith("train.py --recipe compare --data emoji --mask none --seed 1")
 
 
 def test_costs_are_ratios():
@@ -183,7 +196,7 @@ def test_costs_are_ratios():
 
 def test_missing_results_are_not_run():
     assert tables.compare_table([], made_up_cost()) == tables.demo_table([]) == "Not run."
-    assert tables.spread([]) == "not run" and tables.spread([0.25]) == "25.0"
+    assert tables.mean_range([]) == "not run" and tables.mean_range([0.25]) == "25.0"
 
 
 PAPER = json.loads((tables.ROOT / "results/paper.json").read_text())
@@ -233,7 +246,7 @@ def test_published_numbers_agree_with_themselves():
             assert mean == pytest.approx(numbers["average of 17"]["acc1"]["full picture"], abs=0.06)
             checked += 1
         if "average of 26" in numbers:
-            mean = statistics.mean(value for name in tables.SMALL_SETS
+            mean = statistics.mean(value for _, name, _ in PAPER["tables"]["T2"]["rows"]
                                    for value in numbers[name][benchmarks.METRICS.get(name, "acc1")]
                                    .values())  # fmt: skip
             assert mean == pytest.approx(numbers["average of 26"]["acc1"]["full picture"], abs=0.06)
@@ -270,9 +283,12 @@ def test_tables_of_the_paper_without_a_run_of_ours(results):
 
 def test_the_tables_ask_for_what_the_suite_runs():
     runs, (imagenet,) = benchmarks.SETS, benchmarks.SETS["T1"]
-    assert sorted(tables.SMALL_SETS) == sorted(runs["T2"])
-    assert list(tables.SHIFTED_SETS) == [imagenet, *runs["T3"]]
-    assert tuple(tables.CAPTIONED_SETS) == runs["T4"]
+    asked = {name: [row[1] for row in plan.get("rows", [])]
+             for name, plan in PAPER["tables"].items()}  # fmt: skip
+    assert sorted(asked["T2"]) == sorted(runs["T2"])
+    assert asked["T3"] == [imagenet, *runs["T3"]]
+    assert tuple(dict.fromkeys(asked["T4"])) == runs["T4"]
+    assert asked["T5"] == [*benchmarks.PROBED, imagenet]
 
 
 def test_our_runs_stand_beside_the_papers_numbers(results):
@@ -297,32 +313,68 @@ def test_our_runs_stand_beside_the_papers_numbers(results):
     assert row_of(made["T5"], "CIFAR-10, linear probe")["FLIP 50 %, ours"] == "87.5"
 
 
-def test_latex_is_whole_and_escaped(results):
-    """Read by a LaTeX parser: balanced, a tabular with as many cells in each row as columns."""
-    nasty = tables.Table("50 % & more_or {less}", ["a_b", "c"], [["#1", r"\x^~$"]], "100 % _")
-    made = {**tables.paper_tables(results), "X": nasty}
-    for name, table in made.items():
-        text = tables.latex(name, table)
-        (node,) = LatexWalker(text, tolerant_parsing=False).get_latex_nodes()[0]
-        assert isinstance(node, LatexEnvironmentNode) and node.environmentname == "table"
-        columns, body = re.search(r"tabular}{(l+)}(.*)\\end{tabular}", text, re.DOTALL).groups()
-        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
-        assert len(lines) == 1 + len(table.rows)
-        for line in lines:
-            assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
-            assert not re.search(r"(?<!\\)[%$#_^~]", line)
-    assert r"\#1 & \textbackslash{}x\textasciicircum{}\textasciitilde{}\$" in text
+def test_the_command_prints_the_paper_and_leaves_the_pages_alone(monkeypatch, capsys):
+    pages = [tables.ROOT / "README.md", *(tables.ROOT / "docs").glob("*.md")]
+    before = [page.read_bytes() for page in pages]
+    monkeypatch.setattr(sys, "argv", ["tables", "--paper"])
+    tables.main()
+    out = capsys.readouterr().out
+    assert out.startswith("### T1. ") and out.count("### T") == 7
+    assert [page.read_bytes() for page in pages] == before
 
 
-def test_the_command_prints_the_paper_and_leaves_the_readme_alone(monkeypatch, capsys):
-    before = (tables.ROOT / "README.md").read_bytes()
-    for words, start in (["--paper"], "### T1. "), (["--paper", "--latex"], "% in the preamble: "):
-        monkeypatch.setattr(sys, "argv", ["report.py", *words])
-        tables.main()
-        assert capsys.readouterr().out.startswith(start)
-    for words, code in (["--help"], 0), (["--latex"], 2):
-        monkeypatch.setattr(sys, "argv", ["report.py", *words])
-        with pytest.raises(SystemExit) as stopped:
-            tables.main()
-        assert stopped.value.code == code and "paper" in "".join(capsys.readouterr())
-    assert (tables.ROOT / "README.md").read_bytes() == before
+def test_marked_parts_of_a_page_are_made_anew():
+    page = "a\n<!-- cost: made by tools/tables.py -->\nold\n<!-- end of cost -->\nb\n"
+    made = tables.filled(page)
+    assert made.startswith("a\n<!-- cost: ") and made.endswith("<!-- end of cost -->\nb\n")
+    assert "| gaussian | 1.00 | 1.00 | 1.00 |" in made and "old" not in made
+    assert tables.filled(made) == made
+
+
+def results_of(name, top1=1 / 3, seconds=1.23456789):
+    """What evaluate.py writes for a run with one setting of its own."""
+    machine = {"cores": 2, "cpu": "c", "versions": {"torch": "2"}, "commit": "abc"}
+    config = {**asdict(parse(["--recipe", "compare", "--sigma", "0.5"])), "data": "emoji"}
+    return {
+        "name": name, "command": "python train.py --recipe compare --sigma 0.5", "bf16": True,
+        "config": {**config, "out": "somewhere"}, "trained_on": machine, "evaluated_on": machine,
+        "train_seconds": {"pretrain": seconds}, "held_out": {"full picture": {"top-1": top1}},
+        "intervals": {}, "steps": {"pretrain": 4},
+    }  # fmt: skip
+
+
+def test_a_published_run_is_one_line(tmp_path):
+    """Sorted by name and replaced by name; settings, machine and numbers can be read back."""
+    for name in ("b", "c", "a"):
+        add_run(results_of(name), tmp_path)
+    before = (tmp_path / "runs.jsonl").read_text().splitlines()
+    add_run(results_of("b", top1=0.5), tmp_path)
+    after = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in after] == ["a", "b", "c"]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+    assert json.loads(after[1])["settings"] == {"recipe": "compare", "sigma": 0.5}
+    frame = pandas.read_json(tmp_path / "runs.jsonl", lines=True)
+    assert list(frame["name"]) == ["a", "b", "c"] and frame["flags"][0].startswith("--recipe")
+    run = load_runs(tmp_path)[0]
+    assert run["held_out"] == {"full picture": {"top-1": 0.33333}}
+    assert run["config"]["steps"] == FULL and run["config"]["sigma"] == 0.5
+    assert run["config"]["data"] == "emoji" and not run["config"]["out"]
+    assert run["trained_on"] == results_of("a")["trained_on"]
+    assert load_runs(tmp_path, "benchmarks") == load_runs(tmp_path / "none") == []
+
+
+def publish_some(folder, first):
+    for number in range(first, first + 8):
+        add_run(results_of(f"run{number}"), folder)
+        save_bench(f"bench{number}", {"rounds": number}, folder)
+
+
+def test_processes_that_publish_at_once_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=publish_some, args=(tmp_path, 8 * i)) for i in range(4)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert len(load_runs(tmp_path)) == len(load("bench", tmp_path)) == 32
+    assert len(load("machines", tmp_path)) == 1

@@ -1,30 +1,31 @@
-"""The comparison of masks in the README: every mask of the registry, at equal steps and equal time.
+"""The comparison of masks: every mask at equal steps and at equal time, for three seeds.
 
     python -m tools.sweep            runs what results/ lacks; about six hours on two cores
     python -m tools.sweep --jobs 1   one run at a time, on all cores
     python -m tools.sweep --masks border gaussian     these masks alone
     python -m tools.sweep --list     prints the runs, and which of them results/ has
 
-Interrupt it when you like: finished runs are skipped, an unfinished one starts again.
+The sweep can be interrupted: finished runs are skipped, an unfinished run starts again.
 
-Equal time is not taken with a stop-watch: the cost of a step under each mask is measured once, in
-one alternating run (results/cost.json), and a mask whose step costs more than GLIP's at the same
-ratio gets as many steps as cost the same. Where a step costs the same, one run serves both.
+Equal time is computed from the cost of a step, which is measured once for each mask in alternating
+runs (results/cost.json): a mask whose step costs more than GLIP's at the same ratio gets as many
+steps as cost the same. Where a step costs the same, one run serves both comparisons.
 
-At the end come the runs that only the notebooks 05 and 06 need: other sigmas, fewer vendors, scenes
-anywhere.
+The last runs are for the notebooks 05 and 06 alone: other sigmas, fewer vendors, other scenes.
 """
 
+import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated
 
@@ -33,11 +34,11 @@ import tyro
 
 import data
 import glip
-import train
-from glip import GLIP, GLIPConfig, InputError
+from glip import GLIPConfig, InputError
 from nanoglip import cli, masks, results
 from nanoglip.config import TrainConfig, parse, run_name
-from nanoglip.machine import machine, pick_device, use_bf16
+from nanoglip.machine import machine, resolve
+from nanoglip.masks import Masker
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +53,8 @@ AWAY = ("emoji", "scenes-corner")  # where most run, at 75 %
 HOME_ONLY = {"grid", "block"}
 
 SMALL = "small pictures"  # RECLIP's in the table of costs
+
+MASKED = set(masks.MASKS) - {"none"}  # of which the mask alone has a cost
 
 SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
 
@@ -76,85 +79,89 @@ def partner(ratio: float) -> int:
     return model.patch_size * round(patches**0.5)
 
 
-def measure_cost(threads: int, masks: list[str], rounds: int = 8) -> dict:
+def mask_flags(mask: str, ratio: float) -> list[str]:
+    """The flags of train.py for a mask, or for the small pictures that cost as much."""
+    if mask == SMALL:  # tuned at the full size
+        full = GLIPConfig.named(TrainConfig().model).image_size
+        return f"--mask none --image-size {partner(ratio)} --tune-image-size {full}".split()
+    return ["--mask", mask] + (["--mask-ratio", str(ratio)] if mask != "none" else [])
+
+
+def script(words: list[str], threads: int) -> str:
+    """Run a script of this project; returns "", or what went wrong."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    words = [sys.executable, *words]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+    said = done.stderr.strip() or f"exit {done.returncode}"
+    return said.splitlines()[-1] if done.returncode else ""
+
+
+def step_seconds(mask: str, ratio: float, threads: int, steps: int) -> tuple[list, list]:
+    """Seconds of training steps under a mask, and of the mask alone; the first are left out."""
+    with tempfile.TemporaryDirectory() as place:
+        words = ["--recipe", "compare", "--data", HOME, *mask_flags(mask, ratio), "--out", place]
+        short = f"--steps {steps} --tune-epochs 0.001 --log-every 1 --eval-every 100000".split()
+        if problem := script(["train.py", *words, *short], threads):
+            raise InputError(f"train.py {' '.join(words)}: {problem}")
+        records = map(json.loads, (Path(place) / "log.jsonl").read_text().splitlines())
+        ends = [r["seconds"] for r in records if r["stage"] == "pretrain" and "loss" in r]
+        content = glip.load_checkpoint(Path(place) / "pretrained.pt")
+    on, alone = resolve("auto", "auto"), []
+    model = glip.build(content).to(on.device)
+    masker = Masker.restored(content["mask"], model.visual)
+    size, patches = model.config.pixels, model.config.grid[0] * model.config.grid[1]
+    images = torch.randint(0, 256, (parse(words).batch_size, 3, *size), dtype=torch.uint8)
+    for _ in range(steps):
+        noise = torch.rand(len(images), patches)
+        start = time.perf_counter()
+        with on.autocast():
+            ids_keep, _ = masker(images.to(on.device), noise.to(on.device), model.visual)
+        if ids_keep is not None:
+            ids_keep[0, 0].item()  # waits for a GPU
+        alone.append(time.perf_counter() - start)
+    return [later - earlier for earlier, later in pairwise(ends)][1:], alone[2:]
+
+
+def measure_cost(threads: int, names: list[str], rounds: int = 3, steps: int = 12) -> dict:
     """Seconds of a training step, and of its mask alone, for masks at every ratio, alternating."""
     torch.set_num_threads(threads)  # as many as a run will have
-    config = parse(["--recipe", "compare", "--data", HOME])
-    device = pick_device("auto")
-    bf16 = use_bf16("auto", device)
-
-    def variant(mask: str, ratio: float, size: int = 0) -> tuple:
-        changed = replace(
-            config, mask=mask, mask_ratio=ratio, image_size=size, tune_epochs=0, seed=0
-        )
-        (stage,) = train.plan(changed, 0, 1)
-        torch.manual_seed(0)
-        model = GLIP(stage.model).to(device)
-        train.renew_mask(stage, model, changed, 0, device)
-        return changed, stage, model, train.make_optimizers(model, changed)
-
-    variants = {}
-    for mask in masks:
-        for ratio in (0.0,) if mask == "none" else RATIOS:
-            small = mask == SMALL
-            variants[mask, ratio] = (
-                variant("none", 0.0, partner(ratio)) if small else variant(mask, ratio)
-            )
-    steps = {key: [] for key in variants}
-    masks = {key: [] for key in variants}
-    for step in range(1, rounds + 3):
-        for key, (changed, stage, model, optimizers) in variants.items():
-            start = time.perf_counter()
-            batch = stage.batches[step]
-            train.renew_mask(stage, model, changed, step, device)
-            loss, *_ = train.compute_gradients(
-                model, model, batch, stage, changed, device, bf16
-            )
-            train.apply_gradients(model, optimizers, 1e-3, 0.0)
-            loss.item()
-            middle = time.perf_counter()
-            train.renew_mask(stage, model, changed, step, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                ids_keep, _ = stage.masker(
-                    batch.images.to(device), batch.noise.to(device), model.visual
-                )
-            if ids_keep is not None:
-                ids_keep[0, 0].item()  # waits for a GPU
-            if step > 2:  # the first rounds warm up
-                steps[key].append(middle - start)
-                masks[key].append(time.perf_counter() - middle)
+    variants = [(name, ratio) for name in names for ratio in (RATIOS if name != "none" else (0.0,))]
+    found = {variant: ([], []) for variant in variants}
+    for _, variant in product(range(rounds), variants):
+        for values, new in zip(found[variant], step_seconds(*variant, threads, steps), strict=True):
+            values += new
     rows = [
-        {"mask": mask, "mask_ratio": ratio, "step": statistics.median(steps[mask, ratio]),
-         "mask alone": statistics.median(masks[mask, ratio])}
-        for mask, ratio in variants
+        {"mask": mask, "mask_ratio": ratio, "step": statistics.median(steps),
+         "mask alone": statistics.median(alone)}
+        for (mask, ratio), (steps, alone) in found.items()
     ]  # fmt: skip
+    config, on = parse(["--recipe", "compare"]), resolve("auto", "auto")
     return {
         "command": "python -m tools.sweep", "data": HOME, "batch_size": config.batch_size,
-        "rounds": rounds, "model": config.model, "bf16": bf16,
-        "threads": torch.get_num_threads(), "seconds": rows, "machine": machine(device),
+        "rounds": rounds, "model": config.model, "bf16": on.bf16, "threads": threads,
+        "seconds": rows, "machine": machine(on.device),
     }  # fmt: skip
 
 
-def complete_cost(cost: dict | None, threads: int) -> dict:
-    """The table of costs with what it lacks measured; what it has is not touched.
+def complete_cost(cost: dict, threads: int) -> dict:
+    """The table of costs with missing masks measured; existing rows are not touched.
 
-    A new mask is measured beside GLIP's, and told in the seconds of the table's GLIP.
+    A new mask is measured beside GLIP's, and scaled to the seconds of the table's GLIP.
     """
-    there = {row["mask"] for row in cost["seconds"]} if cost else set()
-    lacking = [mask for mask in (*masks.MASKS, SMALL) if mask not in there]
+    lacking = [name for name in (*masks.MASKS, SMALL)
+               if name not in {row["mask"] for row in cost.get("seconds", [])}]  # fmt: skip
     if not cost or not lacking:
         return cost or measure_cost(threads, lacking)
-    new = measure_cost(threads, ["gaussian", *lacking])
-    for row in new["seconds"]:
-        glips = [
-            next(r["step"] for r in table["seconds"]
-                 if (r["mask"], r["mask_ratio"]) == ("gaussian", row["mask_ratio"]))
-            for table in (cost, new)
-        ]  # fmt: skip
+    new = measure_cost(threads, ["gaussian", *lacking])["seconds"]
+    before, now = (
+        {row["mask_ratio"]: row["step"] for row in rows if row["mask"] == "gaussian"}
+        for rows in (cost["seconds"], new)
+    )
+    for row in new:
         if row["mask"] in lacking:
-            scale = glips[0] / glips[1]
-            row |= {name: row[name] * scale for name in ("step", "mask alone")}
-            cost["seconds"].append(row)
+            scale = before[row["mask_ratio"]] / now[row["mask_ratio"]]
+            scaled = {name: row[name] * scale for name in ("step", "mask alone")}
+            cost["seconds"].append({**row, **scaled})
     return cost
 
 
@@ -182,48 +189,33 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its folder and of its JSON: runs that serve both readings have one."""
-        return name_of(self.flags)
+        """The name of its folder and its line in results/; runs for both budgets have one."""
+        return run_name(config_of(self.flags))
 
 
 @cache
-def name_of(flags: tuple[str, ...]) -> str:
-    """The name of the run that these flags start."""
-    return run_name(parse(list(flags)))
+def config_of(flags: tuple[str, ...]) -> TrainConfig:
+    """The settings that these flags of train.py stand for."""
+    return parse(list(flags))
 
 
 def planned(cost: dict) -> list[Run]:
-    """Every run, in the order of what it tells; masks of equal cost serve both readings.
+    """Every run of the comparison; masks of equal cost have one run for both budgets.
 
     Where a mask's cost is not known, its runs at equal time are left out.
     """
-    config = parse(["--recipe", "compare"])
-    size = GLIPConfig.named(config.model).image_size
-    runs = []
-
-    def add(name: str, mask: str, ratio: float, equal: str, seed: int) -> None:
-        flags = ["--mask", mask, "--mask-ratio", ratio]
-        if mask == "none":
-            flags = ["--mask", mask]
-        elif mask == SMALL:  # another stretch of the same budget: tuned at the full size
-            flags = ["--mask", "none", "--image-size", partner(ratio), "--tune-image-size", size]
-        steps = config.steps
-        if equal == "time":
-            steps = affordable(cost, mask, ratio, steps)
-            if steps is None:
-                return
-        if steps != config.steps:
-            flags += ["--steps", steps]
-        words = ["--recipe", "compare", "--data", name, *map(str, flags), "--seed", str(seed)]
-        runs.append(Run(name, mask, ratio, equal, seed, tuple(words)))
-
+    full, runs = parse(["--recipe", "compare"]).steps, []
     for ratio, equal, seed in product(RATIOS, ("steps", "time"), SEEDS):
-        for mask in (*masks.MASKS, SMALL):
-            add(HOME, mask, ratio, equal, seed)
-        for name in AWAY if ratio == RATIOS[0] else ():
-            for mask in masks.MASKS:
-                if mask not in HOME_ONLY:
-                    add(name, mask, ratio, equal, seed)
+        places = [(HOME, mask) for mask in (*masks.MASKS, SMALL)]
+        if ratio == RATIOS[0]:
+            places += product(AWAY, [mask for mask in masks.MASKS if mask not in HOME_ONLY])
+        for name, mask in places:
+            steps = affordable(cost, mask, ratio, full) if equal == "time" else full
+            words = ["--recipe", "compare", "--data", name, *mask_flags(mask, ratio)]
+            words += [] if steps == full else ["--steps", str(steps)]
+            if steps is not None:
+                words += ["--seed", str(seed)]
+                runs.append(Run(name, mask, ratio, equal, seed, tuple(words)))
     return runs
 
 
@@ -246,25 +238,21 @@ def questions() -> list[Run]:
     return runs
 
 
-def run(name: str, flags: tuple[str, ...], threads: int, more: tuple[str, ...] = ()) -> str | None:
-    """Train, evaluate and publish one run; returns what went wrong."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    folder = ROOT / "runs/sweep" / name
+def carry_out(run: Run, threads: int) -> str:
+    """Train, evaluate and publish one run; returns "", or what went wrong."""
+    place = f"runs/sweep/{run.name}"
+    folder = ROOT / place
     if folder.exists() and not (folder / "model.pt").exists():
         shutil.rmtree(folder)  # a run of the sweep that was interrupted
-    commands = [["evaluate.py", f"runs/sweep/{name}", "--publish", *more]]
+    commands = [["evaluate.py", place, "--publish", *run.more]]
     if not folder.exists():
-        out = ["--out", f"runs/sweep/{name}", "--eval-every", "100000"]
-        commands.insert(0, ["train.py", *flags, *out])
+        commands.insert(0, ["train.py", *run.flags, "--out", place, "--eval-every", "100000"])
     start = time.perf_counter()
     for words in commands:
-        done = subprocess.run(
-            [sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True
-        )
-        if done.returncode:
-            return f"{name}: {(done.stderr.strip() or f'exit {done.returncode}').splitlines()[-1]}"
-    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    return None
+        if problem := script(words, threads):
+            return f"{run.name}: {problem}"
+    print(f"{run.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return ""
 
 
 @cli.guarded
@@ -288,17 +276,16 @@ def main() -> None:
         cost = complete_cost(cost, threads)
         results.save("cost", cost)
     wanted = options.masks or (*masks.MASKS, SMALL)
-    runs = [*planned(cost), *questions()]
-    runs = {run.name: (run.flags, run.more) for run in runs if run.mask in wanted}
+    runs = {run.name: run for run in (*planned(cost), *questions()) if run.mask in wanted}
     done = {run["name"] for run in results.load_runs()}
     if options.list:
-        for name, (flags, _) in runs.items():
-            print("done   " if name in done else "missing", "python train.py", *flags)
+        for name, run in runs.items():
+            print("done   " if name in done else "missing", "python train.py", *run.flags)
         return
-    runs = {name: words for name, words in runs.items() if name not in done}
     with ThreadPoolExecutor(options.jobs) as pool:
-        ended = pool.map(lambda name: run(name, runs[name][0], threads, runs[name][1]), runs)
-        failed = [problem for problem in ended if problem]
+        missing = [run for name, run in runs.items() if name not in done]
+        failed = [problem for problem in pool.map(lambda run: carry_out(run, threads), missing)
+                  if problem]  # fmt: skip
     if failed:
         raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
 

@@ -1,27 +1,25 @@
 """Tables from results/; nothing in them is typed by hand.
 
-    python -m tools.tables                    rewrites the parts of docs/*.md between the marks
-    python -m tools.tables --paper            prints the paper's tables, its numbers beside ours
-    python -m tools.tables --paper --latex    the same for a LaTeX document
+    python -m tools.tables            rewrites them in README.md and docs/
+    python -m tools.tables --paper    prints the paper's tables, its numbers beside ours
 
-Published numbers, with their sources, are in results/paper.json.
+A table stands between <!-- NAME: made by tools/tables.py --> and <!-- end of NAME -->; PARTS has
+the names. Published numbers, their sources and the plans of the paper's tables are in
+results/paper.json.
 """
 
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
 
-import glip
 from nanoglip import cli, estimate, masks
 from nanoglip.config import parse, run_name
-from nanoglip.evals import benchmarks
 from nanoglip.results import FOLDER, load, load_runs
 from tools import sweep
 
@@ -31,29 +29,26 @@ NOT_RUN, NOT_PUBLISHED = "not run", "not published"
 
 STAGES = ("masked inference", "full picture", "after tuning")  # the paper's columns
 
-
-def runs_of(results: list[dict], flags: str) -> list[dict]:
-    """Every published seed of `train.py --recipe compare FLAGS`, for the notebooks."""
-    published = {r["name"]: r for r in results}
-    return [published[name] for name in names_of(flags) if name in published]
+ALL_MASKS = (*masks.MASKS, sweep.SMALL)
 
 
-@cache
-def names_of(flags: str) -> list[str]:
-    """The names of these runs, whether published or not."""
-    config = parse(["--recipe", "compare", *flags.split()])
-    return [run_name(replace(config, seed=seed)) for seed in sweep.SEEDS]
+def runs_of(runs: list[dict], flags: str) -> list[dict]:
+    """Every published seed of `train.py --recipe compare FLAGS`."""
+    published = {run["name"]: run for run in runs}
+    words = ("--recipe", "compare", *flags.split(), "--seed")
+    names = [run_name(sweep.config_of((*words, str(seed)))) for seed in sweep.SEEDS]
+    return [published[name] for name in names if name in published]
 
 
 def seeds_of(
-    results: list[dict], flags: str, column: str = "after tuning", metric: str = "zero-shot top-1"
+    runs: list[dict], flags: str, column: str = "after tuning", metric: str = "zero-shot top-1"
 ) -> list[float]:
     """A metric of `runs_of` these flags, in percent."""
-    tables = [r["held_out"] for r in runs_of(results, flags)]
-    return [100 * table[column][metric] for table in tables if column in table]
+    found = [run["held_out"] for run in runs_of(runs, flags)]
+    return [100 * held_out[column][metric] for held_out in found if column in held_out]
 
 
-def spread(values: Iterable[float], full: int = 1) -> str:
+def mean_range(values: Iterable[float], full: int = 1) -> str:
     """Mean and range of shares, in percent; how many there are, where fewer than `full`."""
     values = [100 * value for value in values]
     if not values:
@@ -70,118 +65,109 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def ratio_range(ratio: float, limits: list[float]) -> str:
+    """A median and its range."""
+    return f"{ratio:.2f} ({limits[0]:.2f}-{limits[1]:.2f})"
+
+
+def made_on(machine: dict) -> str:
+    """Where a measurement was made."""
+    return f"{machine['cores']} cores of {machine['cpu']}, commit {machine['commit']}"
+
+
 def machine_line(runs: list[dict]) -> str:
     """Where, with what, and on which commits the runs were made."""
     made = defaultdict(set)
-    for r in runs:
-        m = r["trained_on"]
+    for run in runs:
+        m, bits = run["trained_on"], "bf16" if run["bf16"] else "fp32"
         where = f"{m['cores']} cores of {m['cpu']}, {m['memory_gib']:.0f} GiB"
-        with_what = f"torch {m['versions']['torch']}, {'bf16' if r['bf16'] else 'fp32'}"
-        made[f"{where}, {with_what}"].add(m["commit"])
+        made[f"{where}, torch {m['versions']['torch']}, {bits}"].add(m["commit"])
     return "; ".join(
         f"{machine}, commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))}"
         for machine, commits in sorted(made.items())
     )
 
 
-def demo_table(results: list[dict]) -> str:
+# --- Our runs -------------------------------------------------------------------------------------
+
+
+def demo_table(runs: list[dict]) -> str:
     """The demo's three columns and its probes, over seeds."""
-    runs = [r for r in results if re.fullmatch(r"demo(_seed=\d+)?", r["name"])]
+    runs = [run for run in runs if re.fullmatch(r"demo(_seed=\d+)?", run["name"])]
     if not runs:
         return "Not run."
-    metrics = [m for m in runs[0]["held_out"]["after tuning"] if not m.startswith("image to text")]
     rows = [
-        [metric, *(spread(r["held_out"][column][metric] for r in runs) for column in STAGES)]
-        for metric in metrics
-    ]
+        [metric, *(mean_range(run["held_out"][stage][metric] for run in runs) for stage in STAGES)]
+        for metric in runs[0]["held_out"]["after tuning"] if not metric.startswith("image to text")
+    ]  # fmt: skip
     for prompt in runs[0].get("prompted", {}):
-        cell = spread(r["prompted"][prompt] for r in runs if "prompted" in r)
-        rows.append([f"zero-shot top-1, {prompt}", "", "", cell])
+        shares = [run["prompted"][prompt] for run in runs if "prompted" in run]
+        rows.append([f"zero-shot top-1, {prompt}", "", "", mean_range(shares)])
     for name in runs[0].get("linear_probe", {}):
-        shares = [r["linear_probe"][name] for r in runs if "linear_probe" in r]
-        cell = spread(s["accuracy"] for s in shares)
-        rows.append([f"linear probe, {name} (largest class {100 * shares[0]['majority']:.0f} %)",
-                     "", "", cell])  # fmt: skip
-    minutes = [sum(r["train_seconds"].values()) / 60 for r in runs]
-    seeds = sorted(r["config"]["seed"] for r in runs)
+        probes = [run["linear_probe"][name] for run in runs if "linear_probe" in run]
+        label = f"linear probe, {name} (largest class {100 * probes[0]['majority']:.0f} %)"
+        rows.append([label, "", "", mean_range(probe["accuracy"] for probe in probes)])
+    minutes = [sum(run["train_seconds"].values()) / 60 for run in runs]
+    seeds = ", ".join(str(seed) for seed in sorted(run["config"]["seed"] for run in runs))
     return (
         table(["%, mean (range)", *STAGES], rows)
-        + f"\n\nSeeds {', '.join(map(str, seeds))}; {min(minutes):.1f} to {max(minutes):.1f} "
-        f"minutes of training; {machine_line(runs)}."
+        + f"\n\nSeeds {seeds}; {min(minutes):.1f} to {max(minutes):.1f} minutes of training; "
+        f"{machine_line(runs)}."
     )
 
 
 def cells(
-    results: list[dict], cost: dict, column: str = "after tuning", metric: str = "zero-shot top-1"
+    runs: list[dict], cost: dict, column: str = "after tuning", metric: str = "zero-shot top-1"
 ) -> dict[tuple[str, str, float, str], str]:
-    """(data, mask, ratio, equal in) -> spread over seeds, for every cell that is planned."""
-    published, found = {r["name"]: r["held_out"] for r in results}, defaultdict(list)
+    """(data, mask, ratio, equal in) -> mean and range, for every cell that is planned."""
+    published, found = {run["name"]: run["held_out"] for run in runs}, defaultdict(list)
     for run in sweep.planned(cost):
         held_out = published.get(run.name, {})
         values = found[run.data, run.mask, run.ratio, run.equal]
         values += [held_out[column][metric]] if column in held_out else []
-    return {key: spread(values, len(sweep.SEEDS)) for key, values in found.items()}
+    return {key: mean_range(values, len(sweep.SEEDS)) for key, values in found.items()}
 
 
-def budgets(cost: dict, ratios: tuple[float, ...]) -> list[tuple[str, str, str]]:
-    """(mask, equal in, label) of every row: masks of equal cost have one row for both."""
+def mask_table(found: dict, cost: dict, title: str, columns: dict[str, tuple[str, float]]) -> str:
+    """Every mask in columns of (data, ratio); masks of equal cost have one row for both budgets."""
     full, rows = parse(["--recipe", "compare"]).steps, []
-    for mask in (*masks.MASKS, sweep.SMALL):
+    ratios = sorted({ratio for _, ratio in columns.values()})
+    for mask in ALL_MASKS:
         steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
         shared = steps == [full] * len(ratios)
-        rows.append((mask, "steps", mask if shared else f"{mask}, equal steps"))
+        budgets = {"steps": mask if shared else f"{mask}, equal steps"}
         if not shared and None not in steps:  # None: its cost is not known
-            rows.append((mask, "time", f"{mask}, equal time ({', '.join(map(str, steps))} steps)"))
-    return rows
+            budgets["time"] = f"{mask}, equal time ({', '.join(map(str, steps))} steps)"
+        for equal, label in budgets.items():
+            keys = [(data, mask, ratio, equal) for data, ratio in columns.values()]
+            if found.keys() >= set(keys):
+                rows.append([label, *(found[key] for key in keys)])
+    return table([title, *columns], rows)
 
 
-def ratio_table(results: list[dict], cost: dict) -> str:
-    """Every mask at every ratio on the centred scenes, after tuning."""
-    found, ratios = cells(results, cost), tuple(sorted(sweep.RATIOS))
-    rows = [
-        [label, *(found[sweep.HOME, mask, ratio, equal] for ratio in ratios)]
-        for mask, equal, label in budgets(cost, ratios)
-    ]
-    return table([f"{sweep.HOME}, top-1 (%)", *(f"{ratio:.1%} masked" for ratio in ratios)], rows)
-
-
-def set_table(results: list[dict], cost: dict) -> str:
-    """Masks on every set, at the first ratio, after tuning."""
-    found, ratio = cells(results, cost), sweep.RATIOS[0]
-    names = (sweep.HOME, *sweep.AWAY)
-    rows = [
-        [label, *(found[name, mask, ratio, equal] for name in names)]
-        for mask, equal, label in budgets(cost, (ratio,))
-        if (sweep.AWAY[0], mask, ratio, equal) in found
-    ]
-    return table([f"{ratio:.0%} masked, top-1 (%)", *names], rows)
-
-
-def stage_table(results: list[dict], cost: dict) -> str:
+def stage_table(runs: list[dict], cost: dict) -> str:
     """The paper's three columns, for every mask and ratio on the centred scenes."""
-    found = [cells(results, cost, column) for column in STAGES]
-    none = (sweep.HOME, "none", sweep.RATIOS[0], "steps")
-    rows = [["none", "0.0%", "-", *(f[none] for f in found[1:])]]
-    for ratio in sorted(sweep.RATIOS):
-        for mask in (*masks.MASKS, sweep.SMALL):
-            if mask != "none":
-                first, *others = (f[sweep.HOME, mask, ratio, "steps"] for f in found)
-                first = "-" if mask == sweep.SMALL else first
-                rows.append([mask, f"{ratio:.1%}", first, *others])
-    return table(["mask", "masked", *(f"{c}, top-1" for c in STAGES)], rows)
+    found, rows = [cells(runs, cost, column) for column in STAGES], []
+    for ratio in (0.0, *sorted(sweep.RATIOS)):
+        for mask in (m for m in ALL_MASKS if (m == "none") == (ratio == 0)):
+            key = (sweep.HOME, mask, ratio or sweep.RATIOS[0], "steps")
+            first, *others = (column[key] for column in found)
+            masked = mask not in ("none", sweep.SMALL)
+            rows.append([mask, f"{ratio:.1%}", first if masked else "-", *others])
+    return table(["mask", "masked", *(f"{column}, top-1" for column in STAGES)], rows)
 
 
-def share_lines(results: list[dict], cost: dict) -> str:
-    """What masks whose size varies really compute and show, in masked inference."""
-    published, lines = {r["name"]: r.get("mask_shares") for r in results}, []
-    found = defaultdict(list)
+def share_lines(runs: list[dict], cost: dict) -> str:
+    """What masks of varying size compute and show, in masked inference."""
+    published, found = {run["name"]: run.get("mask_shares") for run in runs}, defaultdict(list)
     for run in sweep.planned(cost):
         shares = published.get(run.name)
         if shares and run.equal == "steps" and shares["computed"] != shares["visible"]:
             found[run.data, run.mask, run.ratio].append(shares)
-    for (name, mask, ratio), runs in sorted(found.items()):
+    lines = []
+    for (name, mask, ratio), shares in sorted(found.items()):
         computed, visible, one = (
-            statistics.mean(r[key] for r in runs)
+            statistics.mean(share[key] for share in shares)
             for key in ("computed", "visible", "pictures of one patch")
         )
         lines.append(
@@ -191,34 +177,35 @@ def share_lines(results: list[dict], cost: dict) -> str:
     return "\n".join(lines)
 
 
-def compare_table(results: list[dict], cost: dict) -> str:
+def compare_table(runs: list[dict], cost: dict) -> str:
     """All tables of the sweep, and where its runs were made."""
     names = {run.name for run in sweep.planned(cost)}
-    runs = [r for r in results if r["name"] in names]
+    runs = [run for run in runs if run["name"] in names]
     if not runs:
         return "Not run."
-    parts = [ratio_table(results, cost), set_table(results, cost), stage_table(results, cost)]
-    parts.append(share_lines(results, cost))
-    parts.append(f"{len(runs)} of {len(names)} runs; {machine_line(runs)}.")
+    found, first = cells(runs, cost), sweep.RATIOS[0]
+    ratios = {f"{ratio:.1%} masked": (sweep.HOME, ratio) for ratio in sorted(sweep.RATIOS)}
+    sets = {name: (name, first) for name in (sweep.HOME, *sweep.AWAY)}
+    parts = [
+        mask_table(found, cost, f"{sweep.HOME}, top-1 (%)", ratios),
+        mask_table(found, cost, f"{first:.0%} masked, top-1 (%)", sets),
+        stage_table(runs, cost), share_lines(runs, cost),
+        f"{len(runs)} of {len(names)} runs; {machine_line(runs)}.",
+    ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
 
 def cost_table(cost: dict) -> str:
     """What a training step costs under each mask, and the mask alone."""
     seconds = {(row["mask"], row["mask_ratio"]): row for row in cost["seconds"]}
-    ratios = sorted({ratio for _, ratio in seconds if ratio})
-    rows = []
-    for mask in (*masks.MASKS, sweep.SMALL):
-        line = [mask]
-        for ratio in ratios:
-            row = seconds.get((mask, 0.0 if mask == "none" else ratio))
-            times = row and row["step"] / seconds["gaussian", ratio]["step"]
-            line.append(f"{times:.2f}" if row else "not measured")
-        for ratio in ratios:
-            row = seconds.get((mask, ratio))
-            share = row and row["mask alone"] / row["step"]
-            line.append(f"{share:.2%}" if row and mask != sweep.SMALL else "-")
-        rows.append(line)
+    ratios, rows = sorted({ratio for _, ratio in seconds if ratio}), []
+    for mask in ALL_MASKS:
+        line = [seconds.get((mask, 0.0 if mask == "none" else ratio)) for ratio in ratios]
+        times = [f"{row['step'] / seconds['gaussian', ratio]['step']:.2f}" if row
+                 else "not measured" for row, ratio in zip(line, ratios, strict=True)]  # fmt: skip
+        alone = [f"{row['mask alone'] / row['step']:.2%}" if row and mask in sweep.MASKED else "-"
+                 for row in line]  # fmt: skip
+        rows.append([mask, *times, *alone])
     head = ["mask", *(f"step, times GLIP's, {ratio:.1%}" for ratio in ratios),
             *(f"mask alone, of its step, {ratio:.1%}" for ratio in ratios)]  # fmt: skip
     first = seconds["gaussian", sweep.RATIOS[0]]["step"]
@@ -229,80 +216,80 @@ def cost_table(cost: dict) -> str:
     )
 
 
-def data_table() -> str:
-    """How fast data are read, and what else make proof found."""
-    measured = load("bench")
-    bench, proof = measured["data"], measured["proof"]
-    names = {"open_clip": "open_clip 3.3's pipeline", "decoder": "the decoder alone (simplejpeg)",
-             "Pillow": "Pillow's decoder alone"}  # fmt: skip
-    rate = bench["pictures_per_second"]
-    rows = [["this reader", f"{rate['ours']:,.0f}", "1"]] + [
-        [names[k], f"{rate[k]:,.0f}", f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
-        for k, ratio in bench["ours_to"].items() for low, high in [bench["range"][k]]
-    ]  # fmt: skip
+# --- Measurements ---------------------------------------------------------------------------------
+
+READERS = {"open_clip": "open_clip 3.3's pipeline", "decoder": "the decoder alone (simplejpeg)",
+           "Pillow": "Pillow's decoder alone"}  # fmt: skip
+
+
+def data_table(bench: dict) -> str:
+    """How fast data are read, and what `make proof` measured."""
+    found, proof = bench["data"], bench["proof"]
+    rate = found["pictures_per_second"]
+    rows = [["this reader", f"{rate['ours']:,.0f}", "1"]]
+    for name, ratio in found["ours_to"].items():
+        times = ratio_range(ratio, found["range"][name])
+        rows.append([READERS[name], f"{rate[name]:,.0f}", times])
     index, memory, fuzz, killed = (proof[k] for k in ("index", "memory", "fuzz", "torture"))
     return table(["one thread", "pictures a second", "this reader's rate to it"], rows) + (
-        f"\n\n256-pixel JPEG photographs of {bench['mean_bytes'] / 1024:.0f} KiB, random crops to "
-        f"224 pixels, captions tokenised; medians (and ranges) of {bench['rounds']} alternating "
-        f"rounds; {bench['machine']['cores']} cores of {bench['machine']['cpu']}, commit "
-        f"{bench['machine']['commit']}. A synthetic index of {index['samples']:,} samples takes "
-        f"{index['address_bytes'] / 1e6:.0f} MB for addresses and "
+        f"\n\n256-pixel JPEG photographs of {found['mean_bytes'] / 1024:.0f} KiB, random crops to "
+        f"224 pixels, captions tokenised; medians (and ranges) of {found['rounds']} alternating "
+        f"rounds; {made_on(found['machine'])}. A synthetic index of {index['samples']:,} samples "
+        f"takes {index['address_bytes'] / 1e6:.0f} MB for addresses and "
         f"{index['caption_bytes_per_sample']:.0f} bytes a caption, opens in "
         f"{index['open_seconds']:.1f} s with {index['open_memory_mib']:.0f} MiB of memory, and "
         f"gives a batch from the middle of a run in {index['first_batch_seconds']:.2f} s. Over "
-        f"{memory['reads']:,} reads a process grew by {memory['growth']:.1%}. {fuzz['shards']:,} "
-        f"damaged and hostile shards crashed nothing. {killed['runs']} training runs were killed "
-        f"{killed['kills']} times, {killed['while_writing']} of them while a checkpoint was "
-        "written; they ended with the bits of uninterrupted runs (`make proof`)."
+        f"{memory['reads']:,} reads a process grew by {memory['growth']:.1%}. None of "
+        f"{fuzz['shards']:,} damaged and hostile shards caused a crash. {killed['runs']} training "
+        f"runs were killed {killed['kills']} times, {killed['while_writing']} of them while a "
+        "checkpoint was written; their weights are bit-identical to those of uninterrupted runs "
+        "(`make proof`)."
     )
 
 
-def training_table() -> str:
-    """Memory against the batch, several processes, and what the estimate is worth."""
-    memory, shared, told = (load("bench")[name] for name in ("memory", "processes", "estimate"))
-    kept = table(
-        ["model, `--micro-batch`", "batch", "highest memory of a step", "without features"],
-        [[f"{r['model']}, {r['micro_batch']}", f"{r['batch']:,}", f"{r['peak'] / 1e6:,.0f} MB",
-          f"{(r['peak'] - r['features']) / 1e6:,.0f} MB"] for r in memory["rows"]],
-    )  # fmt: skip
-    rates = table(
-        [f"the demo's loop (AdamW), batch {shared['batch']}", "pairs a second", "to one process"],
-        [[name, f"{rate:,.0f}", f"{shared['to_one'][name]:.2f}"]
-         for name, rate in shared["pairs_per_second"].items()],
-    )  # fmt: skip
-    steps = table(
-        ["`--estimate here`", "measured step", "estimated", "ratio"],
-        [[f"`{r['flags']}`, batch {r['batch']}", f"{r['measured']:.3f} s",
-          f"{r['estimated']:.3f} s", f"{r['ratio']:.2f} ({r['range'][0]:.2f}-{r['range'][1]:.2f})"]
-         for r in told["rows"]],
-    )  # fmt: skip
-    machine = memory["machine"]
-    return (
-        f"{kept}\n\n{rates}\n\n{steps}\n\nRandom pairs; pictures and tokens are not counted. "
-        f"Medians of {shared['rounds']} and {told['rounds']} rounds (`tools.bench memory`, "
-        f"`processes`, `estimate`); {machine['cores']} cores of {machine['cpu']}, commit "
-        f"{machine['commit']}. Two processes share the two cores."
+def training_table(bench: dict) -> str:
+    """Memory against the batch, several processes, and estimated beside measured steps."""
+    memory, shared, estimated = bench["memory"], bench["processes"], bench["estimate"]
+    tables = [
+        table(["model, `--micro-batch`", "batch", "highest memory of a step", "without features"],
+              [[f"{r['model']}, {r['micro_batch']}", f"{r['batch']:,}",
+                *(f"{size / 1e6:,.0f} MB" for size in (r["peak"], r["peak"] - r["features"]))]
+               for r in memory["rows"]]),
+        table([f"the demo's loop (AdamW), batch {shared['batch']}", "pairs a second",
+               "to one process"],
+              [[name, f"{rate:,.0f}", f"{shared['to_one'][name]:.2f}"]
+               for name, rate in shared["pairs_per_second"].items()]),
+        table(["`--estimate here`", "measured step", "estimated", "ratio"],
+              [[f"`{r['flags']}`, batch {r['batch']}", f"{r['measured']:.3f} s",
+                f"{r['estimated']:.3f} s", ratio_range(r["ratio"], r["range"])]
+               for r in estimated["rows"]]),
+    ]  # fmt: skip
+    return "\n\n".join(tables) + (
+        f"\n\nRandom pairs; pictures and tokens are not counted. Medians of {shared['rounds']} and "
+        f"{estimated['rounds']} rounds (`tools.bench memory`, `processes`, `estimate`); "
+        f"{made_on(memory['machine'])}. Two processes share the two cores."
     )
 
 
-def speed_table() -> str:
+def speed_table(bench: dict) -> str:
     """Training steps beside open_clip's, where their time goes, and the paper's run estimated."""
-    found = load("bench")["benchmark"]
-    steps = table(
-        ["ViT-B/16, batch 32", "pairs a second", "open_clip 3.3", "times faster",
-         "were its AdamW fused", "of the rate of products", "memory of a step", "open_clip's"],
-        [[(f"{r['mask_ratio']:.1%} masked, " if r["mask_ratio"] else "no mask, ") + r["precision"]
-          + ", both compiled" * r.get("compiled", False),
-          *(f"{rate:.1f}" for rate in r["pairs_per_second"].values()),
-          f"{r['times_faster']:.2f} ({r['range'][0]:.2f}-{r['range'][1]:.2f})",
-          f"{r['times_faster_were_it_fused']:.2f}", f"{r['share_of_product_rate']:.0%}",
-          *([f"{peak / 1e9:.2f} GB" for peak in r["peak"].values()] if "peak" in r else ["", ""])]
-         for r in found["cases"]],
-    )  # fmt: skip
+    found = bench["benchmark"]
+    rows = [
+        [(f"{r['mask_ratio']:.1%} masked, " if r["mask_ratio"] else "no mask, ") + r["precision"]
+         + ", both compiled" * r.get("compiled", False),
+         *(f"{rate:.1f}" for rate in r["pairs_per_second"].values()),
+         ratio_range(r["times_faster"], r["range"]), f"{r['times_faster_were_it_fused']:.2f}",
+         f"{r['share_of_product_rate']:.0%}",
+         *([f"{peak / 1e9:.2f} GB" for peak in r["peak"].values()] if "peak" in r else ["", ""])]
+        for r in found["cases"]
+    ]  # fmt: skip
+    head = ["ViT-B/16, batch 32", "pairs a second", "open_clip 3.3", "times faster",
+            "were its AdamW fused", "of the rate of products", "memory of a step",
+            "open_clip's"]  # fmt: skip
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found["profile"].items())
     machine, rate = found["machine"], {r["precision"]: r["product_rate"] for r in found["cases"]}
     return (
-        f"{steps}\n\n{paper_hours()}\n\n"
+        f"{table(head, rows)}\n\n{paper_hours()}\n\n"
         f"Medians (and ranges) of {found['cases'][0]['rounds']} steps of each, in turn; "
         f"{machine['cores']} cores of {machine['cpu']}, whose products reach "
         f"{rate['bf16'] / 1e9:.0f} GFLOP/s in bf16 and {rate['fp32'] / 1e9:.0f} in fp32 in the same"
@@ -315,47 +302,20 @@ def speed_table() -> str:
 def paper_hours() -> str:
     """The estimate of the paper's run on eight H100, for each mask ratio."""
     flags, ratios = ["--recipe", "cc12m", "--estimate", "h100x8"], (0, 0.5, 0.75, 0.918)
-    masks = [["--mask-ratio", str(r)] if r else ["--mask", "none"] for r in ratios]
-    runs = [estimate.of_run(parse([*flags, *mask]), [])[1] for mask in masks]
-    rows = {
-        "hours": [f"{sum(stage['hours'] for stage in run):.1f}" for run in runs],
-        "pairs a second": [f"{run[0]['pairs_per_second']:,.0f}" for run in runs],
-        "cores of the reader": [
-            f"{run[0]['pairs_per_second'] / estimate.reader_rate():.0f}" for run in runs
-        ],
-    }
+    flags_of = [["--mask-ratio", str(ratio)] if ratio else ["--mask", "none"] for ratio in ratios]
+    runs = [estimate.of_run(parse([*flags, *more]), [])[1] for more in flags_of]
+    rates = [run[0]["pairs_per_second"] for run in runs]
     head = [f"`{' '.join(flags)}`", *(f"{r:.1%} masked" if r else "no mask" for r in ratios)]
-    return table(head, [[name, *row] for name, row in rows.items()])
+    return table(head, [
+        ["hours", *(f"{sum(stage['hours'] for stage in run):.1f}" for run in runs)],
+        ["pairs a second", *(f"{rate:,.0f}" for rate in rates)],
+        ["cores of the reader", *(f"{rate / estimate.reader_rate():.0f}" for rate in rates)],
+    ])  # fmt: skip
 
 
 # --- The paper's tables ---------------------------------------------------------------------------
 
 IMAGENET, TIME = "imagenet1k", "training time"
-
-SMALL_SETS = {  # the 26 of SLIP and A-CLIP
-    "food101": "Food-101", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cub": "CUB-200",
-    "sun397": "SUN397", "cars": "Stanford Cars", "fgvc_aircraft": "FGVC Aircraft", "dtd": "DTD",
-    "pets": "Oxford Pets", "caltech101": "Caltech-101", "kinetics700": "Kinetics-700",
-    "flowers": "Flowers-102", "mnist": "MNIST", "fer2013": "FER2013", "stl10": "STL-10",
-    "eurosat": "EuroSAT", "resisc45": "RESISC45", "gtsrb": "GTSRB",
-    "kitti_closest_vehicle_distance": "KITTI distance", "country211": "Country211",
-    "pcam": "PCam", "ucf101": "UCF101", "clevr_count_all": "CLEVR counts",
-    "hateful_memes": "Hateful Memes", "renderedsst2": "Rendered SST2", IMAGENET: "ImageNet",
-}  # fmt: skip
-
-SHIFTED_SETS = {
-    IMAGENET: "ImageNet", "imagenetv2": "ImageNet-V2", "imagenet-a": "ImageNet-A",
-    "imagenet-r": "ImageNet-R", "imagenet_sketch": "ImageNet-Sketch", "imagenet-o": "ImageNet-O",
-    "objectnet": "ObjectNet",
-}  # fmt: skip
-
-CAPTIONED_SETS = {"mscoco_captions": "COCO", "flickr30k": "Flickr30k"}
-
-GUESS = "Which numbers the paper has in this table is our guess from its abstract."
-
-LESSON = f"{sweep.HOME}: another thing, our comparison of masks on 64-pixel pictures."
-
-MISSING = f'"{NOT_PUBLISHED}": in no source named here; the body of the paper was not at hand.'
 
 
 class Table(NamedTuple):
@@ -367,16 +327,16 @@ class Table(NamedTuple):
     note: str
 
 
-def last_stage(columns: dict[str, float]) -> float | None:
-    """Of a model's numbers by stage the last unmasked one."""
-    return columns.get("after tuning", columns.get("full picture"))
+def at_stage(columns: dict[str, float], stage: str) -> float | None:
+    """Of a model's numbers by stage the one asked for; "": the last unmasked one."""
+    return columns.get(stage or ("after tuning" if "after tuning" in columns else "full picture"))
 
 
 def published(model: dict, name: str, metric: str, stage: str = "") -> str:
     """A published number: of a set, by a metric ("": its only one), at a stage or the last."""
     found = model["numbers"].get(name, {})
     columns = found.get(metric, {}) if metric else next(iter(found.values()), {})
-    value = columns.get(stage) if stage else last_stage(columns)
+    value = at_stage(columns, stage)
     if value is None:
         return NOT_PUBLISHED
     return f"{value:g}" if name == TIME else f"{value:.1f}"
@@ -387,27 +347,23 @@ def ours(runs: list[dict], model: dict, name: str, metric: str = "", stage: str 
 
     metric "": the set's own, or `linear_probe`, `fine_tune` for these.
     """
-    found = []
-    settings = {"text_mask": "none", "aclip": False, **model.get("ours", {})}
+    found, settings = [], {"text_mask": "none", "aclip": False, **model.get("ours", {})}
     for run in runs if "ours" in model else ():
-        if any(run["config"].get(key) != value for key, value in settings.items()):
-            continue
-        if metric in ("linear_probe", "fine_tune"):
-            found.append(run.get(metric, {}).get(name, {}).get("accuracy"))
-        elif name in run.get("benchmarks", {}):
-            entry = run["benchmarks"][name]
-            columns = {c: cell.get(metric or entry["metric"])
-                       for c, cell in entry["columns"].items()}  # fmt: skip
-            found.append(columns.get(stage) if stage else last_stage(columns))
-    return spread(value for value in found if value is not None)
+        if settings.items() <= run["config"].items():
+            entry = run.get("benchmarks", {}).get(name, {"columns": {}})
+            columns = {s: row.get(metric or entry["metric"]) for s, row in entry["columns"].items()}
+            if metric in ("linear_probe", "fine_tune"):
+                columns = {"after tuning": run.get(metric, {}).get(name, {}).get("accuracy")}
+            found.append(at_stage(columns, stage))
+    return mean_range(value for value in found if value is not None)
 
 
-def in_scenes(model: dict, scenes: dict, equal: str) -> str:
+def in_scenes(model: dict, scenes: dict, equal: str = "steps") -> str:
     """Our comparison's cell for a published model's mask and ratio, if it has one."""
     return scenes.get((sweep.HOME, *model.get("scenes", ("", 0)), equal), "-")
 
 
-def by_ratio(models: list[dict], runs: list[dict], scenes: dict) -> tuple[list, list]:
+def by_ratio(models: list[dict], runs: list[dict], scenes: dict, _: list) -> tuple[list, list]:
     """Head and rows of ImageNet's zero-shot top-1 at each stage, the published beside ours."""
     head = ["method", "masked", "tokens", "data", *(f"{stage}, published" for stage in STAGES),
             *(f"{stage}, ours" for stage in STAGES),
@@ -415,112 +371,65 @@ def by_ratio(models: list[dict], runs: list[dict], scenes: dict) -> tuple[list, 
     rows = []
     for model in models:
         # Without a mask there is no masked inference, and with all patches nothing to tune.
-        masked = model["masked"]
+        masked, numbers = model["masked"], (model, IMAGENET, "acc1")
         stages = STAGES[1:2] if masked == "0 %" else STAGES[masked.endswith("px") :]
-        given = [published(model, IMAGENET, "acc1", stage) if stage in stages else "-"
-                 for stage in STAGES]  # fmt: skip
-        own = [ours(runs, model, IMAGENET, "acc1", stage) if stage in stages else "-"
-               for stage in STAGES]  # fmt: skip
+        given = [published(*numbers, s) if s in stages else "-" for s in STAGES]
+        own = [ours(runs, *numbers, s) if s in stages else "-" for s in STAGES]
         data = model["data"] + " (first README)" * (model["source"] == "GLIP, first")
         rows.append([model["method"], masked, str(model["tokens"]), data, *given, *own,
-                     in_scenes(model, scenes, "steps")])  # fmt: skip
+                     in_scenes(model, scenes)])  # fmt: skip
     return head, rows
 
 
-def by_set(
-    models: list[dict], runs: list[dict], sets: list[tuple[str, str, str]]
-) -> tuple[list, list]:
-    """Head and rows of (label, set, metric): others' numbers, the paper's and ours.
+def by_set(models: list[dict], runs: list[dict], _: dict, sets: list) -> tuple[list, list]:
+    """Head and rows of (label, set, metric): others' numbers, the paper's and ours."""
+    own = [m for m in models if m["source"] == "GLIP"]
+    by = {"CLIP-PGS": "third party", "A-CLIP": "A-CLIP's authors", "GLIP": "GLIP's authors"}
 
-    Of A-CLIP's authors the models of 25 epochs for which they give all of these numbers.
-    Of the paper and of ours no mask, and half of the patches masked; unmasked tuning included.
-    """
-    others = [m for m in models if m["source"] == "CLIP-PGS"]
-    others += [m for m in models if m["source"] == "A-CLIP" and "epochs" not in m["method"]
-               and all(published(m, name, metric) != NOT_PUBLISHED for _, name, metric in sets)]
-    own = [m for m in models if m["source"] == "GLIP" and m["data"] == "CC12M"
-           and m["masked"] in ("0 %", "50 %")]  # fmt: skip
-    names = [f"{m['method']} {m['masked']}" * (m["masked"] != "0 %") or m["method"] for m in own]
-    by = {"CLIP-PGS": "third party", "A-CLIP": "A-CLIP's authors"}
-    head = ["", *(f"{m['method']}, {by[m['source']]}" for m in others),
-            *(f"{name}, GLIP's authors" for name in names),
-            *(f"{name}, ours" for name in names)]  # fmt: skip
-    rows = [
-        [label, *(published(m, name, metric) for m in (*others, *own)),
-         *(ours(runs, m, name, metric) for m in own)]
-        for label, name, metric in sets
-    ]  # fmt: skip
-    return head, rows
+    def name(m: dict) -> str:
+        return m["method"] + f" {m['masked']}" * (m in own and m["masked"] != "0 %")
+
+    head = ["", *(f"{name(m)}, {by[m['source']]}" for m in models),
+            *(f"{name(m)}, ours" for m in own)]  # fmt: skip
+    return head, [
+        [label, *(published(m, *number) for m in models), *(ours(runs, m, *number) for m in own)]
+        for label, *number in sets
+    ]
 
 
-def against_aclip(models: list[dict], runs: list[dict], scenes: dict) -> tuple[list, list]:
+def by_rival(models: list[dict], runs: list[dict], scenes: dict, sets: list) -> tuple[list, list]:
     """Head and rows of A-CLIP's and GLIP's models; `scenes`: our comparison in steps and time."""
-    chosen = [m for m in models if m["source"] == "A-CLIP"]
-    chosen += [m for m in models if m["data"] == "CC12M" and m["source"] in ("GLIP", "CLIP-PGS")
-               and m["masked"] in ("0 %", "50 %") and m["method"] != "Cluster Masking"]  # fmt: skip
-    metrics = [
-        (f"{TIME}, times CLIP's", TIME, "times CLIP's"), ("ImageNet", IMAGENET, "acc1"),
-        ("mean of 26 sets", "average of 26", "acc1"),
-        *((f"{label}, {way} R@1", name, f"{way}_retrieval_recall@1")
-          for name, label in CAPTIONED_SETS.items() for way in ("text", "image")),
-    ]  # fmt: skip
-    head = ["method", "masked", "source", *(label for label, _, _ in metrics), "ImageNet, ours",
+    head = ["method", "masked", "source", *(label for label, *_ in sets), "ImageNet, ours",
             f"{sweep.HOME}, ours, equal steps", "equal time"]  # fmt: skip
-    rows = [
+    return head, [
         [m["method"], m["masked"], f"{m['source']} ({m['data']})",
-         *(published(m, name, metric) for _, name, metric in metrics),
-         ours(runs, m, IMAGENET, "acc1"),
-         *(in_scenes(m, scenes, equal) for equal in ("steps", "time"))]
-        for m in chosen
+         *(published(m, *number) for _, *number in sets), ours(runs, m, IMAGENET, "acc1"),
+         in_scenes(m, scenes), in_scenes(m, scenes, "time")]
+        for m in models
     ]  # fmt: skip
-    return head, rows
 
 
 def paper_tables(folder: Path = FOLDER) -> dict[str, Table]:
     """The paper's seven tables: what is published, what is not, and what was run here."""
-    paper, cost = load("paper", folder), load("cost", folder)
-    models, runs = paper["models"], load_runs(folder, "config")
-    scenes = cells(load_runs(folder), cost)
-    source = {key: f"{key}: {text}." for key, text in paper["sources"].items()}
-    small_models = [m for m in models if m["data"] == "CC3M"]
-    ratio_models = [m for m in models if m["source"] in ("GLIP", "GLIP, first")]
-    captioned = [
-        (f"{label}, {way} R@{k}", name, f"{way}_retrieval_recall@{k}")
-        for name, label in CAPTIONED_SETS.items() for way in ("text", "image") for k in (1, 5, 10)
-    ]  # fmt: skip
-    probed = [(f"{SMALL_SETS[name]}, linear probe", name, "linear_probe")
-              for name in benchmarks.PROBED]  # fmt: skip
-    both = f"{source['CLIP-PGS']} {source['GLIP']} {GUESS} {MISSING}"
-
-    def of_sets(title: str, sets: list[tuple[str, str, str]], note: str = "") -> Table:
-        return Table(title, *by_set(models, runs, sets), note + both)
-
-    return {
-        "T1": Table(
-            "ImageNet, zero-shot top-1 by mask ratio", *by_ratio(ratio_models, runs, scenes),
-            f"{source['GLIP']} {source['GLIP, first']} {LESSON} {MISSING}"),
-        "T2": of_sets("Zero-shot on 26 sets, third party's top-1, else in each set's own metric",
-                      [(label, name, "") for name, label in SMALL_SETS.items()],
-                      f"{source['A-CLIP']} "),
-        "T3": of_sets("Robustness, zero-shot top-1",
-                      [(label, name, "acc1") for name, label in SHIFTED_SETS.items()]),
-        "T4": of_sets("Retrieval", captioned),
-        "T5": of_sets("Linear probe and fine-tuning, top-1",
-                      [*probed, ("ImageNet, fine-tuned", IMAGENET, "fine_tune")]),
-        "T6": Table("Against A-CLIP", *against_aclip(models, runs, scenes),
-                    f"{source['A-CLIP']} {both} {LESSON}"),
-        "T7": Table(
-            "CC3M, ImageNet's zero-shot top-1", *by_ratio(small_models, runs, scenes),
-            f"{source['the paper']} {GUESS} {MISSING}"),
-    }  # fmt: skip
+    paper, runs, tables = load("paper", folder), load_runs(folder, "config"), {}
+    scenes = cells(load_runs(folder), load("cost", folder))
+    notes = {**{key: f"{key}: {text}." for key, text in paper["sources"].items()}, **paper["notes"]}
+    for name, plan in paper["tables"].items():
+        models = [model for model in paper["models"] if name in model["tables"]]
+        models.sort(key=lambda model, order=plan["sources"]: order.index(model["source"]))
+        make = {"ratio": by_ratio, "set": by_set, "rival": by_rival}[plan["kind"]]
+        head, rows = make(models, runs, scenes, plan.get("rows", []))
+        note = " ".join(notes[key] for key in plan["notes"])
+        tables[name] = Table(plan["title"], head, rows, note)
+    return tables
 
 
-def ratio_part() -> str:
+def glip_table() -> str:
     """Of T1 what the authors' README says of CC12M today, and ours."""
     found = paper_tables()["T1"]
     place = found.head.index("data")
-    rows = [row for row in found.rows if row[place] == "CC12M"]
-    head, *rows = (line[:place] + line[place + 1 :] for line in (found.head, *rows))
+    rows = [found.head, *(row for row in found.rows if row[place] == "CC12M")]
+    head, *rows = (row[:place] + row[place + 1 :] for row in rows)
     return table(head, rows)
 
 
@@ -530,67 +439,41 @@ def markdown(name: str, content: Table) -> str:
     return "\n\n".join(parts)
 
 
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-
-SPECIAL |= {c: "\\" + c for c in "&%$#_{}"}
-
-
-def latex(name: str, content: Table) -> str:
-    """A table of the paper in LaTeX, by booktabs and as wide as a line by graphicx."""
-
-    def row(line: list[str]) -> str:
-        return " & ".join(cell.translate(str.maketrans(SPECIAL)) for cell in line) + r" \\"
-
-    caption = f"{name}. {content.title} (%). {content.note}".translate(str.maketrans(SPECIAL))
-    return "\n".join([
-        r"\begin{table}", rf"\caption{{{caption}}}", rf"\label{{tab:{name}}}",
-        r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{'l' * len(content.head)}}}",
-        r"\toprule", row(content.head), r"\midrule", *map(row, content.rows), r"\bottomrule",
-        r"\end{tabular}}", r"\end{table}",
-    ])  # fmt: skip
-
-
 # --- The pages, and the command -------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo": lambda: demo_table(load_runs()),
+    "compare": lambda: compare_table(load_runs(), load("cost")),
+    "cost": lambda: cost_table(load("cost")),
+    "data": lambda: data_table(load("bench")),
+    "training": lambda: training_table(load("bench")),
+    "speed": lambda: speed_table(load("bench")),
+    "paper": glip_table,
+}
 
 
 def filled(text: str) -> str:
-    """A page's text with every marked part made anew."""
-    results, cost = load_runs(), load("cost")
-    parts = {
-        "demo": demo_table(results), "compare": compare_table(results, cost),
-        "cost": cost_table(cost), "data": data_table(), "training": training_table(),
-        "speed": speed_table(),
-        "paper": ratio_part(),
-    }  # fmt: skip
-    for name, content in parts.items():
-        start, end = f"<!-- {name}: made by tools/tables.py -->", f"<!-- end of {name} -->"
-        pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
-        text = pattern.sub(lambda _, c=content, s=start, e=end: f"{s}\n{c}\n{e}", text)
-    return text
+    """A page with every marked part made anew."""
+    pattern = r"(<!-- (\w+): made by tools/tables.py -->\n).*?(<!-- end of \2 -->)"
+    fill = lambda found: f"{found[1]}{PARTS[found[2]]()}\n{found[3]}"  # noqa: E731
+    return re.sub(pattern, fill, text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """Rewrite the tables of docs/, or print the paper's."""
+class TablesConfig:
+    """Rewrite the tables of README.md and docs/, or print the paper's."""
 
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the paper's tables
-    latex: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # ... for a LaTeX document
 
 
 @cli.guarded
 def main() -> None:
     """The command line."""
-    options = tyro.cli(ReportConfig, description=__doc__)
-    if options.latex and not options.paper:
-        raise glip.InputError("--latex goes with --paper: give both")
-    if options.paper:
-        draw = latex if options.latex else markdown
-        if options.latex:
-            print(r"% in the preamble: \usepackage{booktabs, graphicx}" + "\n")
-        print("\n\n".join(draw(*item) for item in paper_tables().items()))
-    else:
-        for page in sorted((ROOT / "docs").glob("*.md")):
-            page.write_text(filled(page.read_text()))
+    if tyro.cli(TablesConfig, description=__doc__).paper:
+        print("\n\n".join(markdown(*item) for item in paper_tables().items()))
+        return
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":
