@@ -1,7 +1,6 @@
 """Weights in and out, by each consumer's own loader; hostile files; the peers' tools agree."""
 
 import contextlib
-import copy
 import io
 import json
 import math
@@ -11,7 +10,6 @@ import re
 import shutil
 import sys
 import tarfile
-import tracemalloc
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -171,7 +169,13 @@ def test_exports_have_our_features_and_come_back_bit_for_bit(shape, tmp_path, mo
                 assert path.read_bytes() == (tmp_path / f"{to}2" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if name != "ViT-nano-8"])
+QUICK_SIZES = ("ViT-Ti-16", "ViT-B-32")
+
+
+@pytest.mark.parametrize("name", [
+    name if name in QUICK_SIZES else pytest.param(name, marks=pytest.mark.proof)
+    for name in SIZES if name != "ViT-nano-8"
+])  # fmt: skip
 def test_published_sizes_have_our_features(name, tmp_path, monkeypatch):
     """ViT-B/16 whole, the others cut to two layers."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -182,10 +186,7 @@ def test_published_sizes_have_our_features(name, tmp_path, monkeypatch):
     for fill in ("kaiming_uniform_", "normal_", "uniform_", "xavier_uniform_"):  # takes seconds
         monkeypatch.setattr(torch.nn.init, fill, lambda tensor, *_, **__: tensor)
     for to in ("open_clip", "timm", "hf"):
-        (tmp_path / to).mkdir()
-        for file, content in convert.EXPORTS[to](model).items():
-            (tmp_path / to / file).write_bytes(content)
-        check_features(tmp_path / to, to, model)
+        check_features(exported(tmp_path / to, to, model), to, model)
         shutil.rmtree(tmp_path / to)
 
 
@@ -219,8 +220,9 @@ def test_the_towers_by_torch_export(tmp_path, monkeypatch):
     images, tokens = photographs(32, 48), glip.tokenize(TEXTS)
     with torch.no_grad():
         for rows in (1, 2):
-            assert torch.equal(image(images[:rows]), model.encode_image(images[:rows]))
-            assert torch.equal(text(tokens[:rows]), model.encode_text(tokens[:rows]))
+            torch.testing.assert_close(image(images[:rows]), model.encode_image(images[:rows]))
+            torch.testing.assert_close(text(tokens[:rows]), model.encode_text(tokens[:rows]))
+        torch.testing.assert_close(text(tokens), model.encode_text(tokens))
 
 
 def test_transformers_is_not_needed(tmp_path, monkeypatch):
@@ -230,51 +232,56 @@ def test_transformers_is_not_needed(tmp_path, monkeypatch):
     do(monkeypatch, "import", tmp_path / "out", "--from", "hf", "--out", tmp_path / "again")
 
 
-# --- OpenAI's form ------------------------------------------------------------------------------
+# --- OpenAI's weights ---------------------------------------------------------------------------
 
 
-def openai_like():
-    """open_clip's QuickGELU model with weights in half precision, as OpenAI published its own."""
+def test_openais_weights_come_by_transformers_files(tmp_path, monkeypatch):
+    """CLIPModel's own file and config, which leaves out defaults and has the old end token."""
+    from transformers import CLIPConfig, CLIPModel
+
     torch.manual_seed(0)
-    cfg = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 32}
-    text = {"layers": 2, "width": 64, "heads": 1}
-    theirs = open_clip.CLIP(16, cfg, text, quick_gelu=True).eval()
-    theirs.load_state_dict({k: v.half().float() for k, v in theirs.state_dict().items()})
-    return theirs
-
-
-@pytest.mark.parametrize("form", ["script", "trace", "state_dict"])
-def test_openais_files_are_read_without_running_them(form, tmp_path, monkeypatch):
-    theirs, file, images = openai_like(), tmp_path / "ViT-T-8.pt", photographs(32, 32)
-    pixels = TF.normalize(images / 255, glip.MEAN, glip.STD)
-    half = copy.deepcopy(theirs).half()
-    if form == "state_dict":
-        sizes = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
-        torch.save(half.state_dict() | {k: torch.tensor(v) for k, v in sizes.items()}, file)
-    elif form == "script":
-        torch.jit.script(half).save(file)
-    else:
-        torch.jit.trace_module(copy.deepcopy(theirs), {
-            "encode_image": pixels, "encode_text": glip.tokenize(TEXTS),
-        }).half().save(file)  # fmt: skip
-    monkeypatch.setattr(torch.jit, "load", None)
-    do(monkeypatch, "import", file, "--from", "openai", "--out", tmp_path / "run")
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "eos_token_id": 2,
+            "num_attention_heads": 1}  # fmt: skip
+    vision = {**text, "image_size": 32, "patch_size": 8}
+    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    do(monkeypatch, "import", tmp_path / "theirs", "--from", "hf", "--out", tmp_path / "run")
     model, config = glip.load_model(tmp_path / "run/model.pt")
-    assert config == replace(TINY, quick_gelu=True) and same_weights(model, theirs)
+    assert config == replace(TINY, quick_gelu=True)
+    images, tokens = photographs(32, 32), glip.tokenize(TEXTS)
+    pixels = TF.normalize(images / 255, glip.MEAN, glip.STD)
     with torch.no_grad():
-        wanted = theirs.encode_image(pixels, normalize=True)
+        wanted = F.normalize(theirs.get_image_features(pixels).pooler_output, dim=-1)
         torch.testing.assert_close(model.encode_image(images), wanted, atol=1e-5, rtol=0)
+        tokens = torch.where(tokens == 0, glip.END, tokens)
+        wanted = F.normalize(theirs.get_text_features(tokens).pooler_output, dim=-1)
+        torch.testing.assert_close(model.encode_text(tokens), wanted, atol=1e-5, rtol=0)
         other = GLIP(TINY)
         other.load_state_dict(model.state_dict())
-        assert (other.encode_image(images) - wanted).abs().max() > 1e-4
+        assert (other.encode_image(images) - model.encode_image(images)).abs().max() > 1e-4
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A TorchScript archive, as OpenAI published its weights."""
+    cfg = {"layers": 1, "width": 64, "patch_size": 8, "image_size": 32}
+    text = {"layers": 1, "width": 64, "heads": 1}
+    torch.jit.script(open_clip.CLIP(16, cfg, text, quick_gelu=True)).save(tmp_path / "ViT.pt")
+    return tmp_path / "ViT.pt"
+
+
+def test_torchscript_is_refused_and_another_form_named(script, tmp_path, monkeypatch):
+    told = refused(monkeypatch, tmp_path, script, "--from", "open_clip", "--config", "ViT-B-32")
+    assert "nothing in it was executed" in told and "published as safetensors" in told
 
 
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def exported(folder, to, config=TINY):
+def exported(folder, to, model):
+    """A folder with the files of an export."""
     folder.mkdir(parents=True)
-    for name, content in convert.EXPORTS[to](model_of(config)).items():
+    for name, content in convert.EXPORTS[to](model).items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -308,12 +315,12 @@ VARIANTS = [  # consumer, place in its config, value, what the refusal names
     ("hf", "vision_config.intermediate_size", 100, "intermediate_size"),
     ("hf", "text_config.eos_token_id", 5, "eos_token_id"),
     # and configs that lie about their weights, or try to cost time and memory
-    ("open_clip", "model_cfg.embed_dim", 17, "text_projection has shape"),
+    ("open_clip", "model_cfg.embed_dim", 17, "size mismatch for"),
     ("open_clip", "model_cfg.vision_cfg.layers", 10**9, "no model of its"),
     ("open_clip", "model_cfg.vision_cfg.width", 10**9, "no model of its"),
-    ("open_clip", "model_cfg.vision_cfg.image_size", 24_000, "positional_embedding has shape"),
+    ("open_clip", "model_cfg.vision_cfg.image_size", 24_000, "positional_embedding"),
     ("open_clip", "model_cfg.vision_cfg.image_size", 2**40, "no model of its"),
-    ("open_clip", "model_cfg.text_cfg.context_length", 10**12, "positional_embedding has shape"),
+    ("open_clip", "model_cfg.text_cfg.context_length", 10**12, "positional_embedding"),
     ("open_clip", "model_cfg.text_cfg.vocab_size", 10**15, "token_embedding"),
     ("open_clip", "model_cfg.vision_cfg.patch_size", 0, "no model of its"),
     ("open_clip", "model_cfg.vision_cfg.head_width", 0, "no model of its"),
@@ -322,7 +329,7 @@ VARIANTS = [  # consumer, place in its config, value, what the refusal names
     ("open_clip", "model_cfg.vision_cfg", 3, "no model of its"),
     ("hf", "vision_config.num_hidden_layers", 10**9, "no model of its"),
     ("hf", "vision_config.hidden_size", None, "no model of its"),
-    ("hf", "vision_config.image_size", 40, "shape"),
+    ("hf", "vision_config.image_size", 40, "size mismatch for visual"),
     ("hf", "text_config", "none", "no model of its"),
 ]  # fmt: skip
 
@@ -338,7 +345,7 @@ def refused(monkeypatch, tmp_path, *words):
 
 
 def test_variants_that_we_lack_and_configs_that_lie_are_refused_by_name(tmp_path, monkeypatch):
-    folders = {to: exported(tmp_path / to, to) for to in ("open_clip", "hf")}
+    folders = {to: exported(tmp_path / to, to, model_of(TINY)) for to in ("open_clip", "hf")}
     names = {"open_clip": "open_clip_config.json", "hf": "config.json"}
     for to, place, value, told in VARIANTS:
         path = folders[to] / names[to]
@@ -356,56 +363,20 @@ def test_variants_that_we_lack_and_configs_that_lie_are_refused_by_name(tmp_path
     told = refused(monkeypatch, tmp_path, file, "--from", "open_clip", "--config", "RN50")
     assert "ResNet" in told
     told = refused(monkeypatch, tmp_path, file, "--from", "open_clip", "--config", "ViT-B-32")
-    assert "shape" in told
-    save_file({"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "RN50.safetensors")
-    told = refused(monkeypatch, tmp_path, tmp_path / "RN50.safetensors", "--from", "openai")
-    assert "ResNet" in told
+    assert "Missing key" in told
 
 
-def archive(path, content, compression=zipfile.ZIP_STORED, first=b"0" * 8):
-    """A zip that looks like TorchScript's, with a pickle of one's own."""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        for name, data_ in {"constants.pkl": b"x", "data.pkl": content, "data/0": first}.items():
-            file.writestr(f"model/{name}", data_)
-
-
-class Claims:
-    """A tensor of a size that it claims, in a storage that all of them have."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, (Storage(), 0, self.size, (1,), False, None)
-
-
-class Storage:
-    pass
-
-
-def huge_pickle(size=(10**12,), count=1):
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, thing):
-            is_storage = type(thing) is Storage
-            return ("storage", torch.FloatStorage, "0", "cpu", 2) if is_storage else None
-
-    file = io.BytesIO()
-    Pickler(file, protocol=2).dump([Claims(size) for _ in range(count)])
-    return file.getvalue()
-
-
-def test_torn_renamed_and_malicious_files_run_nothing_and_write_nothing(tmp_path, monkeypatch):
-    folder = exported(tmp_path / "good", "open_clip")
+def test_damaged_and_malicious_files_run_nothing_and_write_nothing(script, tmp_path, monkeypatch):
+    folder = exported(tmp_path / "good", "open_clip", model_of(TINY))
     good = (folder / "open_clip_model.safetensors").read_bytes()
     weights = load_file(folder / "open_clip_model.safetensors")
     evil, buffer = Evil(tmp_path / "executed"), io.BytesIO()
-    torch.jit.script(openai_like()).save(tmp_path / "whole.pt")
-    script = (tmp_path / "whole.pt").read_bytes()
     torch.save({"state_dict": weights}, buffer)
     files = {
         "empty": b"", "text": b"no weights", "head": good[:7], "torn": good[:100_000],
-        "almost": good[:-1], "script-torn": script[:100_000], "pickle": pickle.dumps(evil),
-        "torch-torn": buffer.getvalue()[:5000], "length": b"\xff" * 7 + b"\x7f{" + good[9:],
+        "almost": good[:-1], "script": script.read_bytes(), "script-torn": script.read_bytes()[:9999],
+        "pickle": pickle.dumps(evil), "torch-torn": buffer.getvalue()[:5000],
+        "length": b"\xff" * 7 + b"\x7f{" + good[9:],
         "config": (folder / "open_clip_config.json").read_bytes(),
     }  # fmt: skip
     for name, content in files.items():
@@ -415,9 +386,10 @@ def test_torn_renamed_and_malicious_files_run_nothing_and_write_nothing(tmp_path
     torch.save({"state_dict": {"a": 1}}, folder / "numbers.pt")
     torch.save([weights], folder / "list.pt")
     torch.save({"epoch": 1}, folder / "none.pt")
-    archive(folder / "script.pt", pickle.dumps(evil, 2))
-    archive(folder / "huge.pt", huge_pickle())
-    archive(folder / "bomb.pt", pickle.dumps([0] * 10**6), zipfile.ZIP_DEFLATED)
+    for name, code in (("pickle.pt", "byteorder"), ("script.pt", "constants.pkl")):
+        with zipfile.ZipFile(folder / name, "w") as file:
+            for member, content in ((code, b"little"), ("data.pkl", pickle.dumps(evil, 2))):
+                file.writestr(f"model/{member}", content)
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".safetensors"):
             continue
@@ -434,26 +406,26 @@ def test_torn_renamed_and_malicious_files_run_nothing_and_write_nothing(tmp_path
     name, value = "visual.proj", weights["visual.proj"]
     for wrong, told in (
         ({name: value * math.nan}, "visual.proj is not finite"),
-        ({name: value.T}, "visual.proj has shape"), ({name: None}, "visual.proj is missing"),
-        ({name: value[:, 1:]}, "visual.proj has shape"), ({"visual.x": value + 0}, "only ViT"),
+        ({name: value.T}, "mismatch for visual.proj"), ({name: None}, 'Missing key(s) in state_dict'),
+        ({name: value[:, 1:]}, "mismatch for visual.proj"), ({"visual.x": value + 0}, '"visual.x"'),
     ):  # fmt: skip
         changed = {k: v.contiguous() for k, v in (weights | wrong).items() if v is not None}
         save_file(changed, folder / "wrong.safetensors")
         found = refused(monkeypatch, tmp_path, folder / "wrong.safetensors", "--from", "open_clip")
         assert told in found
-    found = refused(monkeypatch, tmp_path, tmp_path / "absent.pt", "--from", "openai")
+    found = refused(monkeypatch, tmp_path, tmp_path / "absent.pt", "--from", "hf")
     assert "there is no such file" in found
     for make in (None, os.mkfifo, Path.mkdir):
         if make:
             make(folder / "config.json")
         found = refused(monkeypatch, tmp_path, folder / "wrong.safetensors", "--from", "hf")
-        assert "config.json: not a readable" in found
+        assert "its config" in found
         if make is os.mkfifo:
             (folder / "config.json").unlink()
 
 
 def test_spoilt_weights_and_wild_names_are_refused_by_name(tmp_path, monkeypatch):
-    folder = exported(tmp_path / "good", "open_clip")
+    folder = exported(tmp_path / "good", "open_clip", model_of(TINY))
     file = folder / "open_clip_model.safetensors"
     weights = load_file(file)
     for value in (torch.inf, -torch.inf):
@@ -464,35 +436,24 @@ def test_spoilt_weights_and_wild_names_are_refused_by_name(tmp_path, monkeypatch
         assert "visual.proj is not finite" in told and file.name in told
     save_file(weights | {"visual.\x1b[2J\n" + "x" * 10**6: torch.zeros(1)}, file)
     told = refused(monkeypatch, tmp_path, folder, "--from", "open_clip")
-    assert "only ViT" in told and told.strip().isprintable() and len(told) < 500
+    assert "no plain ViT" in told and told.strip().isprintable() and len(told) < 500
     torch.save({1: torch.zeros(3)}, tmp_path / "numbers.pt")
     code, _, err = command(monkeypatch, "info", tmp_path / "numbers.pt")
     assert code == 2 and "not a readable file of weights" in err
 
 
-def test_a_small_file_takes_little_memory_and_time(tmp_path, monkeypatch):
-    """Compressed members, a storage that thousands of tensors share, modules that lead to each
-    other along 2^12 paths."""
+def test_a_small_file_takes_little_memory(tmp_path, monkeypatch):
+    """Compressed members, and views that claim more than the file."""
     torch.save({"a": torch.zeros(2**20)}, tmp_path / "whole.pt")
     assert convert.read_weights(tmp_path / "whole.pt").keys() == {"a"}
     with zipfile.ZipFile(tmp_path / "whole.pt") as old, \
             zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new:  # fmt: skip
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    with pytest.raises(InputError, match=r"bomb.pt: not a readable file of weights"):
-        convert.read_weights(tmp_path / "bomb.pt")
-    archive(tmp_path / "shared.pt", huge_pickle((2,), 2000), first=b"0" * 2**16)
-    tracemalloc.start()
-    with pytest.raises(InputError, match=r"shared.pt: not a readable file of weights"):
-        convert.read_weights(tmp_path / "shared.pt")
-    assert tracemalloc.get_traced_memory()[1] < 2**24
-    tracemalloc.stop()
-    module = convert.Inert()
-    module.fields = {"weight": torch.zeros(1)}
-    for _ in range(12):
-        outer = convert.Inert()
-        outer.fields, module = {"a": module, "b": module}, outer
-    assert len(convert.tensors_of(module)) == 1
+    torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "views.pt")
+    for name in ("bomb.pt", "views.pt"):
+        with pytest.raises(InputError, match=f"{name}: not a readable file of weights"):
+            convert.read_weights(tmp_path / name)
 
 
 def test_nothing_is_written_over(tmp_path, monkeypatch):
@@ -632,7 +593,7 @@ def test_open_clip_trains_on_from_our_export_and_we_from_its_checkpoint(folder, 
 
 def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypatch):
     config = replace(NANO, quick_gelu=True)
-    exported(folder / "hub", "hf", config)
+    exported(folder / "hub", "hf", model_of(config))
     do(monkeypatch, "import", "hub", "--from", "hf", "--out", "runs/published")
     monkeypatch.setattr(figures, "draw_all", lambda *_: [])
     results = evaluate.run_evaluation(evaluate.EvaluateConfig("runs/published", precision="fp32"))
@@ -689,7 +650,7 @@ def test_a_checkpoints_words_are_no_markup_and_no_orders_to_a_terminal(folder, m
     )  # fmt: skip
     Path("results.json").write_text(json.dumps({"held_out": {wild: {wild: 0.5}}}))
     told = do(monkeypatch, "info", "model.pt")
-    assert len(told.splitlines()) == 11 and told.replace("\n", "").isprintable()
+    assert len(told.splitlines()) == 14 and told.replace("\n", "").isprintable()
     do(monkeypatch, "export", "model.pt", "--to", "timm", "--out", "timm")
     text = Path("timm/README.md").read_text()
     assert "\x1b" not in text and [x for x in text.splitlines() if x[:1] == "#"] == [
@@ -720,7 +681,7 @@ def test_info_and_card_tell_what_a_checkpoint_is(folder, monkeypatch):
         do(monkeypatch, "export", "run", "--to", to, "--out", to)
         loaded = ModelCard.load(Path(to) / "README.md")
         assert loaded.data.license and loaded.data.library_name
-        for words in ("emoji", "none, 0.0%", "seed: 7", "12.3 %", "45.6 %", "MIT", "## Limits"):
+        for words in ("emoji", "mask: none", "mask ratio: 0.0", "seed: 7", "12.3 %", "45.6 %", "MIT", "## Limits"):
             assert words in loaded.content
     for name, words in (("open_clip", "open_clip's names"), ("hf", "transformers' names"),
                           ("timm", "timm's names")):  # fmt: skip

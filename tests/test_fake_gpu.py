@@ -291,5 +291,5 @@ def test_export_of_a_run_from_a_gpu(config, tmp_path):
     with fake_gpu():
         run = train.train(replace(config, device="cuda", steps=1))
         for to in ("open_clip", "timm", "hf"):
-            convert.export(convert.ExportConfig(run, to, tmp_path / to))
+            convert.export(convert.Export(run, to, tmp_path / to))
             assert (tmp_path / to / "README.md").is_file()

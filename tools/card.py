@@ -1,4 +1,4 @@
-"""What a checkpoint tells of itself, and the model card that goes with every export."""
+"""The model card of an export, and the training record that it shows."""
 
 import re
 from dataclasses import replace
@@ -7,10 +7,11 @@ from pathlib import Path
 import evaluate
 from glip import SIZES, GLIPConfig
 from nanoglip.cli import printable
+from nanoglip.files import FOREIGN
 
 
 def architecture(config: GLIPConfig) -> str:
-    """The name in SIZES of what a model is made of; sizes of inputs and activation aside."""
+    """The name in SIZES of a model's towers, whatever its inputs and activation; else a text."""
     for name in SIZES:
         plain = GLIPConfig.named(name, config.image_size, config.context_length)
         if replace(config, siglip=False, quick_gelu=False) == plain:
@@ -18,51 +19,38 @@ def architecture(config: GLIPConfig) -> str:
     return f"ViT of {config.layers} layers of width {config.width}, patches of {config.patch_size}"
 
 
-def size_text(config: GLIPConfig) -> str:
-    """Height and width of a model's pictures."""
-    return " x ".join(map(str, config.pixels))
-
-
 def facts(content: dict, config: GLIPConfig) -> dict[str, str]:
-    """What a checkpoint of train.py or of an import tells of itself; name -> text."""
-    weights = content["model"]
-    image = sum(v.numel() for k, v in weights.items() if k.startswith("visual."))
-    text = sum(v.numel() for v in weights.values()) - image
+    """Name -> text: the model in a checkpoint and how it was made."""
+    counts = {name: v.numel() for name, v in content["model"].items()}
+    image = sum(n for name, n in counts.items() if name.startswith("visual."))
+    total, pixels = sum(counts.values()), " x ".join(map(str, config.pixels))
     found = {
-        "architecture": f"{architecture(config)}; pictures of {size_text(config)} pixels, patches "
-        f"of {config.patch_size}; {config.context_length} tokens; {config.embed_dim} features; "
+        "architecture": f"{architecture(config)}; pictures of {pixels} pixels, patches of "
+        f"{config.patch_size}; {config.context_length} tokens; {config.embed_dim} features; "
         + ("QuickGELU" if config.quick_gelu else "GELU") + "; a logit bias" * config.siglip,
-        "parameters": f"{image + text:,} (image {image:,}, text {text:,})",
+        "parameters": f"{total:,} (image {image:,}, text {total - image:,})",
     }
     try:
-        return found | record(content)
-    except (AttributeError, KeyError, TypeError, ValueError):
+        return found | training(content)
+    except FOREIGN:
         return found | {"training record": "not readable"}
 
 
-def record(content: dict) -> dict[str, str]:
-    """What made a checkpoint, as it says."""
-    found = {}
-    if "imported" in content:
-        source = content["imported"]
-        found["imported"] = f"{source['file']}, {source['from']}'s, sha256 {source['sha256']}"
-    elif content.keys() >= {"config", "steps", "seconds", "machine", "command"}:
-        run, machine = evaluate.portable(content["config"]), content["machine"]
-        hours = sum(content["seconds"].values()) / 3600
-        found |= {
-            "data": run["data"], "mask": f"{run['mask']}, {run['mask_ratio']:.1%} removed",
-            "seed": str(run["seed"]),
-            "steps": ", ".join(f"{n:,} {stage}" for stage, n in content["steps"].items()),
-            "trained": f"{hours:.2f} hours on {content['world']} x {machine['device']} "
-            f"({machine['cpu']}), {'bf16' if content['bf16'] else 'fp32'}",
-            "command": content["command"], "commit": machine["commit"] or "unknown",
-        }  # fmt: skip
-        if str(run["data"]).startswith(("emoji", "scenes-")):
-            vendors = ", ".join(run["vendors"]) or "all but those held out"
-            found["vendors of the art"] = f"{vendors}; held out: {run['held_out']}"
-        if run.get("init"):
-            found["started from"] = run["init"]
-    return found
+def training(content: dict) -> dict[str, str]:
+    """Name -> text: what a checkpoint records of its training, or of its import."""
+    if source := content.get("imported"):
+        return {"imported": f"{source['file']}, {source['from']}'s, sha256 {source['sha256']}"}
+    if "command" not in content:
+        return {}
+    run, machine = evaluate.portable(content["config"]), content["machine"]
+    names = ("data", "vendors", "held_out", "mask", "mask_ratio", "seed", "init")
+    hours = sum(content["seconds"].values()) / 3600
+    return {name.replace("_", " "): run[name] for name in names} | {
+        "steps": ", ".join(f"{n:,} {stage}" for stage, n in content["steps"].items()),
+        "trained": f"{hours:.2f} hours on {content['world']} x {machine['device']} "
+        f"({machine['cpu']}), {'bf16' if content['bf16'] else 'fp32'}",
+        "command": content["command"], "commit": machine["commit"] or "unknown",
+    }  # fmt: skip
 
 
 LIBRARY = {"open_clip": "open_clip", "timm": "timm", "hf": "transformers", "torch": "pytorch"}
@@ -70,19 +58,19 @@ LIBRARY = {"open_clip": "open_clip", "timm": "timm", "hf": "transformers", "torc
 LOADING = {
     "open_clip": """import open_clip
 
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:DIR")
-tokenizer = open_clip.get_tokenizer("local-dir:DIR")""",
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:.")
+tokenizer = open_clip.get_tokenizer("local-dir:.")""",
     "timm": """import timm
 
-model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # features before normalisation
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # features before normalisation
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))""",
     "hf": """from transformers import CLIPModel, CLIPProcessor
 
-model, processor = CLIPModel.from_pretrained("DIR"), CLIPProcessor.from_pretrained("DIR")""",
+model, processor = CLIPModel.from_pretrained("."), CLIPProcessor.from_pretrained(".")""",
     "torch": """import torch
 
-encode_image = torch.export.load("DIR/image.pt2").module()  # uint8 pictures of the model's size
-encode_text = torch.export.load("DIR/text.pt2").module()  # CLIP's token ids""",
+encode_image = torch.export.load("image.pt2").module()  # uint8 pictures of the model's size
+encode_text = torch.export.load("text.pt2").module()  # CLIP's token ids""",
 }
 
 CARD = """---
@@ -111,41 +99,38 @@ pre-training, arXiv 2403.15837), which is not Grounded Language-Image Pre-traini
 
 ## Licence
 
-nanoGLIP's code is under the MIT licence. The weights come with the conditions of what they were
-trained on, and imported ones with their publisher's. Of the embedded emoji art, Google's is under
+nanoGLIP's code is under the MIT licence. The weights come with the conditions of their training
+data, imported weights with their publisher's. Of the embedded emoji art, Google's is under
 Apache-2.0 and Twitter's under CC BY 4.0; the other vendors' is not free, and weights trained on it
 are for research and teaching.
 
 ## Limits
 
-- It knows what its data showed, and is not for decisions about people.
-- Texts are lower-cased and cut to {tokens} tokens; pictures are resized (bicubic) and cut at the
-  centre to {size} pixels, height by width.
-- Masks act in training: this model sees whole pictures.
-- The tokenizer for transformers repairs neither mojibake nor HTML entities, open_clip's and ours
-  do: such texts have other tokens there. Load it by CLIPProcessor or AutoTokenizer: CLIPTokenizer
-  builds another one, which leaves typographic quotes as they are, too.
+- The model knows its training data only. Do not use it for decisions about people.
+- Texts are lower-cased and cut to the number of tokens above; pictures are resized (bicubic) and
+  cropped at the centre.
+- Masks are used in training only: this model sees whole pictures.
+- The tokenizer for transformers does not repair mojibake and HTML entities, as open_clip's and
+  nanoGLIP's do: such texts have other tokens. Load it by CLIPProcessor or AutoTokenizer:
+  CLIPTokenizer builds another one, which also leaves typographic quotes as they are.
 """
 
 
 def plain(text: object) -> str:
-    """Text for Markdown that stays text: no heading, link, picture, HTML or further column."""
+    """Text that Markdown shows as it is: no heading, link, picture, HTML or column."""
     return re.sub(r"([\\`<\[|])", r"\\\1", printable(text))
 
 
 def card(to: str, path: Path, content: dict, config: GLIPConfig) -> str:
     """The model card of an export; its results are what evaluate.py wrote beside the model."""
-    rows, written = ["Not evaluated on held-out pairs before the export."], {}
-    if path.name == "model.pt":
-        written = evaluate.known_results(path.parent)
-    if tables := written.get("held_out"):  # not there after published sets alone
+    written = evaluate.known_results(path.parent) if path.name == "model.pt" else {}
+    rows = ["Not evaluated on held-out pairs before the export."]
+    if tables := written.get("held_out"):  # absent after an evaluation on published sets only
         names = " | ".join(map(plain, tables))
         rows = [f"| held-out pairs | {names} |", "| --- |" + " --- |" * len(tables)]
         for metric in next(iter(tables.values())):
-            cells = (f"{100 * table[metric]:.1f} %" for table in tables.values())
-            rows.append(f"| {plain(metric)} | {' | '.join(cells)} |")
-    return CARD.format(
-        library=LIBRARY[to], name=architecture(config), loading=LOADING[to].replace("DIR", "."),
-        facts="\n".join(f"- {k}: {plain(value)}" for k, value in facts(content, config).items()),
-        results="\n".join(rows), tokens=config.context_length, size=size_text(config),
-    )  # fmt: skip
+            cells = " | ".join(f"{100 * table[metric]:.1f} %" for table in tables.values())
+            rows.append(f"| {plain(metric)} | {cells} |")
+    lines = (f"- {name}: {plain(value)}" for name, value in facts(content, config).items())
+    return CARD.format(library=LIBRARY[to], name=architecture(config), loading=LOADING[to],
+                       facts="\n".join(lines), results="\n".join(rows))  # fmt: skip

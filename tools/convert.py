@@ -1,21 +1,18 @@
-"""Weights in and out: models for open_clip, timm, transformers and torch.export, theirs for us.
+"""Export and import weights: open_clip, timm, transformers, torch.export.
 
     python -m tools.convert export runs/demo --to open_clip --out DIR     or timm, hf, torch
-    python -m tools.convert import ViT-B-32.pt --from openai --out RUN    or open_clip, hf
-    python -m tools.convert info FILE                                     what a checkpoint is
+    python -m tools.convert import DIR --from hf --out RUN                or open_clip
+    python -m tools.convert info FILE                                     print what a checkpoint is
 
-All offline. An export is a folder that its consumer loads by path: safetensors, the config that it
-expects, and a model card. An imported file becomes a run of no steps, for evaluate.py, train.py
---init and export. Files from elsewhere are not trusted: nothing in them is executed.
+Nothing is downloaded. An export is a folder that the other library loads by path: safetensors, its
+config and a model card. An import becomes a run of 0 steps for evaluate.py, train.py --init and
+export. Files from elsewhere are not trusted: nothing in them is executed.
 """
 
-import copy
 import hashlib
 import io
 import json
-import pickle
 import re
-import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -23,22 +20,22 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 import glip
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import cli, files
 from nanoglip.config import TrainConfig
-from nanoglip.files import check_finite, load_tensors, read_regular
 from nanoglip.machine import machine
 from nanoglip.masks import Masker
-from tools import hf_tokenizer
 from tools.card import architecture, card, facts
+from tools.hf_tokenizer import tokenizer
 
 Weights = dict[str, Tensor]
 
-# --- Names: open_clip's are ours; transformers has others -----------------------------------------
+# --- Names: open_clip's are ours, transformers' differ --------------------------------------------
 
 TO_HF = [  # (ours, theirs), applied in this order
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
@@ -58,12 +55,11 @@ TO_HF = [  # (ours, theirs), applied in this order
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 ]
-
-TURNED = ("visual.proj", "text_projection")  # theirs are transposed
+TRANSPOSED = ("visual.proj", "text_projection")
 
 
 def hf_names(name: str) -> list[str]:
-    """Our name of a parameter -> transformers'; in_proj is three, of q, k and v."""
+    """transformers' names of one of our parameters; in_proj is three, of q, k and v."""
     for ours, theirs in TO_HF:
         name = re.sub(ours, theirs, name)
     place, joined, kind = name.partition(".attn.in_proj_")
@@ -75,29 +71,29 @@ def weights_to_hf(weights: Weights) -> Weights:
     found = {}
     for name, value in weights.items():
         names = hf_names(name)
-        parts = value.chunk(3) if len(names) == 3 else [value.T if name in TURNED else value]
+        parts = value.chunk(3) if len(names) == 3 else [value.T if name in TRANSPOSED else value]
         found |= zip(names, parts, strict=True)
     return found
 
 
 def weights_from_hf(weights: Weights, ours: Iterable[str]) -> Weights:
-    """The inverse of weights_to_hf; what we have no name for keeps its own."""
-    rest = {k: v for k, v in weights.items() if not k.endswith(".position_ids")}  # counts from 0
+    """The inverse of weights_to_hf; parameters that we lack keep their names."""
+    rest = {k: v for k, v in weights.items() if not k.endswith(".position_ids")}  # 0, 1, 2, ...
     found = {}
     for name in ours:
         names = hf_names(name)
         if rest.keys() >= set(names):
             parts = [rest.pop(other) for other in names]
             value = torch.cat(parts) if len(parts) == 3 else parts[0]
-            found[name] = value.T if name in TURNED else value
+            found[name] = value.T if name in TRANSPOSED else value
     return found | rest
 
 
-# --- Export: each function gives the files of a folder, by name -----------------------------------
+# --- Export: each function returns the files of a folder, name -> content -------------------------
 
 
 def as_safetensors(weights: Weights) -> bytes:
-    """Weights as a safetensors file that transformers, timm and open_clip take."""
+    """Weights as a safetensors file that transformers, timm and open_clip read."""
     from safetensors.torch import save
 
     return save({k: v.contiguous() for k, v in weights.items()}, metadata={"format": "pt"})
@@ -111,7 +107,7 @@ def as_json(content: object) -> bytes:
 def to_open_clip(model: GLIP) -> dict[str, bytes]:
     """For open_clip's `local-dir:` names."""
     c = model.config
-    cfg = {
+    config = {
         "embed_dim": c.embed_dim, "quick_gelu": c.quick_gelu,
         "vision_cfg": {
             "image_size": c.image_size, "layers": c.layers, "width": c.width,
@@ -121,15 +117,11 @@ def to_open_clip(model: GLIP) -> dict[str, bytes]:
             "context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width,
             "heads": c.text_heads, "layers": c.text_layers,
         },
-    }  # fmt: skip
-    if c.siglip:
-        cfg["init_logit_bias"] = -10.0
-    preprocess = {"mean": glip.MEAN, "std": glip.STD, "interpolation": "bicubic",
-                  "resize_mode": "shortest"}  # fmt: skip
-    return {
-        "open_clip_model.safetensors": as_safetensors(model.state_dict()),
-        "open_clip_config.json": as_json({"model_cfg": cfg, "preprocess_cfg": preprocess}),
-    }
+    } | ({"init_logit_bias": -10.0} if c.siglip else {})  # fmt: skip
+    pixels = {"mean": glip.MEAN, "std": glip.STD, "interpolation": "bicubic"}
+    weights = as_safetensors(model.state_dict())
+    config = as_json({"model_cfg": config, "preprocess_cfg": pixels})
+    return {"open_clip_model.safetensors": weights, "open_clip_config.json": config}
 
 
 def to_timm(model: GLIP) -> dict[str, bytes]:
@@ -137,7 +129,7 @@ def to_timm(model: GLIP) -> dict[str, bytes]:
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    c, name = model.config, "vit_base_patch16_clip_224"  # any size, by the arguments
+    c, name = model.config, "vit_base_patch16_clip_224"  # of any size: the arguments say which
     arguments = {
         "img_size": c.pixels, "patch_size": c.patch_size, "embed_dim": c.width, "depth": c.layers,
         "num_heads": c.heads, "act_layer": "quick_gelu" if c.quick_gelu else "gelu",
@@ -178,152 +170,105 @@ def hf_config(c: GLIPConfig) -> dict:
 
 def to_hf(model: GLIP) -> dict[str, bytes]:
     """For transformers' CLIPModel and CLIPProcessor."""
-    c = model.config
-    if c.pixels[0] != c.pixels[1]:
-        raise InputError(
-            f"--to hf: pictures of {c.pixels[0]} x {c.pixels[1]} pixels, but transformers' CLIP is "
-            "square: use --to open_clip or timm, or train with a square --tune-image-size"
-        )
-    if c.siglip:
-        raise InputError(
-            "--to hf: transformers' CLIP has no bias in its logits, which --loss siglip trained: "
-            "use --to open_clip"
-        )
-    pixels = {
-        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"shortest_edge": c.pixels[0]}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": c.pixels[0], "width": c.pixels[0]}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": glip.MEAN,
-        "image_std": glip.STD,
-    }  # fmt: skip
-    tokenizer, settings = hf_tokenizer.tokenizer(c.context_length)
+    height, width = model.config.pixels
+    if height != width or model.config.siglip:
+        lack = "a bias in its logits (--loss siglip)" if height == width else "oblong pictures"
+        raise InputError(f"--to hf: transformers' CLIP does not support {lack}: use --to open_clip")
+    size = {"size": {"shortest_edge": height}, "crop_size": {"height": height, "width": height}}
+    words, settings = tokenizer(model.config.context_length)
     return {
         "model.safetensors": as_safetensors(weights_to_hf(model.state_dict())),
-        "config.json": as_json(hf_config(c)), "preprocessor_config.json": as_json(pixels),
-        "tokenizer.json": as_json(tokenizer), "tokenizer_config.json": as_json(settings),
+        "config.json": as_json(hf_config(model.config)),
+        "preprocessor_config.json": as_json({"image_processor_type": "CLIPImageProcessor", **size}),
+        "tokenizer.json": as_json(words), "tokenizer_config.json": as_json(settings),
     }  # fmt: skip
+
+
+class ImageEncoder(nn.Module):
+    """GLIP.encode_image of whole pictures."""
+
+    def __init__(self, model: GLIP) -> None:
+        super().__init__()
+        self.visual = model.visual
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.visual(images, None, None) @ self.visual.proj, dim=-1)
+
+
+class TextEncoder(nn.Module):
+    """GLIP.encode_text on padded texts: no size depends on what the texts are."""
+
+    def __init__(self, model: GLIP) -> None:
+        super().__init__()
+        self.token_embedding, self.positions = model.token_embedding, model.positional_embedding
+        self.blocks, self.ln_final = model.transformer.resblocks, model.ln_final
+        self.projection = model.text_projection
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows, length = tokens.shape
+        read = torch.arange(rows, device=tokens.device) * length + tokens.argmax(1)
+        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        packing = glip.Packing(read, allowed=causal)
+        x = self.token_embedding(tokens) + self.positions                      # (B, T, D)
+        for block in self.blocks:
+            x = block(x, packing)
+        x = self.ln_final(packing.pick(x)[:, 0])                               # (B, D)
+        return F.normalize(x @ self.projection, dim=-1)
 
 
 def to_torch(model: GLIP) -> dict[str, bytes]:
-    """Both towers by torch.export, to be run without this code; any number of rows."""
-    image, text = copy.deepcopy(model), copy.deepcopy(model)
-    image.forward, text.forward = image.encode_image, text.encode_text
-    image.transformer = image.token_embedding = image.ln_final = text.visual = None
-    pixels = torch.zeros(2, 3, *model.config.pixels, dtype=torch.uint8)
-    tokens = glip.tokenize(["", ""], model.config.context_length)
-    files, rows = {}, {0: torch.export.Dim("rows", max=65_536)}
-    for name, tower, example in (("image.pt2", image, pixels), ("text.pt2", text, tokens)):
+    """Both towers by torch.export, for any batch size; they run without this code."""
+    examples = {
+        "image.pt2": (ImageEncoder(model), torch.zeros(2, 3, *model.config.pixels).byte()),
+        "text.pt2": (TextEncoder(model), glip.tokenize(["", ""], model.config.context_length)),
+    }
+    found, rows = {}, {0: torch.export.Dim("rows", max=65_536)}
+    for name, (tower, example) in examples.items():
         with torch.no_grad():
             program = torch.export.export(tower, (example,), dynamic_shapes=(rows,), strict=False)
-        file = io.BytesIO()
-        torch.export.save(program, file)
-        files[name] = file.getvalue()
-    return files
+        torch.export.save(program, file := io.BytesIO())
+        found[name] = file.getvalue()
+    return found
 
 
 EXPORTS = {"open_clip": to_open_clip, "timm": to_timm, "hf": to_hf, "torch": to_torch}
 
-# --- Reading weights that are not trusted ---------------------------------------------------------
-
-STORAGES = {
-    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleStorage": torch.float64,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-}  # fmt: skip
-
-
-class Inert:
-    """Stands for any class of a TorchScript archive: it keeps its fields and does nothing."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.fields = state
-
-
-class ArchiveReader(pickle.Unpickler):
-    """Reads the tensors of a TorchScript archive; of its code nothing is loaded or run.
-
-    torch.jit.load would compile and run it, so that it is not for files from elsewhere.
-    """
-
-    def __init__(self, archive: zipfile.ZipFile, root: str, room: int) -> None:
-        self.archive, self.root, self.room, self.storages = archive, root, room, {}
-        super().__init__(io.BytesIO(self.stored("data.pkl")))
-
-    def stored(self, name: str) -> bytes:
-        """A member, not compressed, all of them no larger than the file; else it may be a bomb."""
-        member = self.archive.getinfo(f"{self.root}/{name}")
-        self.room -= member.file_size
-        if member.compress_type != zipfile.ZIP_STORED or self.room < 0:
-            raise zipfile.BadZipFile("more than there is")
-        return self.archive.read(member)
-
-    def find_class(self, module: str, name: str) -> object:
-        if module.split(".")[0] == "__torch__":
-            return Inert
-        if module == "torch.jit._pickle" and name.startswith("build_"):
-            return list
-        known = {("torch", kind): dtype for kind, dtype in STORAGES.items()}
-        known["torch._utils", "_rebuild_tensor_v2"] = lambda storage, offset, size, stride, *_: (
-            storage.as_strided(size, stride, offset)
-        )
-        known["collections", "OrderedDict"] = dict
-        if (module, name) not in known:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return known[module, name]
-
-    def persistent_load(self, saved: tuple) -> Tensor:
-        _, dtype, key, _, _ = saved
-        if key not in self.storages:
-            content = bytearray(self.stored(f"data/{key}"))
-            self.storages[key] = torch.frombuffer(content, dtype=dtype)
-        return self.storages[key]
-
-
-def tensors_of(thing: object, place: str = "") -> Weights:
-    """The tensors inside an Inert, by the path of attributes that leads first to each."""
-    found, fields, thing.fields = {}, thing.fields, {}  # walked once, however many lead there
-    for name, value in fields.items():
-        if isinstance(value, Tensor):
-            found[place + name] = value
-        elif isinstance(value, Inert):
-            found |= tensors_of(value, f"{place}{name}.")
-    return found
-
-
-def torch_content(path: Path) -> object:
-    """What torch.save or torch.jit.save wrote; no code in it is run."""
-    if zipfile.is_zipfile(path):
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            for root, _, name in (x.rpartition("/") for x in archive.namelist()):
-                if name == "constants.pkl":  # torch.jit.save's alone
-                    return tensors_of(ArchiveReader(archive, root, size).load())
-    return load_tensors(path)
+# --- Import: each function returns our configuration and weights, or refuses what we lack ---------
 
 
 def read_weights(path: Path) -> Weights:
-    """Weights by name: safetensors, a TorchScript archive, or torch.save's; told by the content.
+    """Weights by name from a safetensors or torch.save file; its content tells which it is.
 
-    Raises InputError for what is none of these, or torn; nothing in the file is executed.
+    Raises InputError for any other file and for a damaged one; nothing in the file is executed.
     """
     from safetensors.torch import load_file
 
+    remedy, size = "copy it anew, or save its state_dict with safetensors", path.stat().st_size
     try:
         with open(path, "rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"
-        content = load_file(path) if is_safetensors else torch_content(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch compares no checksums, unpacks bombs
+                members = archive.infolist()
+                if any(member.filename.endswith("/constants.pkl") for member in members):
+                    remedy = ("a TorchScript archive holds code: OpenAI's weights are published as "
+                              "safetensors, too, for --from hf and open_clip")  # fmt: skip
+                if archive.testzip() or any(member.compress_type for member in members):
+                    raise zipfile.BadZipFile("compressed, or damaged")
+        if is_safetensors:
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
-        if not content or sum(v.nbytes for v in content.values()) > path.stat().st_size:
-            raise ValueError("no weights, or views that claim more than there is")
+        if not content or sum(v.nbytes for v in content.values()) > size:
+            raise ValueError("no weights, or views that are larger than the file")
         return {re.sub(r"^(module|_orig_mod)\.", "", name): v for name, v in content.items()}
-    except Exception as error:  # many kinds, for torn, foreign and malicious files
+    except Exception as error:  # many kinds, for damaged, foreign and malicious files
         raise InputError(
             f"{path}: not a readable file of weights ({type(error).__name__}); nothing in it was "
-            "executed; copy it anew, or save its state_dict with safetensors"
+            f"executed; {remedy}"
         ) from None
-
-
-# --- Import: each function gives our configuration and weights, or refuses by name what we lack ---
 
 
 def empty(config: GLIPConfig, weights: Weights) -> GLIP:
@@ -335,54 +280,26 @@ def empty(config: GLIPConfig, weights: Weights) -> GLIP:
 
 
 def fitted(config: GLIPConfig, weights: Weights, file: Path) -> GLIP:
-    """The model in fp32; raises InputError naming the first weight that is missing or foreign."""
+    """The model in fp32; raises InputError naming a weight that it lacks or cannot take."""
     model = empty(config, weights)
     for name in {"logit_scale", "logit_bias"} & weights.keys():
         weights[name] = weights[name].squeeze()
-    wanted = {name: tuple(v.shape) for name, v in model.state_dict().items()}
-    found = {name: tuple(v.shape) for name, v in weights.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise InputError(f"{file}: {name} is missing; copy the file anew")
-        if name not in wanted:
-            raise InputError(
-                f"{file}: {name[:99]} is of an architecture that is not here: only ViT"
-            )
-        if found[name] != wanted[name]:
-            raise InputError(
-                f"{file}: {name} has shape {found[name]}, its config says {wanted[name]}: is that "
-                "config its own?"
-            )
-    check_finite(weights, file)
-    model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
+    try:
+        model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split("\n\t")[1].split())[:200]
+        raise InputError(f"{file}: no plain ViT CLIP, or not of its config: {first}") from None
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{file}: {name} is not finite; take another file")
     return model
 
 
-def from_openai(file: Path, config: str) -> tuple[GLIPConfig, Weights]:
-    """OpenAI's published file, or its state_dict: sizes are in the shapes, heads have width 64."""
-    if config:
-        raise InputError("--from openai needs no --config: the sizes are in the weights' shapes")
-    extra = ("input_resolution", "context_length", "vocab_size")
-    weights = {k: v for k, v in read_weights(file).items()
-               if k not in extra and not k.endswith("attn_mask")}  # fmt: skip
-    if any(name.startswith("visual.layer1.") for name in weights):
-        raise InputError(f"{file}: a ResNet; only ViT are taken")
-
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in weights or weights[name].ndim != dimensions:
-            raise InputError(f"{file}: no {name} of {dimensions} dimensions; not OpenAI's CLIP")
-        return weights[name].shape
-
-    width, _, patch, _ = shape("visual.conv1.weight", 4)
-    side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
-    depth = [sum(k.startswith(x) and k.endswith(".attn.in_proj_weight") for k in weights)
-             for x in ("visual.transformer.", "transformer.")]  # fmt: skip
-    vocabulary, text_width = shape("token_embedding.weight", 2)
-    return GLIPConfig(
-        side * patch, patch, width, depth[0], width // 64, shape("text_projection", 2)[1],
-        text_width, depth[1], text_width // 64, shape("positional_embedding", 2)[0], vocabulary,
-        quick_gelu=True,
-    ), weights  # fmt: skip
+USED = {  # settings of open_clip that are read here, or do not matter
+    "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "image_size", "layers", "width", "size",
+    "head_width", "heads", "patch_size", "patch_dropout", "context_length", "vocab_size",
+    "init_logit_scale", "init_logit_bias",
+}  # fmt: skip
 
 
 def from_open_clip(file: Path, config: str) -> tuple[GLIPConfig, Weights]:
@@ -391,48 +308,36 @@ def from_open_clip(file: Path, config: str) -> tuple[GLIPConfig, Weights]:
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
     from open_clip.transform import PreprocessCfg
 
-    if config and not Path(config).is_file():
-        cfg, where, preprocess = open_clip.get_model_config(config), f"--config {config}", {}
-        if cfg is None:
-            raise InputError(
-                f"--config {config} is neither a file nor one of open_clip's models, such as "
-                "ViT-B-16 or ViT-B-16-quickgelu"
-            )
-    else:
-        where = Path(config or file.parent / "open_clip_config.json")
-        if not where.is_file():
-            raise InputError(
-                f"{file}: no {where.name} beside it: name one, or the open_clip model that it was "
-                "trained as, by --config"
-            )
-        whole = read_json(where)
-        cfg, preprocess = whole.get("model_cfg", whole), whole.get("preprocess_cfg", {})
-    used = {"image_size", "layers", "width", "head_width", "patch_size", "context_length",
-            "vocab_size", "heads", "patch_dropout"}  # fmt: skip
-    vision, text = cfg["vision_cfg"], cfg["text_cfg"]
+    where = Path(config or file.parent / "open_clip_config.json")
+    if where.is_file():
+        whole = json.loads(files.read_regular(where, 2**24))
+    elif (whole := open_clip.get_model_config(config)) is None:
+        raise InputError(
+            f"{file}: there is no {where}: give by --config the open_clip model that it is, such "
+            "as ViT-B-16 or ViT-B-16-quickgelu, or its JSON file"
+        )
+    model = whole.get("model_cfg", whole)
+    vision, text = model["vision_cfg"], model["text_cfg"]
     if isinstance(vision.get("layers"), list):
-        raise InputError(f"{where}: a ResNet; only ViT are taken")
-    refuse_others(vision, asdict(CLIPVisionCfg()), used, where)
-    refuse_others(text, asdict(CLIPTextCfg()), used, where)
-    refuse_others(
-        cfg, {"custom_text": False}, {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu",
-        "init_logit_scale", "init_logit_bias"}, where,
-    )  # fmt: skip
-    refuse_others(preprocess, asdict(PreprocessCfg()), {"size"}, where)
-    vision, text = asdict(CLIPVisionCfg()) | vision, asdict(CLIPTextCfg()) | text
+        raise InputError(f"{where}: a ResNet; only ViT are supported")
+    plain = asdict(CLIPVisionCfg()), asdict(CLIPTextCfg()), asdict(PreprocessCfg())
+    for part, like_ours in zip((vision, text, whole.get("preprocess_cfg", {})), plain):
+        refuse_others({k: part[k] for k in part.keys() - USED}, like_ours, where)
+    refuse_others({k: model[k] for k in model.keys() - USED}, {"custom_text": False}, where)
+    vision, text = plain[0] | vision, plain[1] | text
     size, weights = vision["image_size"], read_weights(file)
     return GLIPConfig(
         tuple(size) if isinstance(size, list) else size, vision["patch_size"], vision["width"],
-        vision["layers"], vision["width"] // vision["head_width"], cfg["embed_dim"], text["width"],
-        text["layers"], text["heads"], text["context_length"], text["vocab_size"],
-        siglip="logit_bias" in weights, quick_gelu=bool(cfg.get("quick_gelu")),
+        vision["layers"], vision["width"] // vision["head_width"], model["embed_dim"],
+        text["width"], text["layers"], text["heads"], text["context_length"], text["vocab_size"],
+        siglip="logit_bias" in weights, quick_gelu=bool(model.get("quick_gelu")),
     ), weights  # fmt: skip
 
 
 def from_hf(file: Path, config: str) -> tuple[GLIPConfig, Weights]:
     """transformers' CLIPModel, by the config.json beside its file of weights."""
     where = Path(config) if config else file.parent / "config.json"
-    whole = read_json(where)
+    whole = json.loads(files.read_regular(where, 2**24))
     if whole.get("model_type") != "clip":
         raise InputError(f"{where}: model_type is {whole.get('model_type')!r}, not 'clip'")
     default = hf_config(GLIPConfig(patch_size=32, quick_gelu=True))  # transformers' defaults
@@ -450,107 +355,91 @@ def from_hf(file: Path, config: str) -> tuple[GLIPConfig, Weights]:
         text["eos_token_id"] = glip.END
     for part, found in zip(parts, (text, vision), strict=True):
         like_ours = hf_config(ours)[part]
-        refuse_others({k: found[k] for k in like_ours}, like_ours, set(), where)
+        refuse_others({k: found[k] for k in like_ours}, like_ours, where)
     pixels = file.parent / "preprocessor_config.json"
     if pixels.is_file():
+        found = json.loads(files.read_regular(pixels, 2**24))
         like_ours = {"image_mean": glip.MEAN, "image_std": glip.STD, "resample": 3}
-        found = read_json(pixels)
-        refuse_others({k: found[k] for k in like_ours if k in found}, like_ours, set(), pixels)
+        refuse_others({k: found[k] for k in like_ours if k in found}, like_ours, pixels)
     weights = read_weights(file)
     return ours, weights_from_hf(weights, empty(ours, weights).state_dict())
 
 
-def read_json(path: Path) -> dict:
-    """An object from a JSON file; else InputError."""
-    try:
-        content = json.loads(read_regular(path, 2**24))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable JSON file ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: no JSON object")
-    return content
-
-
-def refuse_others(found: dict, like_ours: dict, used: set[str], where: object) -> None:
-    """Raise InputError for a setting, but those used, that is not as our towers are."""
-    for name in found.keys() - used:
+def refuse_others(found: dict, like_ours: dict, where: object) -> None:
+    """Raise InputError for a setting that our towers do not have."""
+    for name in found:
         value, ours = (tuple(x) if isinstance(x, list) else x
                        for x in (found[name], like_ours.get(name)))  # fmt: skip
         if value != ours:
-            raise InputError(
-                f"{where}: {name} is {value!r}, which is not supported: the towers here are the "
-                f"plain ViT CLIP's, where it is {ours!r}"
-            )
+            raise InputError(f"{where}: {name} is {value!r}, but only {ours!r} is supported here")
 
 
-IMPORTS = {"open_clip": from_open_clip, "openai": from_openai, "hf": from_hf}
+IMPORTS = {"open_clip": from_open_clip, "hf": from_hf}
 
 # --- The commands ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class Export:
     """Write a run's model as a folder that another library loads, with a model card."""
 
     run: Annotated[Path, tyro.conf.Positional]  # folder of a run, or one of its .pt files
-    to: Literal[tuple(EXPORTS)]  # whose form; torch: both towers by torch.export
+    to: Literal[tuple(EXPORTS)]  # whose format; torch: both towers by torch.export
     out: Path  # folder to write, new or empty
 
 
 @dataclass(frozen=True)
-class ImportConfig:
+class Import:
     """Make a run of published weights: to evaluate, probe, tune under any mask, or export."""
 
     file: Annotated[Path, tyro.conf.Positional]  # weights, or their folder
-    source: Annotated[Literal[tuple(IMPORTS)], tyro.conf.arg(name="from")]  # who wrote them
+    source: Annotated[Literal[tuple(IMPORTS)], tyro.conf.arg(name="from")]  # whose format
     out: Path  # folder of the run to write, new or empty
-    config: str = ""  # its JSON file, or the name of an open_clip model (default: what is beside)
+    config: str = ""  # its JSON file, or the name of an open_clip model (default: the file beside)
 
 
 @dataclass(frozen=True)
-class InfoConfig:
-    """Tell what a checkpoint is, its size, and its training record."""
+class Info:
+    """Print what a checkpoint is, its size, and its training record."""
 
-    file: Annotated[Path, tyro.conf.Positional]  # a file of weights, or a run's, an export's folder
+    file: Annotated[Path, tyro.conf.Positional]  # a file of weights, a run's or an export's folder
 
 
 def check_new(out: Path) -> None:
     """Raise InputError for an --out that would write over something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} is there already, and not empty: choose another")
+        raise InputError(f"--out {out} exists and is not an empty folder: choose another")
 
 
-# as transformers and timm call them, transformers once did, and open_clip does
+# transformers' and timm's name, transformers' in the past, open_clip's
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
 def weights_in(path: Path, *names: str) -> Path:
-    """The file itself, or of a folder the first of these names; raises InputError without one."""
-    files, lack = [path], "there is no such file"
-    if path.is_dir():
-        files, lack = [path / name for name in names], f"no {' or '.join(names)} in it"
-    if not any(file.is_file() for file in files):
-        raise InputError(f"{path}: {lack}; name a file of weights (a .pt2 is a program)")
-    return next(file for file in files if file.is_file())
+    """The file itself, or the first of these names in the folder; raises InputError if none is."""
+    candidates = [path / name for name in names] if path.is_dir() else [path]
+    for file in candidates:
+        if file.is_file():
+            return file
+    lack = f"no {' or '.join(names)} in it" if path.is_dir() else "there is no such file"
+    raise InputError(f"{path}: {lack}; name a file of weights (a .pt2 is a program)")
 
 
-def export(options: ExportConfig) -> None:
+def export(options: Export) -> None:
     """`convert.py export`."""
     check_new(options.out)
     path = weights_in(options.run, "model.pt")
-    content = glip.load_checkpoint(path)
-    model = glip.build(content)
-    files = EXPORTS[options.to](model)
-    files["README.md"] = card(options.to, path, content, model.config).encode()
-    with files.room_for(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
+    checkpoint = glip.load_checkpoint(path)
+    model = glip.build(checkpoint).eval()
+    contents = EXPORTS[options.to](model)
+    contents["README.md"] = card(options.to, path, checkpoint, model.config).encode()
+    for name, content in contents.items():
         files.write_bytes(options.out / name, content)
-    print(f"wrote {options.out}: {', '.join(files)}")
+    print(f"wrote {options.out}: {', '.join(contents)}")
 
 
-def import_(options: ImportConfig) -> None:
-    """`convert.py import`: a run of no steps, whose record is the defaults'."""
+def import_(options: Import) -> None:
+    """`convert.py import`: a run of 0 steps with the default settings."""
     check_new(options.out)
     file = weights_in(options.file, *WEIGHTS)
     try:
@@ -558,65 +447,60 @@ def import_(options: ImportConfig) -> None:
         model = fitted(config, weights, file)
     except InputError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{file}: its config describes no model of its weights") from None
-    with open(file, "rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    with files.room_for(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, *files.FOREIGN) as error:
+        why = f"{type(error).__name__}: {error}"[:200]
+        raise InputError(f"{file}: its config describes no model of its weights ({why})") from None
+    source = {"file": file.name, "from": options.source,
+              "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}  # fmt: skip
     record = TrainConfig(
         mask="none", mask_ratio=0.0, steps=0, tune_epochs=0.0, model=architecture(config),
         context_length=config.context_length,
     )  # fmt: skip
+    with files.room_for(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
     glip.save_checkpoint(
         options.out / "model.pt", model, stage="import", step=0, steps={}, seconds={}, world=1,
         bf16=False, mask=Masker().state(), config=asdict(record),
         machine=machine(torch.device("cpu")),
         command=f"python -m tools.convert import {file.name} --from {options.source}",
-        imported={"file": file.name, "from": options.source, "sha256": digest},
+        imported=source,
     )  # fmt: skip
     content = glip.load_checkpoint(options.out / "model.pt")
     cli.say(f"wrote {options.out}/model.pt: {facts(content, config)['architecture']}")
 
 
-KINDS = {  # a name that tells who wrote weights
+KINDS = {  # a name that only these have
     "visual.transformer.resblocks.0.ln_1.weight": "CLIP by OpenAI's and open_clip's names",
     "vision_model.encoder.layers.0.layer_norm1.weight": "CLIP by transformers' names",
     "blocks.0.attn.qkv.weight": "a ViT by timm's names",
 }
 
 
-def info(options: InfoConfig) -> None:
+def info(options: Info) -> None:
     """`convert.py info`."""
     path = weights_in(options.file, "model.pt", *WEIGHTS)
     try:
         content = glip.load_checkpoint(path)
         weights, kind = content["model"], "a checkpoint of nanoGLIP"
-        told = facts(content, GLIPConfig(**content["model_config"]))
+        known = facts(content, GLIPConfig(**content["model_config"]))
     except InputError:
         weights = read_weights(path)
-        kind = next((kind for name, kind in KINDS.items() if name in weights), "unknown to us")
-        told = {"parameters": f"{sum(v.numel() for v in weights.values()):,}"}
+        kind = next((kind for name, kind in KINDS.items() if name in weights), "of unknown names")
+        known = {"parameters": f"{sum(v.numel() for v in weights.values()):,}"}
     types = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in weights.values()}))
-    size = f"{path.stat().st_size:,} bytes, {len(weights)} tensors, {types}"
-    for line in (f"{path}: {kind}; {size}", *(f"  {name}: {told[name]}" for name in told)):
+    lines = [f"{path}: {kind}; {path.stat().st_size:,} bytes, {len(weights)} tensors, {types}"]
+    for line in lines + [f"  {name}: {value}" for name, value in known.items()]:
         print(cli.printable(line))
 
 
-COMMANDS = {
-    "export": (export, ExportConfig), "import": (import_, ImportConfig), "info": (info, InfoConfig),
-}  # fmt: skip
+COMMANDS = {Export: export, Import: import_, Info: info}
 
 
 @cli.guarded
 def main() -> None:
-    """export, import, info: bad input is one sentence and exit code 2."""
-    name, arguments = next(iter(sys.argv[1:2]), ""), sys.argv[2:]
-    if name not in COMMANDS:
-        print(__doc__, file=sys.stdout if name == "--help" else sys.stderr)
-        sys.exit(0 if name == "--help" else 2)
-    run, config = COMMANDS[name]
-    run(tyro.cli(config, args=arguments, prog=f"convert.py {name}"))
+    """The command line: bad input is one sentence and exit code 2."""
+    options = tyro.cli(Export | Import | Info, prog="convert.py", description=__doc__)
+    COMMANDS[type(options)](options)
 
 
 if __name__ == "__main__":
