@@ -10,12 +10,10 @@ import os
 import platform
 import shutil
 import stat
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from glip import InputError
 
@@ -133,28 +131,6 @@ def write_bytes(path: Path | str, content: bytes) -> None:
     write_safely(path, lambda file: file.write(content))
 
 
-def load_tensors(path: Path | str) -> object:
-    """What torch.save wrote, of which nothing is executed; raises many kinds of errors.
-
-    torch compares no checksums, and unpacks without a limit what it would never have compressed.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            large = sum(member.file_size for member in members) > Path(path).stat().st_size
-            if large or any(member.compress_type for member in members) or archive.testzip():
-                raise zipfile.BadZipFile("compressed, or changed since it was written")
-    with open(path, "rb") as file:  # given a path, torch would judge by the name
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def check_finite(weights: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Raise InputError naming the first weight that is not finite: features would be NaN."""
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise InputError(f"{path}: {name} is not finite; name a checkpoint from before that")
-
-
 def digest(paths: Iterable[Path], text: str) -> str:
     """What tells the contents of files, and a text, from others: their SHA-256."""
     total = hashlib.sha256(text.encode(errors="surrogatepass"))
@@ -212,5 +188,7 @@ def text_of(content: bytes) -> str:
     return "" if "\0" in text else text
 
 
-# Save and load: plain dicts and tensors
-CACHE = Path(os.environ.get("NANOGLIP_CACHE", Path(__file__).parents[1] / ".cache"))
+# Beside the code of a checkout; of an installed package, in the home folder
+CHECKOUT = Path(__file__).parents[1]
+HOME = CHECKOUT / ".cache" if (CHECKOUT / "train.py").exists() else Path.home() / ".cache/nanoglip"
+CACHE = Path(os.environ.get("NANOGLIP_CACHE", HOME))

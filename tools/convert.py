@@ -245,20 +245,21 @@ def read_weights(path: Path) -> Weights:
 
     remedy, size = "copy it anew, or save its state_dict with safetensors", path.stat().st_size
     try:
-        with open(path, "rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch compares no checksums, unpacks bombs
                 members = archive.infolist()
                 if any(member.filename.endswith("/constants.pkl") for member in members):
                     remedy = ("a TorchScript archive holds code: OpenAI's weights are published as "
                               "safetensors, too, for --from hf and open_clip")  # fmt: skip
-                if archive.testzip() or any(member.compress_type for member in members):
+                large = sum(member.file_size for member in members) > size
+                if large or archive.testzip() or any(member.compress_type for member in members):
                     raise zipfile.BadZipFile("compressed, or damaged")
-        if is_safetensors:
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if file.read(9)[8:] == b"{":
+                content = load_file(path)
+            else:  # given a path, torch would judge by the name
+                file.seek(0)
+                content = torch.load(file, map_location="cpu", weights_only=True)
         while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not content or sum(v.nbytes for v in content.values()) > size:
