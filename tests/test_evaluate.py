@@ -156,7 +156,7 @@ def test_every_picture_is_encoded_once_whatever_the_block():
 def test_probe_equals_scikit_learn_and_never_sees_the_test_labels():
     digits = load_digits()
     x, y, groups = digits.data.astype(np.float32), digits.target, np.arange(len(digits.target))
-    found = probe.linear_probe(x, y, groups)
+    found = probe.probe(x, y, probe.split_groups(y, groups))
     rng_split = np.random.RandomState(0).permutation(len(y))  # as GroupShuffleSplit draws it
     size = int(np.ceil(0.2 * len(y)))
     test, rest = np.sort(rng_split[:size]), np.sort(rng_split[size:])
@@ -166,7 +166,7 @@ def test_probe_equals_scikit_learn_and_never_sees_the_test_labels():
     assert found["accuracy"] > 0.95
     spoilt = y.copy()
     spoilt[test] = np.random.default_rng(0).permutation(spoilt[test])
-    blind = probe.linear_probe(x, spoilt, groups)
+    blind = probe.probe(x, spoilt, probe.split_groups(spoilt, groups))
     assert blind["C"] == found["C"] and blind["accuracy"] < 0.2
 
 
@@ -175,7 +175,7 @@ def test_probe_keeps_groups_together():
     groups = np.repeat(np.arange(60), 5)
     labels = np.random.default_rng(0).integers(0, 2, 60)[groups]
     x = np.eye(60, dtype=np.float32)[groups]
-    assert probe.linear_probe(x, labels, groups)["accuracy"] < 0.85
+    assert probe.probe(x, labels, probe.split_groups(labels, groups))["accuracy"] < 0.85
 
 
 def test_train_then_evaluate_by_the_readmes_commands(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -12,14 +11,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-import evaluate
 import glip
-import train
 from nanoglip import files
-from nanoglip.config import parse
-from nanoglip.evals import probe
+from nanoglip.evals import figures, probe
 from nanoglip.evals.encoder import Encoder
 from nanoglip.machine import Device
+from tests.test_significance import made_run, run_main
 
 
 def blobs(n=900, width=20, classes=5, noise=1.5, seed=0):
@@ -70,21 +67,14 @@ def test_regression_has_scikit_learns_coefficients(classes, strength):
     np.testing.assert_allclose(shares, plain.predict_proba(x), atol=1e-5)
 
 
-def test_the_start_changes_the_way_and_not_the_place():
-    x, y = (torch.from_numpy(array) for array in blobs())
-    cold = probe.regress(x, y, 0.1, tolerance=1e-7)
-    warm = probe.regress(x, y, 0.1, probe.regress(x, y, 1.0), tolerance=1e-7)
-    torch.testing.assert_close(warm, cold, atol=1e-4, rtol=0)
-
-
 def test_large_sets_have_the_accuracy_of_scikit_learn(monkeypatch):
     """The same sweep, by either way, on a set that fits: equal within a tenth of a point."""
     x, y = blobs(6000, 16, 8, noise=2.0)
     x = x.astype(np.float32)
     parts = np.split(np.arange(6000), [2500, 3000])
-    small = probe.probe(x, y, *parts)
+    small = probe.probe(x, y, parts)
     monkeypatch.setattr(probe, "LARGE", 1)
-    large = probe.probe(x, y, *parts)
+    large = probe.probe(x, y, parts)
     assert 0.3 < small["accuracy"] < 0.95
     assert large["accuracy"] == pytest.approx(small["accuracy"], abs=0.001 + 1e-9)
     assert small["test"] == large["test"] == 3000
@@ -94,7 +84,7 @@ def test_few_shot_draws_so_many_of_each_class_and_more_are_better():
     digits = load_digits()
     x, y = digits.data.astype(np.float32), digits.target
     rest, test = probe.hold_out(y, np.arange(len(y)), seed=1)
-    found = probe.probe(x, y, *probe.hold_out(y, rest), test, few_shot=True)["few_shot"]
+    found = probe.probe(x, y, [*probe.hold_out(y, rest), test], few_shot=True)["few_shot"]
     assert list(found) == ["1", "2", "4", "8", "16"]
     assert all(len(row["draws"]) == 3 == len(set(row["draws"])) for row in found.values())
     assert found["1"]["mean"] < found["4"]["mean"] < found["16"]["mean"]
@@ -156,7 +146,7 @@ def test_features_are_computed_once_for_each_content(tmp_path, monkeypatch):
 
 def test_bad_folders_are_told_in_a_sentence(tmp_path):
     good = make_folder(tmp_path / "good", (6, 6))
-    cases = {"nowhere": "there is no such folder"}
+    cases = {"nowhere": "is no folder"}
     (tmp_path / "empty").mkdir()
     cases["empty"] = "0 classes"
     make_folder(tmp_path / "alone", (6, 6), parts=("train",))
@@ -166,9 +156,9 @@ def test_bad_folders_are_told_in_a_sentence(tmp_path):
     cases["hole"] = "class_2 holds no picture"
     shutil.copytree(good, tmp_path / "new")
     shutil.copytree(good / "test/class_0", tmp_path / "new/test/class_9")
-    cases["new"] = "class 'class_9' has 0 pictures in train/"
+    cases["new"] = "class 'class_9' has 0 of the 2 pictures needed in train/"
     make_folder(tmp_path / "few", (6, 2), parts=("",))
-    cases["few"] = "class 'class_1' has 2 pictures, 3 are needed"
+    cases["few"] = "class 'class_1' has 2 of the 3 pictures needed"
     for name, words in cases.items():
         with pytest.raises(glip.InputError, match=words) as told:
             probe.labelled(tmp_path / name, 16, "--probe-data")
@@ -198,16 +188,15 @@ def test_kept_arrays_that_are_torn_are_computed_again(tmp_path):
 
 
 def test_the_command_probes_folders(tmp_path, monkeypatch, capsys):
-    words = ["--batch-size", "32", "--image-size", "16", "--steps", "2", "--tune-epochs", "0",
-             "--precision", "fp32", "--out", "run"]  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    train.train(parse(words))
+    monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(figures, "draw_all", lambda *_: [])
+    made_run(tmp_path / "run")
     make_folder(tmp_path / "colours", (20, 20, 20))
-    words = ["evaluate.py", "run", "--precision", "fp32"]
-    monkeypatch.setattr(sys, "argv", [*words, "--probe-data", "colours", "--few-shot"])
-    evaluate.main()
-    told = capsys.readouterr().out
-    assert "linear probe, colours" in told and "  16 a class" in told and "digits" not in told
+    words = "run", "--precision", "fp32"
+    code, out, _ = run_main(monkeypatch, capsys, *words, "--probe-data", "colours", "--few-shot")
+    assert code == 0 and "linear probe, colours" in out and "  16 a class" in out
+    assert "digits" not in out
     found = json.loads((tmp_path / "run/results.json").read_text())["linear_probe"]["colours"]
     assert found["accuracy"] == 1.0 and found["test"] == 60
     (tmp_path / "x").mkdir()
@@ -215,7 +204,5 @@ def test_the_command_probes_folders(tmp_path, monkeypatch, capsys):
     for extra, sentence in ((["--few-shot"], "add --linear-probe"),
                             (["--probe-data", "x", "no"], "--probe-data x: 1 classes"),
                             (["--probe-data", "colours", "x/colours"], "rename one")):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", [*words, *extra])
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main()
-        assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+        code, _, told = run_main(monkeypatch, capsys, *words, *extra)
+        assert code == 2 and sentence in told

@@ -1,20 +1,17 @@
-"""The published evaluation sets, read where they lie, and asked about; for metrics see metrics.py.
+"""The published evaluation sets: a reader for each format, and the metrics of models on them.
 
     DIR/classnames.txt                          one class a line
     DIR/zeroshot_classification_templates.txt   one prompt a line, {c} stands for the class
-    DIR/dataset_type.txt                        retrieval, multilabel, or not there
-    DIR/test/nshards.txt, 0.tar, 1.tar, ...     KEY.webp|png|jpg|jpeg beside KEY.cls (a class),
-                                                KEY.npy (0 or 1 a class) or KEY.txt (captions)
-    DIR/CLASS/*.jpg, or DIR/test/CLASS/*.jpg    a folder a class; DIR/classnames.txt, if there,
-                                                calls them otherwise
+    DIR/dataset_type.txt                        "retrieval", or missing
+    DIR/test/nshards.txt, 0.tar, 1.tar, ...     KEY.webp|png|jpg|jpeg beside KEY.cls (a class's
+                                                number) or KEY.txt (captions)
+    DIR/CLASS/*.jpg, or DIR/test/CLASS/*.jpg    a folder a class; DIR/classnames.txt is optional
     DIR/val2017/*.jpg, DIR/replace_obj.json     SugarCrepe: which of two captions fits
 
-Pictures are prepared as open_clip does for evaluation: RGB, the shorter side resized (bicubic), the
-centre cut. Nothing in a set is trusted. A set that is not whole is told in a sentence, and gives no
-number: a share of other pictures than everybody's could be compared with nothing.
+Pictures are prepared as open_clip does for evaluation. Sets are untrusted input. An incomplete set
+is reported in a sentence and gives no number, for it could not be compared with published ones.
 """
 
-import io
 import json
 import os
 import re
@@ -22,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +32,15 @@ from tqdm import tqdm
 
 from glip import InputError
 from nanoglip.cli import printable
-from nanoglip.evals.metrics import (
-    aupr,
-    classification,
-    multilabel,
-    named,
-    per_class,
-    retrieved,
-    shares,
-)
+from nanoglip.evals import metrics
+from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.significance import by_unit, interval
-from nanoglip.files import open_regular, read_regular, text_of
+from nanoglip.files import FOREIGN, open_regular, read_regular, text_of
 from nanoglip.masks import Masker
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.pictures import SUFFIXES, check_pixels, decode
 
-# --- What is published, and under which names -----------------------------------------------------
+# --- Published sets and their names ---------------------------------------------------------------
 
 VTAB = ("caltech101", "cifar10", "cifar100", "clevr_count_all", "dtd", "eurosat", "flowers",
         "kitti_closest_vehicle_distance", "pcam", "pets", "resisc45")  # fmt: skip
@@ -67,13 +58,12 @@ SETS = {  # the paper's tables; it publishes numbers of the first alone: the gro
 
 PROBED = ("cifar10", "cifar100", "imagenet1k")  # T5's linear probes
 
-UNPUBLISHED = ("cub", "kinetics700", "ucf101", "hateful_memes")  # in this layout, that is
+UNPUBLISHED = ("cub", "kinetics700", "ucf101", "hateful_memes")  # as shards
 
-METRICS = {  # what a set, or a kind of sets, is reported by where it is not acc1
+METRICS = {  # the metric that a set, or a kind of sets, is reported by where it is not acc1
     **dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers", "pets"), "mean_per_class_recall"),
     "hateful_memes": "roc_auc", "kinetics700": "mean_of_acc1_acc5",
-    "multilabel": "mean_average_precision", "retrieval": "text_retrieval_recall@1",
-    "choice": "text_acc",
+    "retrieval": "text_retrieval_recall@1", "choice": "text_acc",
 }  # fmt: skip
 
 SUGAR_CREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att",
@@ -88,61 +78,59 @@ def set_name(folder: Path) -> str:
 
 
 def suite(root: Path) -> tuple[list[str], list[str], list[str]]:
-    """What `root` holds of the paper's sets, with classes and with captions, and what it lacks.
-
-    A set is a folder under its name. What is missing comes with how to get it.
-    """
-    found, missing = {}, []
-    signs = ("*/nshards.txt", "classnames.txt", "n[0-9]*", "*/n[0-9]*", "0", "*/0")
-    for name in dict.fromkeys(name for names in SETS.values() for name in names):
+    """The paper's sets in `root`: folders with classes, those with captions, how to get others."""
+    classified, captioned, missing = [], [], []
+    for name in dict.fromkeys(chain(*SETS.values())):
         folders = [root / f"{start}{name}" for start in ("", "wds_", "vtab-", "wds_vtab-")]
-        there = [f for f in folders if any(next(f.glob(sign), None) for sign in signs)]
-        if there:
-            found[name] = str(there[0])
-        elif name in UNPUBLISHED:
-            how = f"lay it out as {root / name}/CLASS/*.jpg beside {root / name}/classnames.txt"
-            missing.append(f"not there: {name}: {how}")
-        else:
-            place = f"clip-benchmark/wds_{'vtab-' * (name in VTAB)}{name}"
-            how = f"hf download --repo-type dataset {place} --local-dir {root / name}"
-            missing.append(f"not there: {name}: {how}")
-    captioned = [place for name, place in found.items() if name in SETS["T4"]]
-    return [place for place in found.values() if place not in captioned], captioned, missing
+        found = [str(folder) for folder in folders if folder.is_dir() and any(folder.iterdir())]
+        if found:
+            (captioned if name in SETS["T4"] else classified).append(found[0])
+            continue
+        place = f"clip-benchmark/wds_{'vtab-' * (name in VTAB)}{name}"
+        how = f"hf download --repo-type dataset {place} --local-dir {root / name}"
+        if name in UNPUBLISHED:
+            how = f"make {root / name}/CLASS/*.jpg and {root / name}/classnames.txt"
+        missing.append(f"missing: {name}: {how}")
+    return classified, captioned, missing
 
 
-# --- One reader -----------------------------------------------------------------------------------
+# --- Readers --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A set of M pictures, each read when its turn comes, and what is asked about them."""
+    """A set of M pictures, which are read one at a time, and the questions about them."""
 
     name: str
-    kind: str  # classification, multilabel, retrieval, or choice (the first caption is right)
-    labels: np.ndarray  # (M,) class, or (M, C) 0 and 1, or with captions a picture's own number
-    read: Callable[[int], bytes | Image.Image]
+    kind: str  # classification, retrieval, or choice (the first caption is right)
+    labels: np.ndarray  # (M,) class, or with captions the picture's number: several may share one
+    read: Callable[[int], bytes]
     where: Callable[[int], str]  # for people
     classes: Sequence[str] = ()
     prompts: Sequence[str] = ()
     captions: Sequence[Sequence[str]] = ()  # of each picture
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a class that has no name."""
+        last = len(self.classes) - 1
+        for i in np.flatnonzero((self.labels < 0) | (self.labels > last)) if self.classes else ():
+            why = f"class {self.labels[i]} has no name, 0 to {last} have: repair classnames.txt"
+            raise InputError(f"{self.where(i)}: {why}")
 
     @property
     def metric(self) -> str:
         """The metric that the set is reported by."""
         return METRICS.get(self.name) or METRICS.get(self.kind, "acc1")
 
-    def single(self, metric: str, right: np.ndarray) -> np.ndarray:
-        """A metric's answers (n,); counted by picture, (M, 2), where these have several."""
-        if metric.startswith("image_retrieval"):  # asked about every caption
+    def by_picture(self, metric: str, right: np.ndarray) -> np.ndarray:
+        """A metric's answers (n,); counts for each picture, (M, 2), where it has several."""
+        if metric.startswith("image_retrieval"):  # one answer a caption
             return by_unit(right, np.repeat(self.labels, [len(texts) for texts in self.captions]))
         return by_unit(right, self.labels) if self.kind == "choice" else right
 
 
 def open_benchmarks(place: str, split: str = "test") -> list[Benchmark]:
-    """The set in a folder; SugarCrepe is several.
-
-    Raises InputError for what is not there, not whole, or contradicts itself.
-    """
+    """The set in a folder, or SugarCrepe's several; raises InputError for an incomplete one."""
     folder = Path(place)
     if not folder.is_dir():
         raise InputError(f"{place}: no such folder: `--suite paper` says how to get a set")
@@ -151,22 +139,18 @@ def open_benchmarks(place: str, split: str = "test") -> list[Benchmark]:
         return [open_sugar_crepe(folder, task) for task in crepes]
     if any((folder / split).glob("*.tar")) or (folder / split / "nshards.txt").exists():
         return [open_shards(folder, split)]
-    return [open_tree(folder, split)]
+    return [open_folders(folder, split)]
 
 
 def lines_of(path: Path, what: str) -> list[str]:
-    """A text file's lines, without empty ones at its end.
-
-    Raises InputError for a file that is missing or not text, and for an empty line between others.
-    """
+    """A text file's lines; raises InputError if it is missing or no text, or a line is empty."""
     try:
         text = read_regular(path, 2**26).decode("utf-8-sig").rstrip()
-        lines = [line.strip() for line in text.splitlines()]
     except (OSError, UnicodeDecodeError):
-        why = "not readable text" if path.exists() else "not there"
-        raise InputError(f"{path}: {why}: write {what}") from None
-    if not all(lines) or not lines:
-        raise InputError(f"{path}: line {[*lines, ''].index('') + 1} is empty: write {what}")
+        raise InputError(f"{path}: missing or not readable text: write {what}") from None
+    lines = [line.strip() for line in text.splitlines()] or [""]
+    if "" in lines:
+        raise InputError(f"{path}: line {lines.index('') + 1} is empty: write {what}")
     return lines
 
 
@@ -176,7 +160,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def prompts_of(folder: Path) -> list[str]:
-    """A set's own prompts; OpenAI's 80 for ImageNet where it has none, as in CLIP_benchmark."""
+    """A set's own prompts, or OpenAI's 80 for ImageNet, as in CLIP_benchmark."""
     path = folder / "zeroshot_classification_templates.txt"
     if not path.exists():
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
@@ -197,35 +181,22 @@ def imagenet_names() -> dict[str, str]:
     return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
-def check_labels(labels: np.ndarray, classes: Sequence[str], where: Callable[[int], str]) -> None:
-    """Raise InputError for a class (M,) that has no name."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(wrong):
-        raise InputError(
-            f"{where(int(wrong[0]))}: class {labels[wrong[0]]} is out of range, {len(classes)} "
-            "have a name, counted from 0: repair classnames.txt or copy the set anew"
-        )
-
-
-TARGETS = {"classification": ".cls", "multilabel": ".npy", "retrieval": ".txt"}
+TARGETS = {"classification": ".cls", "retrieval": ".txt"}
 
 
 def open_shards(folder: Path, split: str) -> Benchmark:
-    """CLIP_benchmark's layout: see the top."""
-    home, kind = folder / split, "classification"
-    if (folder / "dataset_type.txt").exists():
-        kind = lines_of(folder / "dataset_type.txt", f"one of {', '.join(TARGETS)}")[0].lower()
+    """The set in a folder of CLIP_benchmark's layout."""
+    home, path = folder / split, folder / "dataset_type.txt"
+    kinds = f"one of {', '.join(TARGETS)}"
+    kind = lines_of(path, kinds)[0].lower() if path.exists() else "classification"
     if kind not in TARGETS:
-        raise InputError(f"{folder}/dataset_type.txt: not one of {', '.join(TARGETS)}")
-    told = lines_of(home / "nshards.txt", "the number of shards")[0]
-    there = {path.name for path in home.glob("*.tar")}
-    if told != str(len(there)) or there != {f"{i}.tar" for i in range(len(there))}:
-        raise InputError(
-            f"{home}: nshards.txt says {told[:20]} shards, 0.tar and so on; {len(there)} .tar are "
-            "there: copy the set anew"
-        )
-    samples = [s for i in range(len(there)) for s in samples_of(home / f"{i}.tar", TARGETS[kind])]
-    targets = [sample[-1] for sample in samples]
+        raise InputError(f"{path}: not {kinds}")
+    number = lines_of(home / "nshards.txt", "the number of shards")[0]
+    paths = [home / f"{i}.tar" for i in range(len(list(home.glob("*.tar"))))]
+    if number != str(len(paths)) or not all(path.exists() for path in paths):
+        there = f"{len(paths)} .tar are there, which should be 0.tar, 1.tar and so on"
+        raise InputError(f"{home}: nshards.txt says {number[:20]}; {there}: copy the set anew")
+    samples = [sample for path in paths for sample in read_shard(path, TARGETS[kind])]
 
     def where(i: int) -> str:
         path, key, *_ = samples[i]
@@ -233,110 +204,87 @@ def open_shards(folder: Path, split: str) -> Benchmark:
 
     def read(i: int) -> bytes:
         path, _, offset, size, _ = samples[i]
-        file = shards.opened(str(path))  # held, for a thread may have opened it for itself alone
+        file = shards.opened(str(path))  # keeps it open until it is read
         return os.pread(file.fileno(), size, offset)
 
+    targets = [text_of(content).strip() for *_, content in samples]
+    for i, target in enumerate(targets):
+        if not (target if kind == "retrieval" else re.fullmatch(r"\d{1,9}", target)):
+            what = "caption" if kind == "retrieval" else "class number"
+            raise InputError(f"{where(i)}: no {what} in its {TARGETS[kind]}: copy the set anew")
     own = set_name(folder), kind
     if kind == "retrieval":
-        captions = [text_of(text).splitlines() for text in targets]
-        if not all(captions):
-            raise InputError(f"{where(captions.index([]))}: a picture without a caption")
+        captions = [target.splitlines() for target in targets]
         return Benchmark(*own, np.arange(len(samples)), read, where, captions=captions)
-    classes, prompts = class_names(folder), prompts_of(folder)
-    for i, text in enumerate(targets):
-        try:
-            targets[i] = several(text, len(classes)) if kind == "multilabel" else int(text)
-        except (ValueError, EOFError, OSError, MemoryError):  # numpy has many kinds
-            wants = f"{len(classes)} times 0 or 1" if kind == "multilabel" else "a class number"
-            raise InputError(
-                f"{where(i)}: {TARGETS[kind]} does not hold {wants}: copy the set anew"
-            ) from None
-    labels = np.array(targets)
-    if kind == "classification":
-        check_labels(labels, classes, where)
-    return Benchmark(*own, labels, read, where, classes, prompts)
+    labels = np.array(list(map(int, targets)))
+    return Benchmark(*own, labels, read, where, class_names(folder), prompts_of(folder))
 
 
-def samples_of(path: Path, wanted: str) -> list[tuple[Path, str, int, int, bytes]]:
-    """(shard, key, offset, bytes, target) of a shard's samples; raises InputError for damage."""
-    skipped, found = Counter(), {}
+def read_shard(path: Path, wanted: str) -> list[tuple[Path, str, int, int, bytes]]:
+    """(shard, key, offset, size, target) of a shard's samples; raises InputError for damage."""
+    wrong, found = Counter(), defaultdict(dict)
     with open_regular(path) as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 2 * shards.BLOCK))
-        skipped["cut short"] += file.read() != bytes(2 * shards.BLOCK)  # with which a tar ends
-        for name, offset, size, _ in shards.members(file, length, skipped):
-            folder, _, base = name.rpartition("/")
-            key, dot, suffix = base.partition(".")
-            suffix = (dot + suffix).lower()
-            kind = "picture" if suffix in pictures.PICTURES else suffix
+        wrong["cut short"] += file.read() != bytes(2 * shards.BLOCK)  # the end of every tar
+        for name, offset, size, _ in shards.members(file, length, wrong):
+            key, suffix = re.fullmatch(r"((?:.*/)?[^/.]*)(.*)", name, re.DOTALL).groups()
+            kind = "picture" if suffix.lower() in pictures.PICTURES else suffix.lower()
             if kind not in ("picture", wanted):
                 continue
-            record = found.setdefault((folder, key), {})
-            if kind in record:
-                skipped[f"{printable(key)} twice"] += 1
-            elif size > (pictures.PICTURE_CAP if kind == "picture" else pictures.CAPTION_CAP):
-                skipped[f"{printable(key)} too large"] += 1
-            elif kind == "picture":
-                record[kind] = (offset, size)
-            else:
-                file.seek(offset)
-                record[kind] = file.read(size)
-    for (_, key), record in found.items():
-        if len(record) < 2:
-            lack = wanted if "picture" in record else "picture"
-            skipped[f"{printable(key)} without a {lack}"] += 1
-    if +skipped or not found:
-        why = next(iter(+skipped), "no picture in it")
-        raise InputError(f"{path}: not whole ({why}): copy the set anew")
-    return [(path, key, *record["picture"], record[wanted]) for (_, key), record in found.items()]
+            large = size > (pictures.PICTURE_CAP if kind == "picture" else pictures.CAPTION_CAP)
+            wrong[f"{printable(key)} twice"] += kind in found[key]
+            wrong[f"{printable(key)} too large"] += large
+            file.seek(offset)
+            found[key][kind] = (offset, size) if kind == "picture" or large else file.read(size)
+    for key, record in found.items():
+        for kind in {"picture", wanted} - record.keys():
+            wrong[f"{printable(key)} without a {kind}"] += 1
+    if +wrong or not found:
+        why = next(iter(+wrong), "no picture in it")
+        raise InputError(f"{path}: incomplete ({why}): copy the set anew")
+    return [(path, key, *record["picture"], record[wanted]) for key, record in found.items()]
 
 
-def several(text: bytes, classes: int) -> np.ndarray:
-    """Whether a picture is of each class, from a .npy, (C,); raises ValueError and others."""
-    found = np.load(io.BytesIO(text), allow_pickle=False)
-    if found.shape != (classes,) or not np.isin(found, (0, 1)).all():
-        raise ValueError
-    return found.astype(int)
+def class_folders(home: Path) -> dict[str, list[Path]]:
+    """The pictures in each folder of `home`, by the folder's name, both in alphabetic order."""
+    return {
+        folder.name: [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in SUFFIXES]
+        for folder in sorted(home.iterdir()) if folder.is_dir()
+    }  # fmt: skip
 
 
-def open_tree(folder: Path, split: str) -> Benchmark:
-    """A folder a class. Folders of whole numbers are class numbers; WordNet's are ImageNet's.
+def open_folders(folder: Path, split: str) -> Benchmark:
+    """The set in a folder with a folder for each class.
 
-    Otherwise the lines of classnames.txt stand in the folders' alphabetic order, as torchvision
-    numbers them; without that file the folders' names are the classes'.
+    The lines of classnames.txt name the folders in alphabetic order, or the classes that folders of
+    whole numbers count from 0. Without that file, WordNet's numbers are ImageNet's classes, 1,000
+    whole numbers as well, and other folders are named as they are.
     """
     home = next(h for h in (folder / split, folder / "val", folder) if h.is_dir())
-    folders = sorted(path for path in home.iterdir() if path.is_dir())
-    found = [
-        (path, number) for number, place in enumerate(folders)
-        for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES
-    ]  # fmt: skip
-    if not found:
-        raise InputError(
-            f"{folder}: neither {split}/nshards.txt with shards nor {split}/CLASS/*.jpg is in it"
-        )
-    files, labels = zip(*found, strict=True)
-    names = [path.name for path in folders]
-    numbered = all(re.fullmatch(r"\d{1,9}", name) for name in names)
+    found = class_folders(home)
+    files = list(chain(*found.values()))
+    if not files:
+        raise InputError(f"{folder}: no {split}/nshards.txt, and no picture as {split}/CLASS/*.jpg")
+    numbered = all(re.fullmatch(r"\d{1,9}", name) for name in found)
+    direct = all(any(f.parent == home / name for f in paths) for name, paths in found.items())
     if (folder / "classnames.txt").exists():
         classes = class_names(folder)
-    else:
+    elif numbered and len(found) == 1000:  # ImageNet-V2
+        classes = list(imagenet_names().values())
+    elif any(re.fullmatch(r"n\d{8}", name) for name in found):
         known = imagenet_names()
-        every = numbered and len(names) == len(known)  # ImageNet-V2
-        classes = [known[name] for name in (known if every else names) if name in known]
-        wordnet = any(re.fullmatch(r"n\d{8}", name) for name in names)
-        direct = {path.parent for path, _ in found} >= set(folders)  # not train/CLASS, val/CLASS
-        if direct and len(names) > 1 and not numbered and not wordnet:
-            classes = [name.replace("_", " ") for name in names]
-    if not classes or (not numbered and len(classes) != len(names)):
-        raise InputError(
-            f"{folder}/classnames.txt: {len(classes) or 'no'} names for the {len(names)} folders "
-            f"of {home}: write one a line, in the folders' order"
-        )
-    labels = np.array([int(names[i]) if numbered else i for i in labels])
-    read, where = of_files(files)
-    check_labels(labels, classes, where)
-    return Benchmark(set_name(folder), "classification", labels, read, where, classes,
+        classes = [known[name] for name in found if name in known]
+    elif direct and not numbered and len(found) > 1:  # no folders of splits, such as train/CLASS
+        classes = [name.replace("_", " ") for name in found]
+    else:
+        classes = []
+    if not classes or (not numbered and len(classes) != len(found)):
+        why = f"{len(classes) or 'no'} names for the {len(found)} folders of {home}"
+        raise InputError(f"{folder}/classnames.txt: {why}: write one a line, in the folders' order")
+    numbers = [int(name) for name in found] if numbered else range(len(found))
+    labels = np.repeat(numbers, [len(paths) for paths in found.values()])
+    return Benchmark(set_name(folder), "classification", labels, *of_files(files), classes,
                      prompts_of(folder))  # fmt: skip
 
 
@@ -346,8 +294,7 @@ def of_files(files: Sequence[Path]) -> tuple[Callable[[int], bytes], Callable[[i
 
 
 def open_sugar_crepe(folder: Path, task: str) -> Benchmark:
-    """SugarCrepe (2306.14610): COCO's pictures in val2017/, and for each a caption and a wrong one.
-    """
+    """SugarCrepe (2306.14610): COCO's pictures, and for each a caption and a wrong one."""
     path = folder / f"{task}.json"
     try:
         rows = list(json.loads(read_regular(path, 2**28)).values())
@@ -355,62 +302,58 @@ def open_sugar_crepe(folder: Path, task: str) -> Benchmark:
         names = [row["filename"] for row in rows]
         if not rows or not all(isinstance(x, str) for row in (names, *captions) for x in row):
             raise ValueError
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, *FOREIGN, RecursionError):
         raise InputError(f"{path}: not SugarCrepe's list of captions: copy it anew") from None
-    read, where = of_files([folder / "val2017" / Path(name).name for name in names])
-    return Benchmark(f"sugar_crepe/{task}", "choice", np.unique(names, return_inverse=True)[1],
-                     read, where, captions=captions)  # fmt: skip
+    labels = np.unique(names, return_inverse=True)[1]
+    files = [folder / "val2017" / Path(name).name for name in names]
+    return Benchmark(f"sugar_crepe/{task}", "choice", labels, *of_files(files), captions=captions)
 
 
 # --- Features -------------------------------------------------------------------------------------
 
 BLOCK = 256  # pictures that a model gets at a time: the same for every number of processes
 
+# A column of the tables: a model, and the mask that it is evaluated under, if any.
+Columns = dict[str, tuple[Encoder, Masker | None]]
 
-def plain(image: Image.Image) -> Image.Image:
-    """RGB as open_clip and CLIP_benchmark have it: transparency and the camera's turn ignored."""
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as open_clip and CLIP_benchmark make it: transparency and EXIF's turn are ignored."""
     return image.convert("RGB")
 
 
-def prepared(benchmark: Benchmark, i: int, sides: Sequence[int]) -> list[Tensor]:
-    """A picture as open_clip's evaluation sees it, for each side S: (3, S, S) bytes."""
+def preprocess(benchmark: Benchmark, i: int, sides: Sequence[int]) -> list[Tensor]:
+    """A picture as in open_clip's evaluation, for each side S: (3, S, S) bytes."""
     try:
-        content = benchmark.read(i)
-        if isinstance(content, bytes):
-            content = Image.fromarray(decode(content, 2**16, plain))
-        image, found = plain(content), []
+        image, found = Image.fromarray(decode(benchmark.read(i), 2**16, to_rgb)), []
         for side in sides:
             size = [int(side * length / min(image.size)) for length in image.size]
             check_pixels(*size)
             left, top = (round((length - side) / 2) for length in size)
-            cut = image.resize(size, Image.Resampling.BICUBIC)
-            cut = cut.crop((left, top, left + side, top + side))
-            found.append(torch.from_numpy(np.array(cut)).permute(2, 0, 1))
+            resized = image.resize(size, Image.Resampling.BICUBIC)
+            square = resized.crop((left, top, left + side, top + side))
+            found.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
         return found
     except (OSError, SyntaxError, ValueError) as error:  # PIL's, and BadPicture
-        raise InputError(
-            f"{benchmark.where(i)}: not a readable picture ({error}): copy the set anew"
-        ) from None
-
-
-# A column of the tables: an Encoder (evaluate.py) and the mask that it is asked under, if any.
-Columns = dict[str, tuple[object, Masker | None]]
+        why = f"not a readable picture ({error}): copy the set anew"
+        raise InputError(f"{benchmark.where(i)}: {why}") from None
 
 
 def image_features(columns: Columns, benchmark: Benchmark, rank: int, world: int) -> list:
     """This process's blocks of image_features (B, E) by column; every picture is decoded once."""
     sides = sorted({encoder.model.config.pixels[0] for encoder, _ in columns.values()})
-    blocks, found = torch.arange(len(benchmark.labels)).split(BLOCK)[rank::world], []
+    blocks, found = torch.arange(len(benchmark.labels)).split(BLOCK), []
+    blocks = [blocks[i] for i in np.array_split(np.arange(len(blocks)), world)[rank]]
     with ThreadPoolExecutor() as pool:
 
         def start(ids: Sequence[int]) -> list:
-            return [pool.submit(prepared, benchmark, int(i), sides) for i in ids]
+            return [pool.submit(preprocess, benchmark, int(i), sides) for i in ids]
 
         waiting = start(blocks[0] if blocks else ())
         bar = tqdm(blocks, benchmark.name, leave=False, disable=rank > 0)
         for ids, following in zip(bar, (*blocks[1:], ())):
-            pictures, waiting = [job.result() for job in waiting], start(following)
-            stacks = dict(zip(sides, map(torch.stack, zip(*pictures)), strict=True))
+            images, waiting = [job.result() for job in waiting], start(following)
+            stacks = dict(zip(sides, map(torch.stack, zip(*images)), strict=True))
             found.append({
                 column: encoder.block(stacks[encoder.model.config.pixels[0]], int(ids[0]), mask)
                 for column, (encoder, mask) in columns.items()
@@ -419,64 +362,75 @@ def image_features(columns: Columns, benchmark: Benchmark, rank: int, world: int
 
 
 def joined(parts: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Every process's blocks in their order -> image_features (M, E) by column."""
-    blocks = [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+    """image_features (M, E) by column, from every process's blocks."""
+    blocks = list(chain(*parts))
     return {column: torch.cat([block[column] for block in blocks]) for column in blocks[0]}
 
 
-def class_features(encoder: object, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
+def class_features(encoder: Encoder, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
     """Each class's text_features over all prompts: their mean, normalised again. (C, E)."""
     texts = [prompt.replace("{c}", name) for prompt in prompts for name in classes]
     features = encoder.texts(texts).unflatten(0, (len(prompts), -1))           # (P, C, E)
     return F.normalize(features.mean(dim=0), dim=-1)
 
 
-def measure(
-    benchmark: Benchmark, encoder: object, images: Tensor
-) -> tuple[dict[str, float], dict[str, Tensor], Tensor | None]:
-    """A set's metrics from image_features (M, E), single answers, a classification's scores (M, C).
+# --- Results --------------------------------------------------------------------------------------
 
-    The answers (n,) are whether each was right, by metric, where a metric is a share of answers.
-    """
+
+def measure(
+    benchmark: Benchmark, encoder: Encoder, images: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor], Tensor | None]:
+    """Metrics from image_features (M, E), answers (n,) by metric, and scores (M, C) of classes."""
     if benchmark.captions:
-        texts = encoder.texts([text for captions in benchmark.captions for text in captions])
+        texts = encoder.texts(list(chain(*benchmark.captions)))
         if benchmark.kind == "choice":
             scores = (texts.unflatten(0, (len(images), -1)) @ images[:, :, None])[:, :, 0]
             hits = {"text_acc": scores.argmax(dim=1) == 0}
         else:
             counts = torch.tensor([len(captions) for captions in benchmark.captions])
-            hits = retrieved(images, texts, torch.arange(len(images)).repeat_interleave(counts))
-        return shares(hits), hits, None
+            owner = torch.arange(len(images)).repeat_interleave(counts)
+            hits = metrics.retrieved(images, texts, owner)
+        return metrics.shares(hits), hits, None
     labels = torch.from_numpy(benchmark.labels)
-    metrics = multilabel if benchmark.kind == "multilabel" else classification
     scores, single = (images @ class_features(encoder, benchmark.classes, prompts).T
                       for prompts in (benchmark.prompts, [ONE_PROMPT]))  # fmt: skip
-    other = {f"{metric}_one_prompt": value for metric, value in metrics(single, labels).items()}
-    hits = named(scores, labels) if benchmark.kind == "classification" else {}
-    return metrics(scores, labels) | other, hits, scores
+    found, other = (metrics.classification(each, labels) for each in (scores, single))
+    found |= {f"{metric}_one_prompt": value for metric, value in other.items()}
+    return found, metrics.named(scores, labels), scores
 
 
-def intervals(benchmark: Benchmark, hits: dict[str, np.ndarray]) -> dict[str, tuple]:
-    """The 95 % interval, by bootstrap over pictures, of each metric that comes from `single`'s."""
-    found = {metric: interval(right) for metric, right in hits.items()}
-    if benchmark.metric == "mean_per_class_recall" and "acc1" in hits:
-        found[benchmark.metric] = interval(hits["acc1"], benchmark.labels, statistic=per_class)
-    return found
-
-
-# --- Many sets ------------------------------------------------------------------------------------
+def evaluate_set(
+    benchmark: Benchmark, columns: Columns, features: dict[str, Tensor]
+) -> tuple[dict, dict[str, dict[str, np.ndarray]], dict[str, Tensor | None]]:
+    """A set's entry of results.json, its answers by column and metric, and scores by column."""
+    entry = {
+        "kind": benchmark.kind, "metric": benchmark.metric, "pictures": len(benchmark.labels),
+        "classes": len(benchmark.classes), "prompts": len(benchmark.prompts),
+        "captions": sum(map(len, benchmark.captions)), "columns": {}, "intervals": {},
+    }  # fmt: skip
+    answers, scores = {}, {}
+    for column, (encoder, _) in columns.items():
+        found, hits, scores[column] = measure(benchmark, encoder, features[column])
+        answers[column] = {metric: benchmark.by_picture(metric, right.numpy())
+                           for metric, right in hits.items()}  # fmt: skip
+        between = {metric: interval(right) for metric, right in answers[column].items()}
+        if benchmark.metric == "mean_per_class_recall":
+            right, labels = answers[column]["acc1"], benchmark.labels
+            between[benchmark.metric] = interval(right, labels, statistic=metrics.per_class)
+        entry["columns"][column], entry["intervals"][column] = found, between
+    return entry, answers, scores
 
 
 def evaluate_sets(
     columns: Columns, places: Sequence[str], captioned: Sequence[str], rank: int = 0,
     world: int = 1,
 ) -> tuple[dict[str, dict], dict[str, dict], list[str]]:  # fmt: skip
-    """Of `places` (with classes) and `captioned`: results by set, answers, what is wrong with some.
+    """Of `places` (with classes) and `captioned`: results by set, answers, errors of broken sets.
 
-    Answers are Benchmark.single's, by set, column and metric; a set that is broken gets a sentence.
-    Of several processes each encodes its blocks, and the first has what is found.
+    Answers are Benchmark.by_picture's, by set, column and metric. Each process encodes its blocks
+    of pictures; results and answers are on rank 0.
     """
-    results, answers, problems, kept, seen = {}, {}, [], {}, set()
+    results, answers, problems, scored = {}, {}, [], {}
     for place in (*places, *captioned):
         problem, own = "", []
         try:
@@ -484,50 +438,38 @@ def evaluate_sets(
                 if bool(benchmark.captions) != (place in captioned):
                     flag = "--zero-shot" if place in captioned else "--retrieval"
                     raise InputError(f"{place}: a set for {benchmark.kind}: give it to {flag}")
-                if benchmark.name in seen:
+                if benchmark.name in results:
                     raise InputError(f"{place}: another set is called {benchmark.name}: rename it")
-                seen.add(benchmark.name)
                 own.append((benchmark, image_features(columns, benchmark, rank, world)))
         except InputError as error:
             problem = str(error)
         parts = [(problem, [blocks for _, blocks in own])] * world
         if world > 1:
             dist.all_gather_object(parts, parts[rank])
-        problem = next((problem for problem, _ in parts if problem), "")
-        if problem:
-            problems.append(problem)
-        for number, (benchmark, _) in enumerate(() if problem or rank else own):
+        broken = [problem for problem, _ in parts if problem]
+        problems += broken[:1]
+        for number, (benchmark, _) in enumerate(() if broken or rank else own):
             features = joined([blocks[number] for _, blocks in parts])
-            metrics, hits, scores = {}, {}, {}
-            for column, (encoder, _) in columns.items():
-                found = measure(benchmark, encoder, features[column])
-                metrics[column], right, scores[column] = found
-                hits[column] = {metric: benchmark.single(metric, each.numpy())
-                                for metric, each in right.items()}  # fmt: skip
-            answers[benchmark.name] = hits
-            results[benchmark.name] = {
-                "kind": benchmark.kind, "metric": benchmark.metric,
-                "pictures": len(benchmark.labels), "classes": len(benchmark.classes),
-                "prompts": len(benchmark.prompts), "captions": sum(map(len, benchmark.captions)),
-                "columns": metrics,
-                "intervals": {column: intervals(benchmark, hits[column]) for column in columns},
-            }  # fmt: skip
-            if benchmark.kind == "classification" and benchmark.name in SETS["T1"] + SETS["T3"]:
-                kept[benchmark.name] = benchmark, scores
-    compare_with_imagenet(results, kept, columns)
+            name = benchmark.name
+            results[name], answers[name], scores = evaluate_set(benchmark, columns, features)
+            if name in SETS["T1"] + SETS["T3"] and benchmark.kind == "classification":
+                scored[name] = benchmark, scores
+    compare_with_imagenet(results, scored, columns)
     return results, answers, problems
 
 
-def compare_with_imagenet(results: dict[str, dict], kept: dict, columns: Columns) -> None:
+def compare_with_imagenet(results: dict[str, dict], scored: dict, columns: Columns) -> None:
     """Add to the robustness sets the drop in acc1 against ImageNet, on their own classes.
 
-    `kept`: (set, scores (M, C) by column) by name. A subset of ImageNet's classes is known by their
-    names: ImageNet's pictures of the same classes then choose among the same names. A set of other
-    names (ObjectNet) is compared with all of ImageNet. The pictures of ImageNet-O are of no class
-    of ImageNet: `aupr` (1907.07174) tells how well they are found by the model's low confidence.
+    `scored`: (set, scores (M, C) by column) by name. Where all names of a set's classes are
+    ImageNet's, ImageNet's pictures of these classes choose among them; a set with other names
+    (ObjectNet) is compared with all of ImageNet. ImageNet-O's pictures are of none of its classes:
+    `aupr` (1907.07174) is how well the model's low confidence finds them.
     """
-    imagenet, everything = kept.pop("imagenet1k", (None, {}))
-    for name, (benchmark, scores) in kept.items() if imagenet else ():
+    if "imagenet1k" not in scored:
+        return
+    imagenet, everything = scored.pop("imagenet1k")
+    for name, (benchmark, scores) in scored.items():
         entry, places = results[name], defaultdict(list)
         for i, known in enumerate(imagenet.classes):
             places[known].append(i)
@@ -543,14 +485,14 @@ def compare_with_imagenet(results: dict[str, dict], kept: dict, columns: Columns
             same, found = everything[column][rows][:, chosen], entry["columns"][column]
             if name == "imagenet-o":
                 scale = encoder.model.logit_scale.exp().item()
-                found["aupr"] = aupr(scale * same, scale * scores[column])
+                found["aupr"] = metrics.aupr(scale * same, scale * scores[column])
             else:
-                right = named(same, wanted[rows].int().argmax(dim=1))
-                found["drop"] = shares(right)["acc1"] - found["acc1"]
+                right = same.argmax(dim=1) == wanted[rows].int().argmax(dim=1)
+                found["drop"] = right.double().mean().item() - found["acc1"]
 
 
 def sets_table(results: dict[str, dict], precision: str) -> str:
-    """One run's results: each set's own metric, with one prompt, and what it is compared by."""
+    """A run's results as text: each set's metric, also with one prompt, and its drop or aupr."""
     columns = list(next(iter(results.values()))["columns"])
     title = f"set, metric (%, 95 % interval), in {precision}"
     lines = [f"{title:58}" + "".join(f"{c:>22}" for c in columns)]

@@ -95,15 +95,6 @@ def classification(scores: Tensor, labels: Tensor) -> dict[str, float]:
     return result
 
 
-def multilabel(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """mean_average_precision over the classes; 0 for one without a picture. (M, C) twice."""
-    from sklearn.metrics import average_precision_score
-
-    each = [average_precision_score(y, s) if y.any() else 0.0
-            for y, s in zip(labels.T.numpy(), scores.T.numpy(), strict=True)]  # fmt: skip
-    return {"mean_average_precision": float(np.mean(each))}
-
-
 def retrieved(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, Tensor]:
     """R@1/5/10 both ways: whether one right answer is among k. (M, E), (T, E), owner (T,) < M.
 
