@@ -1,4 +1,7 @@
-"""nanoglip.evals.encoder: to be told."""
+"""A model's features of pictures and texts, and its answers on held-out pairs.
+
+What is asked of held-out pairs comes as ranks: {question: (Q,) of its right answers}.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,21 +22,20 @@ from nanoglip.noise import uniform
 from nanoglip.sources.pictures import HeldOut
 
 
-# Features and metrics
 class Encoder:
     """A model on its device; encodes in blocks, without gradients."""
 
     def __init__(self, model: GLIP, on: Device) -> None:
         self.model, self.on, self.device = model.eval(), on, on.device
 
-    def images(self, render: object, count: int, masker: Masker | None = None) -> Tensor:
+    def images(self, render: Callable, count: int, masker: Masker | None = None) -> Tensor:
         """image_features (count, E) of render(ids) -> (B, 3, S, S), under a mask if given."""
         return torch.cat([self.block(render(ids.numpy()), int(ids[0]), masker)
                           for ids in cli.blocks(count, 256, "pictures")])  # fmt: skip
 
     @torch.inference_mode()
     def block(self, images: Tensor, start: int, masker: Masker | None = None) -> Tensor:
-        """image_features (B, E) of pictures (B, 3, S, S) that stand from `start` on."""
+        """image_features (B, E) of pictures (B, 3, S, S) that are numbered from `start`."""
         images = images.to(self.device)
         keep = self.mask(images, start, masker) if masker else (None, None)
         with self.on.autocast():
@@ -41,7 +43,8 @@ class Encoder:
 
     @torch.inference_mode()
     def mask(self, images: Tensor, start: int, masker: Masker) -> tuple[Tensor, Tensor | None]:
-        """ids_keep and visible of pictures that stand from `start` on: always the same. (B, K)."""
+        """ids_keep and visible (B, K) of pictures that are numbered from `start`: always the same.
+        """
         n = math.prod(self.model.config.grid)
         noise = torch.from_numpy(uniform(0, "masked inference", start, len(images), n))
         with self.on.autocast():
@@ -59,24 +62,70 @@ class Encoder:
         return torch.cat(features)
 
 
-
-def metrics(found: dict[str, Tensor]) -> dict[str, float]:
-    """Ranks (Q,) by question -> the share of right answers, by metric."""
-    return {metric: right.mean().item() for metric, right in hits(found).items()}
+# --- Held-out pairs -------------------------------------------------------------------------------
 
 
+def encode_pairs(
+    encoder: Encoder, pairs: HeldOut, masker: Masker | None = None,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """image_features (M, E) and text_features (C, E) of held-out pairs.
 
-def intervals(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Ranks (Q,) by question -> the 95 % interval of every metric, by bootstrap over answers."""
-    return {metric: significance.interval(right) for metric, right in hits(found).items()}
+    Pictures are encoded under a mask, or changed (B, 3, S, S) before, if asked.
+    """
+    images = encoder.images(lambda ids: change(pairs.render(ids)), len(pairs.concept), masker)
+    return images, encoder.texts(pairs.captions)
 
+
+def rank_features(pairs: HeldOut, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """Ranks by question, zero-shot (emoji) and retrieval, from encode_pairs()."""
+    result = {}
+    if pairs.flags is not None:
+        result = zero_shot(images, texts, pairs.concept, pairs.flags)
+    shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
+    return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
+
+
+def rank_pairs(encoder: Encoder, pairs: HeldOut, *how: object) -> dict[str, Tensor]:
+    """Ranks by question of held-out pairs; `how`: a mask and a change, as for encode_pairs()."""
+    return rank_features(pairs, *encode_pairs(encoder, pairs, *how))
+
+
+def shares_of(ranks: dict[str, Tensor]) -> dict[str, float]:
+    """The share of right answers, by metric."""
+    return {metric: right.mean().item() for metric, right in hits(ranks).items()}
+
+
+def intervals_of(ranks: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of every metric, by bootstrap over answers."""
+    return {metric: significance.interval(right) for metric, right in hits(ranks).items()}
+
+
+def quick(model: GLIP, pairs: HeldOut, on: Device) -> dict[str, float]:
+    """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
+    if not len(pairs.concept):
+        return {}
+    full = shares_of(rank_pairs(Encoder(model, on), pairs))
+    names = ("zero-shot top-1", "zero-shot top-5")
+    if pairs.flags is None:
+        names = ("image to text R@1", "image to text R@5", "text to image R@5")
+    return {name: full[name] for name in names if name in full}
+
+
+def prompted(encoder: Encoder, pairs: HeldOut, images: Tensor) -> dict[str, float]:
+    """Zero-shot top-1 of image_features (M, E), by the prompt that all names are put in."""
+    found = {}
+    for prompt, names in pairs.prompts().items():
+        ranks = zero_shot(images, encoder.texts(names), pairs.concept, pairs.flags)
+        found[prompt] = shares_of(ranks)["zero-shot top-1"]
+    return found
 
 
 def mask_shares(encoder: Encoder, pairs: HeldOut, masker: Masker) -> dict:
-    """What the mask does to the held-out pictures: shares of patches computed and seen."""
+    """Shares of the held-out pictures' patches that are computed and seen under a mask."""
     n, seen = math.prod(encoder.model.config.grid), []
-    for ids in np.array_split(np.arange(len(pairs.concept)), -(-len(pairs.concept) // 256)):
-        images = pairs.render(ids).to(encoder.device)
+    for ids in torch.arange(len(pairs.concept)).split(256):
+        images = pairs.render(ids.numpy()).to(encoder.device)
         ids_keep, visible = encoder.mask(images, int(ids[0]), masker)
         seen.append(torch.ones_like(ids_keep).sum(1) if visible is None else visible.sum(1))
     seen = torch.cat(seen).double()
@@ -87,59 +136,7 @@ def mask_shares(encoder: Encoder, pairs: HeldOut, masker: Masker) -> dict:
     }  # fmt: skip
 
 
-
-def quick(model: GLIP, pairs: HeldOut, on: Device) -> dict:
-    """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
-    if not len(pairs.concept):
-        return {}
-    full = metrics(evaluate(Encoder(model, on), pairs))
-    names = ("zero-shot top-1", "zero-shot top-5")
-    if pairs.flags is None:
-        names = ("image to text R@1", "image to text R@5", "text to image R@5")
-    return {name: full[name] for name in names if name in full}
-
-
-
-def features(
-    encoder: Encoder, pairs: HeldOut, masker: Masker | None = None,
-    change: Callable[[Tensor], Tensor] = lambda images: images,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """image_features (M, E) and text_features (C, E) of the held-out pairs.
-
-    Under a mask, or with pictures (B, 3, S, S) changed, if given.
-    """
-    images = encoder.images(lambda ids: change(pairs.render(ids)), len(pairs.concept), masker)
-    return images, encoder.texts(pairs.captions)
-
-
-
-def ranked(pairs: HeldOut, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """Ranks by question, zero-shot (emoji) and retrieval, from the pairs' `features`."""
-    result = {}
-    if pairs.flags is not None:
-        result = zero_shot(images, texts, pairs.concept, pairs.flags)
-    shown, concept = np.unique(pairs.concept, return_inverse=True)  # captions that have a picture
-    return result | retrieval(images, texts[torch.from_numpy(shown)], torch.from_numpy(concept))
-
-
-
-def prompted(encoder: Encoder, pairs: HeldOut, images: Tensor) -> dict[str, float]:
-    """Zero-shot top-1 of image_features (M, E) by the prompt that all names are put in."""
-    found = {}
-    for prompt, names in pairs.prompts().items():
-        answers = zero_shot(images, encoder.texts(names), pairs.concept, pairs.flags)
-        found[prompt] = metrics(answers)["zero-shot top-1"]
-    return found
-
-
-
-def evaluate(encoder: Encoder, pairs: HeldOut, *how: object) -> dict[str, Tensor]:
-    """Ranks by question of the held-out pairs; `how`: as `features` is told."""
-    return ranked(pairs, *features(encoder, pairs, *how))
-
-
-
-def robustness(encoder: Encoder, pairs: HeldOut) -> dict:
+def robustness(encoder: Encoder, pairs: HeldOut) -> dict[str, dict[str, float]]:
     """All metrics of the held-out pictures, as they are and after each change."""
     from torchvision.transforms.v2 import functional as change
 
@@ -149,7 +146,7 @@ def robustness(encoder: Encoder, pairs: HeldOut) -> dict:
 
     changes = {"as it is": lambda images: images}
     bilinear = change.InterpolationMode.BILINEAR
-    for n in (1, 2):  # the strengths are ours; corners that a turn lays open are white
+    for n in (1, 2):  # the strengths are ours; the corners of a rotated picture are white
         changes |= {
             f"blurred, {n} px": partial(change.gaussian_blur, kernel_size=8 * n + 1, sigma=n),
             f"turned, {20 * n}°": partial(
@@ -159,4 +156,4 @@ def robustness(encoder: Encoder, pairs: HeldOut) -> dict:
             f"small, 1/{2 * n}": partial(small, times=2 * n),
         }
     changes["grey"] = partial(change.rgb_to_grayscale, num_output_channels=3)
-    return {name: metrics(evaluate(encoder, pairs, None, f)) for name, f in changes.items()}
+    return {name: shares_of(rank_pairs(encoder, pairs, None, f)) for name, f in changes.items()}
