@@ -3,7 +3,7 @@
     python evaluate.py                      the run written last
     python evaluate.py runs/demo --linear-probe
     python evaluate.py runs/demo --robustness               the same pictures, blurred, turned, ...
-    python evaluate.py runs/demo --publish  adds it to results/; --figures: its PNGs to docs/
+    python evaluate.py runs/demo --publish                  adds its numbers to results/
     python evaluate.py runs/demo --zero-shot DIR --retrieval DIR            published sets:
     python evaluate.py runs/demo --suite paper --root DIR                   see benchmarks.py
     python evaluate.py runs/a runs/b        which differences between two runs are real; with
@@ -11,15 +11,13 @@
     python evaluate.py runs/demo --search "a red apple" --images DIR        see search.py
 
 Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
-answer) and PNGs: loss.png, masks.png, top5.png, retrieval.png; report.html shows them.
-Pictures show Google's and Twitter's art only, whose licences allow it.
+answer), loss.png, masks.png, top5.png and retrieval.png; report.html shows them. Of the emoji only
+Google's and Twitter's are drawn, whose licences allow it.
 """
 
 import contextlib
 import json
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,21 +29,13 @@ import glip
 from glip import InputError
 from nanoglip import cli, files, page
 from nanoglip.distributed import processes
-from nanoglip.evals import benchmarks, figures, probe, search, significance
-from nanoglip.evals.encoder import (
-    Encoder,
-    encode_pairs,
-    intervals_of,
-    mask_shares,
-    prompted,
-    rank_features,
-    robustness,
-    shares_of,
-)
-from nanoglip.evals.metrics import WITHIN, hits
+from nanoglip.evals import benchmarks, encoder, figures, probe, search, significance
+from nanoglip.evals.encoder import Encoder
+from nanoglip.evals.metrics import hits
 from nanoglip.machine import Device, machine, resolve
 from nanoglip.masks import Masker
 from nanoglip.results import add_run
+from nanoglip.sources.pictures import HeldOut, Source
 
 # --- The command line -----------------------------------------------------------------------------
 
@@ -73,7 +63,6 @@ class EvaluateConfig:
     few_shot: bool = False  # probe with few pictures, too
     robustness: bool = False  # on changed pictures too
     publish: bool = False  # add it to results/runs.jsonl
-    figures: bool = False  # copy the PNGs to docs/figures/
     zero_shot: tuple[str, ...] = ()  # instead: published sets in folders
     retrieval: tuple[str, ...] = ()  # instead: published sets with captions, in folders
     suite: Literal["none", "paper"] = "none"  # instead: the paper's sets, as far as under --root
@@ -90,11 +79,10 @@ def run_command(options: EvaluateConfig) -> None:
     """Do everything that `python evaluate.py` does."""
     own_pictures, pair = search.given_flags(options), ["a second run"] * bool(options.other)
     sets, problems = ["published sets"] * options.names_sets(), []
-    flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish", "figures")
+    flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish")
     more = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
     given = [*own_pictures, *pair, *sets, *more]
-    of_held_out = options.robustness or options.figures
-    if (own_pictures and len(given) > 1) or (pair and more) or (sets and of_held_out):
+    if (own_pictures and len(given) > 1) or (pair and more) or (sets and options.robustness):
         raise InputError(f"{' and '.join(given)}: one at a time, please")
     if pair:
         problems = compare_runs(options)
@@ -111,9 +99,6 @@ def run_command(options: EvaluateConfig) -> None:
         raise InputError(*problems)
 
 
-# --- A run ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Run:
     """A run that was trained here."""
@@ -121,22 +106,31 @@ class Run:
     folder: Path
     content: dict  # of model.pt
     final: Encoder
-    before: Encoder  # tuning; the same as `final` where nothing was tuned
+    before: Encoder  # tuning; where nothing was tuned it is `final`
     masker: Masker  # of pre-training
 
     def columns(self) -> dict[str, tuple[Encoder, Masker | None]]:
-        """The paper's columns that the run can have: the model, and the mask it is asked under."""
-        tuned, columns = self.content["stage"] == "tune", {}
-        if self.masker.mask != "none":
-            columns["masked inference"] = self.before, self.masker
-        if self.before is not self.final or not tuned:
-            columns["full picture"] = self.before, None
-        return columns | ({"after tuning": (self.final, None)} if tuned else {})
+        """The paper's columns that the run can have: the model, and the mask of its pictures."""
+        tuned = self.content["stage"] == "tune"
+        columns = {
+            "masked inference": self.masker.mask != "none" and (self.before, self.masker),
+            "full picture": (self.before is not self.final or not tuned) and (self.before, None),
+            "after tuning": tuned and (self.final, None),
+        }
+        return {column: how for column, how in columns.items() if how}
 
-    def record(self) -> dict:
-        """What results.json says of the training."""
+    def pairs(self, own: Encoder) -> tuple[Source, HeldOut]:
+        """The run's training and held-out pairs, in the size that a model of it sees."""
+        config = self.content["config"]
+        return data.load(
+            config["data"], own.model.config.pixels[0], tuple(config["vendors"]),
+            config["held_out"], max_bad=config.get("max_bad", data.MAX_BAD),
+        )  # fmt: skip
+
+    def known_results(self) -> dict:
+        """What results.json holds already, with the record of the training."""
         content = self.content
-        return {
+        return known_results(self.folder) | {
             "name": self.folder.name, "command": content["command"],
             "config": portable(content["config"]), "steps": content["steps"],
             "world": content["world"], "bf16": content["bf16"],
@@ -158,8 +152,11 @@ def run_folder(name: str) -> Path:
     return folder
 
 
-def open_run(options: EvaluateConfig, on: Device) -> Run:
-    """The run that is asked about, its models on a device."""
+def open_run(options: EvaluateConfig, on: Device) -> tuple[Run, list[tuple]]:
+    """The run that is asked about, its models on a device, and what --probe-data names, opened.
+
+    Raises InputError for everything that can be wrong before something is computed.
+    """
     folder = run_folder(options.run)
     content = masked = glip.load_checkpoint(folder / "model.pt")
     record = {"config", "mask", "steps", "stage", "seconds", "machine", "command", "world", "bf16"}
@@ -172,10 +169,17 @@ def open_run(options: EvaluateConfig, on: Device) -> Run:
         masked = glip.load_checkpoint(folder / "pretrained.pt")
         before = Encoder(glip.build(masked).to(on.device), on)
     masker = Masker.restored(masked["mask"], before.model.visual)
-    return Run(folder, content, final, before, masker)
+    if options.few_shot and not (options.linear_probe or options.probe_data):
+        raise InputError("--few-shot is a part of a probe: add --linear-probe or --probe-data DIR")
+    labelled = [probe.open_set(place, final.model.config.pixels[0]) for place in options.probe_data]
+    names = [name for name, *_ in labelled]
+    if len(set(names)) < len(names):
+        raise InputError(f"--probe-data: two of {', '.join(names)} have one name: rename one")
+    known_results(folder)
+    return Run(folder, content, final, before, masker), labelled
 
 
-# --- Held-out pairs -------------------------------------------------------------------------------
+# --- Held-out pairs and published sets ------------------------------------------------------------
 
 
 def run_evaluation(options: EvaluateConfig) -> dict:
@@ -183,80 +187,47 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     if cli.place()[2] > 1:
         raise InputError("several processes are for --zero-shot, --retrieval and --suite alone")
     on = resolve(options.device, options.precision)
-    run = open_run(options, on)
-    config, encoder, before = run.content["config"], run.final, run.before
-    folders = labelled_folders(options, encoder)
-    opened = partial(
-        data.load, config["data"], vendors=tuple(config["vendors"]), held_out=config["held_out"],
-        max_bad=config.get("max_bad", data.MAX_BAD),
-    )  # fmt: skip
-    known_results(run.folder)  # raises before the work
-    train, test = opened(image_size=encoder.model.config.pixels[0])
-    before_test = test
-    if before.model.config != encoder.model.config:
-        before_test = opened(image_size=before.model.config.pixels[0])[1]
+    run, labelled = open_run(options, on)
+    train, test = run.pairs(run.final)
+    same = run.before.model.config == run.final.model.config
+    before_test = test if same else run.pairs(run.before)[1]
     ranks, last = {}, None
     for column, (own, mask) in run.columns().items() if len(test.concept) else ():
-        pairs = test if own is encoder else before_test
-        last = encode_pairs(own, pairs, mask)  # in the end the final model's, of whole pictures
-        ranks[column] = rank_features(pairs, *last)
-    masked = "masked inference" in ranks
-    results = {
-        **known_results(run.folder), **run.record(),
+        pairs = test if own is run.final else before_test
+        last = encoder.encode_pairs(own, pairs, mask)  # at last the final model's, without a mask
+        ranks[column] = encoder.rank_features(pairs, *last)
+    results = run.known_results() | {
         "counts": {**train.counts, "training pictures": len(train) - len(train.held),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
-        "evaluated_on": machine(on.device), "evaluation_bf16": on.bf16,
-        "mask_shares": mask_shares(before, before_test, run.masker) if masked else {},
-        "held_out": {column: shares_of(found) for column, found in ranks.items()},
-        "intervals": {column: intervals_of(found) for column, found in ranks.items()},
+        "evaluated_on": machine(on.device), "evaluation_bf16": on.bf16, "mask_shares": {},
+        "held_out": {column: encoder.shares_of(found) for column, found in ranks.items()},
+        "intervals": {column: encoder.intervals_of(found) for column, found in ranks.items()},
     }  # fmt: skip
+    if "masked inference" in ranks:
+        results["mask_shares"] = encoder.mask_shares(run.before, before_test, run.masker)
     if test.flags is not None:
-        results["prompted"] = prompted(encoder, test, last[0])
-    if options.linear_probe or folders:
-        run_probes(run, options, folders, results)
+        results["prompted"] = encoder.prompted(run.final, test, last[0])
+    if options.linear_probe or labelled:
+        run_probes(run, options, labelled, results)
     if options.robustness and len(test.concept):
-        results["robustness"] = robustness(encoder, test)
+        results["robustness"] = encoder.robustness(run.final, test)
     text = results_table(results)
     write_results(run.folder, results, text)
     asked = json.dumps([test.examples(), test.captions, test.concept.tolist()])
-    significance.save_outcomes(
-        run.folder / "outcomes.npz",
-        {column: {question: rank.numpy() for question, rank in found.items()}
-         for column, found in ranks.items()},
-        files.digest([], asked), identity(run.folder, on),
-    )  # fmt: skip
-    chance = config.get("loss", "clip") == "clip" and not config["aclip"]
+    pairs, model = files.digest([], asked), identity(run.folder, on)
+    significance.save_outcomes(run.folder / "outcomes.npz", ranks, pairs, model)
     drawn = figures.draw_all(
-        run.folder, chance, last, test, before.model, before_test, run.masker
+        run.folder, run.content["config"], last, test, run.before.model, before_test, run.masker
     )
-    publish(run.folder, options, "held-out pairs", text, ["outcomes.npz"], drawn)
+    publish(run.folder, options, "held-out pairs", text, ["outcomes.npz", *drawn])
     return results
 
 
-def labelled_folders(options: EvaluateConfig, encoder: Encoder) -> list[tuple]:
-    """What --probe-data names, opened; raises InputError before anything is computed."""
-    if options.few_shot and not (options.linear_probe or options.probe_data):
-        raise InputError("--few-shot is a part of a probe: add --linear-probe or --probe-data DIR")
-    side = encoder.model.config.pixels[0]
-    folders = [probe.open_set(place, side) for place in options.probe_data]
-    for name, count in Counter(name for name, *_ in folders).items():
-        if count > 1:
-            raise InputError(f"--probe-data: two folders are called '{name}': rename one of them")
-    return folders
-
-
-def run_probes(
-    run: Run, options: EvaluateConfig, folders: list[tuple], results: dict
-) -> list[str]:  # fmt: skip
+def run_probes(run: Run, options: EvaluateConfig, labelled: list, results: dict) -> list[str]:
     """Probe the final model and add what is found to `results`; returns it as lines."""
-    found = probe.probe_all(
-        run.final, run.folder, folders, options.linear_probe, options.few_shot
-    )
+    found = probe.probe_all(run.final, run.folder, labelled, options.linear_probe, options.few_shot)
     results["linear_probe"] = {**results.get("linear_probe", {}), **found}
     return probe.probe_lines(found)
-
-
-# --- Published sets -------------------------------------------------------------------------------
 
 
 def run_benchmarks(
@@ -279,37 +250,28 @@ def run_benchmarks(
                     and (Path(place) / "train/nshards.txt").exists() and not options.other
                     and place not in options.probe_data]  # fmt: skip
     on = resolve(device, options.precision)
-    run = open_run(options, on)
-    folders = labelled_folders(options, run.final)
-    known_results(run.folder)  # raises before the work
-    new, answers, problems = benchmarks.evaluate_sets(
-        run.columns(), places, captioned, rank, world
-    )
+    run, labelled = open_run(options, on)
+    new, answers, problems = benchmarks.evaluate_sets(run.columns(), places, captioned, rank, world)
     if rank:
         return answers, problems
-    results, text = {**known_results(run.folder), **run.record()}, []
     where = {"evaluated_on": machine(device), "bf16": on.bf16}
     new = {name: {**entry, **where} for name, entry in new.items()}
+    results, text, lines = run.known_results(), [], []
+    results["benchmarks"] = {**results.get("benchmarks", {}), **new}
     if new:
-        results["benchmarks"] = {**results.get("benchmarks", {}), **new}
-        text.append(benchmarks.sets_table(new, on.precision))
+        text = [benchmarks.sets_table(new, on.precision)]
         write_results(run.folder, results, text[0])
     try:
         side = run.final.model.config.pixels[0]
-        folders += [probe.open_set(place, side) for place in to_probe]
-        probed = run_probes(run, options, folders, results)
+        labelled += [probe.open_set(place, side) for place in to_probe]
+        lines = run_probes(run, options, labelled, results)
     except InputError as error:
         problems.append(str(error))
-        probed = []
-    if probed:
-        text += probed
-        write_results(run.folder, results, "\n".join(probed))
-    if text:
-        publish(run.folder, options, "published sets", "\n".join(text), [], [])
+    if lines:
+        write_results(run.folder, results, "\n".join(lines))
+    if text or lines:
+        publish(run.folder, options, "published sets", "\n".join(text + lines), [])
     return answers, problems
-
-
-# --- Two runs, example by example -----------------------------------------------------------------
 
 
 def identity(folder: Path, on: Device) -> str:
@@ -323,12 +285,11 @@ def right_answers(folder: Path, options: EvaluateConfig) -> tuple[dict[str, dict
 
     They are read from outcomes.npz, which is written anew if it is of another model or precision.
     """
-    path, model = folder / "outcomes.npz", identity(folder, resolve(options.device, options.precision))
-    if not path.is_file() or significance.load_outcomes(path)[2] != model:
+    path, on = folder / "outcomes.npz", resolve(options.device, options.precision)
+    if not path.is_file() or significance.load_outcomes(path)[2] != identity(folder, on):
         run_evaluation(replace(options, run=str(folder), other=""))
     columns, pairs, _ = significance.load_outcomes(path)
-    return {column: hits({question: torch.from_numpy(rank) for question, rank in found.items()
-                          if question in WITHIN}) for column, found in columns.items()}, pairs
+    return {column: hits(ranks) for column, ranks in columns.items()}, pairs
 
 
 def compare_runs(options: EvaluateConfig) -> list[str]:
@@ -345,17 +306,14 @@ def compare_runs(options: EvaluateConfig) -> list[str]:
     else:
         (a, pairs), (b, other_pairs) = (right_answers(run, options) for run in runs)
         if pairs != other_pairs:
-            raise InputError(
-                f"{runs[0]} and {runs[1]} held out different pairs, and cannot be compared one by "
-                "one: name two runs with the same --data and --held-out"
-            )
+            raise InputError(f"{runs[0]} and {runs[1]} held out different pairs: name runs of the "
+                             "same --data and --held-out")  # fmt: skip
     both = {column: a[column] for column in a
             if a[column] and a[column].keys() == b.get(column, {}).keys()}  # fmt: skip
     if not both:
         raise InputError(
-            f"{runs[0]} and {runs[1]} share no column of single answers: "
-            f"{', '.join(a) or 'nothing held out'} against {', '.join(b) or 'nothing held out'}; "
-            "compare runs of the same stages, on sets whose metric is a share of answers"
+            f"{runs[0]} and {runs[1]} share no column of single answers but have "
+            f"{', '.join(a) or 'none'} and {', '.join(b) or 'none'}: compare runs of like stages"
         )
     table = significance.comparison_table(significance.compare(both, b))
     precision = resolve(options.device, options.precision).precision
@@ -384,19 +342,15 @@ def write_results(folder: Path, results: dict, text: str = "") -> None:
 
 
 def publish(
-    folder: Path, options: EvaluateConfig, what: str, text: str, names: list[str], drawn: list[str]
+    folder: Path, options: EvaluateConfig, what: str, text: str, written: list[str]
 ) -> None:
-    """Add results to report.html, say what was written, and copy what is asked to results/."""
-    shown = page.add_results(folder, what, text, drawn)
-    names = ", ".join(["results.json", *names, *drawn])
-    print(f"wrote {names} into {folder}" + f"; see {shown}" * bool(shown))
+    """Add results to report.html, say what was written, and add the run to results/ if asked."""
+    shown = page.add_results(folder, what, text, written)
+    told = ", ".join(["results.json", *written])
+    print(f"wrote {told} into {folder}" + f"; see {shown}" * bool(shown))
     if options.publish:
         add_run(known_results(folder))
         print(f"published {folder.name} in results/runs.jsonl")
-    for name in drawn if options.figures else ():
-        content = (folder / name).read_bytes()
-        files.write_bytes(Path(__file__).parent / "docs/figures" / name, content)
-        print(f"published docs/figures/{name}")
 
 
 def portable(config: dict) -> dict:
@@ -430,8 +384,8 @@ def results_table(results: dict) -> str:
         lines.append(f"{metric:30}" + cells)
     shares = results["mask_shares"]
     if shares and shares["visible"] != shares["computed"]:
-        lines.append(f"masked inference computes {shares['computed']:.1%} of the patches and sees "
-                     f"{shares['visible']:.1%}")  # fmt: skip
+        computed, visible = (f"{shares[name]:.1%}" for name in ("computed", "visible"))
+        lines.append(f"masked inference computes {computed} of the patches and sees {visible}")
     for prompt, value in results.get("prompted", {}).items():
         lines.append(f"{'zero-shot top-1, ' + prompt:40}{100 * value:>8.1f} %")
     lines += probe.probe_lines(results.get("linear_probe", {}))

@@ -17,13 +17,11 @@ from nanoglip.text import decode_tokens
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 62em; margin: 2em auto;
        padding: 0 1em }
-h1 { font-size: 1.5em; overflow-wrap: anywhere } h2 { font-size: 1.1em; margin: 1.6em 0 .4em }
+h1, code, td { overflow-wrap: anywhere } h2 { font-size: 1.1em; margin: 1.6em 0 .4em }
 figure { margin: 1em 0 } figcaption { color: #555 } img { max-width: 100% } pre { overflow-x: auto }
-.pairs { display: flex; flex-wrap: wrap; gap: 1em } .pairs figure { width: 132px; margin: 0;
-         font-size: .8em } .pairs img { image-rendering: pixelated; width: 132px }
-code { overflow-wrap: anywhere } table { border-collapse: collapse; font-size: .9em }
-td { padding: .1em 1em .1em 0; vertical-align: top; overflow-wrap: anywhere }
-tr.changed td { font-weight: bold }
+.pairs { display: flex; flex-wrap: wrap; gap: 1em; font-size: .8em }
+.pairs figure { width: 132px; margin: 0 } .pairs img { width: 132px; image-rendering: pixelated }
+td { padding: .1em 1em .1em 0; vertical-align: top } tr.changed td { font-weight: bold }
 """
 
 FIGURES = {  # of an evaluation
@@ -55,9 +53,9 @@ def samples(
     images: Tensor, tokens: Tensor, kept: tuple[Tensor | None, Tensor | None],
     grid: tuple[int, int],
 ) -> list[list[str]]:  # fmt: skip
-    """[picture, what the mask leaves, caption] of pairs: bytes (B, 3, H, W), tokens (B, T).
+    """[picture, what a mask's (ids_keep, visible) leaves of it, caption] of each pair.
 
-    `kept` is the mask's ids_keep and visible; pictures are PNGs in base64.
+    Takes bytes (B, 3, H, W) and tokens (B, T); the pictures are PNGs in base64.
     """
     images, tokens = images.cpu(), tokens.cpu()
     masked = figures.grey_out(images, figures.seen_patches(kept, len(images), grid))

@@ -31,9 +31,8 @@ import train
 from glip import GLIP, SIZES, GLIPConfig, InputError
 from nanoglip import runlog
 from nanoglip.config import TrainConfig, parse
-from nanoglip.evals import encoder as encoding
 from nanoglip.evals import figures
-from nanoglip.evals.encoder import Encoder, metrics
+from nanoglip.evals.encoder import Encoder, rank_pairs, shares_of
 from nanoglip.evals.metrics import retrieval, zero_shot
 from nanoglip.machine import Device
 from nanoglip.sources import emoji, pictures
@@ -510,14 +509,14 @@ def test_clip_benchmarks_command_prints_our_numbers(tmp_path, monkeypatch):
         main()
     encoder = Encoder(model, Device(torch.device("cpu"), bf16=False))
     features, texts = encoder.images(lambda i: images[i], len(images)), encoder.texts(names)
-    ours = metrics(
+    ours = shares_of(
         zero_shot(features, texts[:10], concept, np.zeros(10, bool))
     )
     found = json.loads((tmp_path / "classification.json").read_text())["metrics"]
     assert found["acc1"] == pytest.approx(ours["zero-shot top-1"], abs=1e-9)
     assert found["acc5"] == pytest.approx(ours["zero-shot top-5"], abs=1e-9)
     assert 0.05 < found["acc1"] < found["acc5"] < 0.95  # neither all right nor all wrong
-    ours = metrics(retrieval(features, texts, torch.arange(len(ids))))
+    ours = shares_of(retrieval(features, texts, torch.arange(len(ids))))
     found = json.loads((tmp_path / "retrieval.json").read_text())["metrics"]
     for k in (1, 5):
         assert found[f"image_retrieval_recall@{k}"] == pytest.approx(
@@ -602,7 +601,7 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
     monkeypatch.setattr(figures, "draw_all", lambda *_: [])
     results = evaluate.run_evaluation(evaluate.EvaluateConfig("runs/published", precision="fp32"))
     encoder = Encoder(model_of(config), Device(torch.device("cpu"), bf16=False))
-    wanted = metrics(encoding.evaluate(encoder, data.load("emoji", 32)[1]))
+    wanted = shares_of(rank_pairs(encoder, data.load("emoji", 32)[1]))
     assert results["held_out"] == {"full picture": wanted}
     words = [*WORDS, "--mask", "gaussian", "--image-size", "64", "--init", "runs/published"]
     run = train.train(parse(words))

@@ -20,7 +20,7 @@ import glip
 import train
 from nanoglip import masks
 from nanoglip.evals import probe
-from nanoglip.evals.encoder import Encoder, metrics, prompted, robustness
+from nanoglip.evals.encoder import Encoder, prompted, robustness, shares_of
 from nanoglip.evals.metrics import ranks, retrieval, zero_shot
 from nanoglip.machine import Device
 from nanoglip.noise import uniform
@@ -39,10 +39,10 @@ def features(n, width=32, seed=0):
 def test_perfect_features_score_100_and_permuted_ones_chance():
     names, flags = features(50), np.arange(50) % 5 == 0
     concept = np.random.default_rng(0).integers(0, 50, 400)
-    perfect = metrics(zero_shot(names[concept], names, concept, flags))
+    perfect = shares_of(zero_shot(names[concept], names, concept, flags))
     assert set(perfect.values()) == {1.0} and len(perfect) == 4
     chance = zero_shot(features(20_000, seed=1), names, np.arange(20_000) % 50, flags)
-    chance = metrics(chance)
+    chance = shares_of(chance)
     assert chance["zero-shot top-1"] == pytest.approx(1 / 50, abs=0.005)
     assert chance["zero-shot top-5"] == pytest.approx(5 / 50, abs=0.01)
     assert chance["zero-shot top-5 without flags"] == pytest.approx(5 / 40, abs=0.01)
@@ -59,7 +59,7 @@ def test_without_flags_neither_asks_for_nor_offers_flags():
     names, flags = features(6), np.array([True, True, False, False, False, False])
     concept = np.array([0, 1, 2, 3])
     images = names[[1, 0, 0, 3]]  # flags confused with each other, and 2 taken for a flag
-    result = metrics(zero_shot(images, names, concept, flags))
+    result = shares_of(zero_shot(images, names, concept, flags))
     assert result["zero-shot top-1"] == 0.25
     scores = (images[2:] @ names[2:].T).argmax(1) + 2
     wanted = (scores == torch.tensor([2, 3])).double().mean().item()
@@ -113,7 +113,7 @@ def test_prompts_are_asked_one_by_one():
 def test_retrieval_equals_a_plain_loop():
     images, texts = features(90, 8), features(30, 8, seed=2)
     concept = torch.arange(90) % 30
-    result = metrics(retrieval(images, texts, concept))
+    result = shares_of(retrieval(images, texts, concept))
     for k in (1, 5, 10):
         hits = sum(
             int(concept[i]) in (images[i] @ texts.T).argsort(descending=True)[:k] for i in range(90)
@@ -136,7 +136,7 @@ def test_recall_within_all_candidates_is_left_out():
     for captions, within in ((1, ()), (5, (1,)), (6, (1, 5)), (11, (1, 5, 10))):
         found = retrieval(features(40), features(captions), torch.arange(40) % captions)
         ways = ("image to text", "text to image")
-        assert set(metrics(found)) == {f"{way} R@{k}" for way in ways for k in within}
+        assert set(shares_of(found)) == {f"{way} R@{k}" for way in ways for k in within}
 
 
 def test_every_picture_is_encoded_once_whatever_the_block():

@@ -81,10 +81,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def draw_curves(run: Path, chance: bool = True) -> "Figure":
-    """PANELS of a run's log.jsonl, both stages in a row.
-
-    `chance`: whether ln(batch) is the loss of guessing, as under CLIP's own loss.
-    """
+    """PANELS of a run's log.jsonl; under CLIP's loss (`chance`) guessing has a known loss."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first = max((r["step"] for r in records if r["stage"] == "pretrain"), default=0)
     panels = defaultdict(dict)
@@ -99,14 +96,12 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
     for place, (title, lines) in enumerate(panels.items(), 1):
         axes = fig.add_subplot(rows, 2, place)
         for (name, line), colour in zip(lines.items(), COLOURS, strict=False):
-            dots = "." if len(line) < 20 else None  # a line of one point is invisible
-            dashes = "--" if name == "ln_batch" else "-"
-            axes.plot(*zip(*line, strict=True), dashes, color=colour, marker=dots, label=name)
+            look = "--" if name == "ln_batch" else ".-" if len(line) < 20 else "-"
+            axes.plot(*zip(*line, strict=True), look, color=colour, label=name)
         axes.set_ylim(min(0.0, axes.dataLim.y0))
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
-        if len(lines) > 1:
-            axes.legend(fontsize=7)
+        axes.legend(fontsize=7)
     return fig
 
 
@@ -131,8 +126,7 @@ def grey_out(images: Tensor, seen: Tensor) -> Tensor:
 def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "Figure":
     """Every registered mask on the same pictures, and how often it keeps each patch.
 
-    All use the ratio of `own`, the run's mask; a mask that needs a teacher gets the run's, or else
-    the run's image tower.
+    All use the ratio of `own`, the run's mask, and its teacher or else the run's image tower.
     """
     tower, grid, device = model.visual, model.config.grid, model.logit_scale.device
     ratio = own.mask_ratio or 0.75
@@ -162,10 +156,7 @@ def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "
 
 
 def draw_top5(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> "Figure":
-    """Held-out pictures with their five likeliest captions, the right one in blue.
-
-    A right caption that is not among them stands below them with its rank.
-    """
+    """Held-out pictures with their five likeliest captions, and the right one's rank, in blue."""
     columns, rows = 6, -(-len(picks) // 6)
     fig = figure(2.4 * rows, 1.75 * columns, top=0.99, bottom=0.55 / rows, hspace=0.9)
     for cell in fig.subplots(rows, columns, squeeze=False).flat:
@@ -180,19 +171,14 @@ def draw_top5(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) 
             rank = 1 + int(ranks(scores[None], right[None]))
             lines.append((wanted, f"{rank:,}. {shorten(pairs.captions[wanted], 22)}"))
         for line, (j, text) in enumerate(lines):
-            look = {"color": "#555555"}
-            if j == wanted:
-                look = {"color": GOOD, "fontweight": "bold"}
+            look = {"color": GOOD, "fontweight": "bold"} if j == wanted else {"color": "#555555"}
             cell.text(0.5, -0.05 - 0.13 * line, text, fontsize=6.5, va="top", ha="center",
                       transform=cell.transAxes, **look)  # fmt: skip
     return fig
 
 
 def draw_retrieval(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndarray) -> "Figure":
-    """Captions and the pictures found for them, best first, the right ones framed.
-
-    Where none is right, the caption is followed by the best right one's rank.
-    """
+    """Captions and the pictures found for them, the right ones framed; else the best one's rank."""
     columns = 8
     fig = figure(1.3 * len(picks), 1.1 * columns, top=0.97, bottom=0.01, hspace=0.3)
     axes = fig.subplots(len(picks), columns, squeeze=False)
@@ -215,14 +201,16 @@ def draw_retrieval(pairs: HeldOut, images: Tensor, texts: Tensor, picks: np.ndar
 
 
 def draw_all(
-    run: Path, chance: bool, features: tuple[Tensor, Tensor] | None, test: HeldOut,
+    run: Path, config: dict, features: tuple[Tensor, Tensor] | None, test: HeldOut,
     before: GLIP, before_test: HeldOut, masker: Masker,
 ) -> list[str]:  # fmt: skip
     """Write the run's PNGs, without art that may not be published; returns their names.
 
     `features` are the final model's of the pairs `test`; `before` was trained under `masker`.
     """
-    drawn = {"loss.png": draw_curves(run, chance)} if (run / "log.jsonl").is_file() else {}
+    chance, drawn = config.get("loss", "clip") == "clip" and not config["aclip"], {}
+    if (run / "log.jsonl").is_file():
+        drawn["loss.png"] = draw_curves(run, chance)
     art = before_test.free_art()
     if len(art.concept):
         picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]

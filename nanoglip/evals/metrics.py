@@ -26,15 +26,15 @@ WITHIN = {
 }  # fmt: skip
 
 
-def hits(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def hits(found: dict[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
     """Ranks (Q,) by question -> for every metric, which answers are right, (Q,) bool.
 
     Without k that is no less than the fewest examples of a question: k of so few are all of them.
     """
     fewest = min(map(len, found.values()), default=0)
     return {
-        question.format(k): (rank < k).numpy()
-        for question, rank in found.items() for k in WITHIN[question] if k < fewest
+        question.format(k): np.asarray(rank) < k
+        for question, rank in found.items() for k in WITHIN.get(question, ()) if k < fewest
     }  # fmt: skip
 
 

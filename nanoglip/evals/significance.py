@@ -158,7 +158,7 @@ def save_outcomes(
     `examples` says which were asked about, and `model` who was asked.
     """
     arrays = {
-        f"{column}/{question}": found.astype(np.int32)
+        f"{column}/{question}": np.asarray(found, np.int32)
         for column, questions in columns.items() for question, found in questions.items()
     }  # fmt: skip
     arrays |= {"examples": np.array(examples), "model": np.array(model)}
