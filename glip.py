@@ -216,10 +216,9 @@ def sample_ids_keep(
     mask: str, batch: int, grid: Size, mask_ratio: float, *, sigma: float | tuple = 0.2,
     noise: Tensor | None = None, generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """ids_keep (B, K) int64 of CLIP ("none"), FLIP ("random") or GLIP ("gaussian").
+    """ids_keep (B, K) int64 of "none" (CLIP), "random" (FLIP) or "gaussian" (GLIP).
 
-    A pure function of `noise` (B, N), uniform in [0, 1), drawn from `generator` if absent; `grid`
-    is patches a side or (rows, columns). nanoglip.masks.sample_mask has all the other masks.
+    A pure function of `noise` (B, N), uniform in [0, 1), drawn from `generator` if absent.
     """
     if mask not in ("none", "random", "gaussian"):
         raise InputError(f"mask '{mask}' is not in glip.py: call nanoglip.masks.sample_mask")
@@ -292,15 +291,19 @@ class Packing:
         return found[:, None] if last else found
 
 
+def fused(device: torch.device) -> bool:
+    return device.type == "cuda"  # torch's causal kernel; on CPUs plain products are faster
+
+
 def pack_texts(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Packing]:
     """Texts (B, T) -> their tokens without padding (P,), each one's position in its text (P,)."""
     tokens = F.pad(tokens, (0, -tokens.shape[1] % 16))  # rows of whole vectors are faster
     (rows, length), ends = tokens.shape, lengths(tokens)
     kept = torch.arange(tokens.numel(), device=tokens.device)
-    starts = kept[::length]                                                    # (B,)
+    starts, allowed = kept[::length], None                                     # (B,)
     kept = kept[kept % length < ends.repeat_interleave(length)]                # (P,)
-    text, position, allowed = kept // length, kept % length, None
-    if device.type != "cuda":  # where plain products are faster than torch's causal kernel
+    text, position = kept // length, kept % length
+    if not fused(device):
         first, place = [], 0
         for needed in ends.tolist():  # a text that does not fit in a row begins the next
             place += -place % length if place % length + needed > length else 0
@@ -308,7 +311,7 @@ def pack_texts(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Pa
             place += needed
         starts, rows = ends.new_tensor(first), -(-place // length)
     places = starts[text] + position                                           # (P,)
-    if device.type != "cuda":  # a token attends to its own text, up to itself
+    if not fused(device):  # a token attends to its own text, up to itself
         owner = text.new_full((rows * length,), -1).index_put((places,), text)
         owner = owner.unflatten(0, (rows, length))                             # (R, T)
         allowed = (owner[:, None, :, None] == owner[:, None, None]).tril().to(device)
@@ -338,10 +341,10 @@ class Attention(nn.Module):
         else:  # (B, T, D); of texts (R, T, D), q of the last block as well
             q, k, v = packing.wrap(F.linear(x, weight, bias), False).chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if x.device.type == "cuda":
+        if fused(x.device):
             causal = packing.places is not None
             y = F.scaled_dot_product_attention(q, k, v, packing.allowed, is_causal=causal)
-        else:  # plain products are faster on CPUs, where torch would copy k transposed
+        else:  # a product would copy what is not contiguous, k transposed, which is slower
             q, k, v = (t.contiguous() for t in (q * q.shape[-1] ** -0.5, k, v))
             logits = q @ k.mT                                                  # (B, h, T, T)
             if packing.allowed is not None:
@@ -456,10 +459,7 @@ class GLIP(nn.Module):
     def encode_image(
         self, images: Tensor, ids_keep: Tensor | None = None, visible: Tensor | None = None
     ) -> Tensor:
-        """Pictures (B, 3, H, W), uint8 or floats in [0, 1] -> image_features (B, E).
-
-        Only ids_keep (B, K) are seen; nothing attends to one that is not visible (B, K).
-        """
+        """Images (B, 3, H, W), bytes or in [0, 1], their visible ids_keep (B, K) -> (B, E)."""
         features = self.visual(images, ids_keep, visible) @ self.visual.proj
         return F.normalize(at_least_fp32(features), dim=-1)
 

@@ -35,7 +35,7 @@ from nanoglip.checkpoint import last_state, restore, same_everywhere
 from nanoglip.config import TrainConfig, check, masker_of, parse, run_name
 from nanoglip.files import locked
 from nanoglip.machine import memory_of, use_bf16
-from nanoglip.masks import Masker
+from nanoglip.masks import Masker, momentum_at, settings_of
 from nanoglip.runlog import Report, Stage, cut_log, listening
 from nanoglip.sources import captions
 from nanoglip.sources.captions import TextMask
@@ -50,17 +50,6 @@ def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
     if step < warmup:
         return lr * (step + 1) / warmup
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def momentum_at(step: int, steps: int, start: float) -> float:
-    """The teacher's momentum: from `start` to 1 along half a cosine, as in A-CLIP."""
-    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
-    """The embeddings' weight where it changes, from 0 to `last` in eight steps; None elsewhere."""
-    places = [i for i in range(8) if round(i * steps / 8) == step]
-    return last * places[-1] / 7 if places else None
 
 
 MOST = 2**48  # pairs of a run; the largest published ones have 2**37
@@ -132,9 +121,10 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                     config.text_mask, config.text_tokens, config.text_threshold, train
                 )
             if turn and first and config.sampling != "all":
+                row = settings_of(captions.SAMPLINGS[config.sampling])
+                settings = {name: getattr(config, name) for name in row}
                 chances = captions.sampling_probabilities(
-                    config.sampling, train, config.sampling_share, config.sampling_power,
-                    config.clusters, config.text_threshold,
+                    config.sampling, train, settings, config.clusters, config.text_threshold,
                 )
             if world > 1:
                 dist.barrier()
@@ -144,7 +134,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
             raise InputError(f"{name}: {steps:.3g} steps are more than any run has: give fewer")
         if rank == 0:
             print(
-                f"{name}: {order.describe()}; {steps:,} steps; {masker.describe(model.grid)}"
+                f"{name}: {order.describe()}; {steps:,} steps; {masker.summary(model.grid)}"
                 + f"; sampling {config.sampling}" * (chances is not None)
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
             )
@@ -196,7 +186,9 @@ def run_stage(
     report.begin(stage, network, optimizers, state)
     for step, batch in enumerate(batches, start):
         report.data_arrived(batch)
-        renew_mask(stage, network, config, step, device)
+        stage.masker.before_step(step, stage.steps, model.visual, stage.batches.sample)
+        if stage.aclip:
+            network.update_teacher(momentum_at(step, stage.steps, config.teacher_momentum))
         lr = lr_at(step, stage.steps, stage.warmup, stage.lr)
         found = compute_gradients(shared, network, batch, stage, config, device, bf16)
         finite = apply_gradients(network, optimizers, lr, config.clip_grad_norm)
@@ -204,28 +196,6 @@ def run_stage(
         report.step(step, *found, lr, finite)
     model.requires_grad_(True)  # A-CLIP froze the patch projection
     return report.whole_model()
-
-
-def renew_mask(
-    stage: Stage, network: nn.Module, config: TrainConfig, step: int, device: torch.device
-) -> None:
-    """Before a step: the teacher follows; at fixed steps cluster's threshold is found again."""
-    masker, tower = stage.masker, (network.model if stage.aclip else network).visual
-    if masker.needs("attention"):
-        momentum = momentum_at(step, stage.steps, config.teacher_momentum)
-        masker.follow(tower, momentum)
-        if stage.aclip:
-            network.follow(momentum)
-    weight = embedding_weight_at(step, stage.steps, config.embedding_weight)
-    if masker.needs("threshold") and weight is not None and (step == 0 or weight > 0):
-        masker.embedding_weight, found = weight, [None]
-        if stage.batches.rank == 0:  # reads the sample, for all
-            blocks = ((x.to(device) for x in block) for block in stage.batches.sample())
-            masker.find_threshold(blocks, tower)
-            found = [masker.threshold]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found)
-        (masker.threshold,) = found
 
 
 def compute_gradients(
@@ -446,7 +416,7 @@ def overfit(config: TrainConfig) -> None:
         if len(batch.tokens.unique(dim=0)) < len(batch.tokens):
             raise InputError("captions of the batch are alike: no loss near 0 is possible")
         for step in range(config.steps):
-            renew_mask(stage, model, config, step, device)
+            stage.masker.before_step(step, config.steps, model.visual, stage.batches.sample)
             noise = stage.batches.noise("mask", step * config.batch_size, stage.batches.patches)
             batch = batch._replace(noise=noise)
             loss, scale, _ = compute_gradients(model, model, batch, stage, config, device, bf16)

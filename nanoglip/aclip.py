@@ -52,7 +52,7 @@ class AClip(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
-    def follow(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float) -> None:
         """Move the teacher's head towards the online one."""
         move_towards(self.target, self.project, momentum)
 
@@ -77,7 +77,7 @@ def aclip_loss(
     """
     config = aclip.model.config
     with torch.no_grad():
-        small = scaled(images, masker.teacher_scale)
+        small = scaled(images, masker.settings["teacher_scale"])
         maps, target = attend(masker.teacher, small, features=True)             # (B, R, C), (B, D)
         target = aclip.target(target)
         *halves, aspect = draws.split(VIEW_DRAWS // 2, dim=1)

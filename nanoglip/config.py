@@ -1,6 +1,7 @@
 """What a run is: every setting of train.py, the recipes that change some, and what is refused.
 
-The defaults are the demo's; a recipe changes some; a flag given by hand wins.
+The defaults are the demo's; a recipe changes some; a flag given by hand wins. The settings of
+masks, text masks and samplings are declared beside their functions.
 """
 
 import argparse
@@ -9,7 +10,8 @@ import os
 import re
 import sys
 import zlib
-from dataclasses import dataclass, fields, make_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,12 +20,10 @@ import torch
 import tyro
 
 import glip
-from data import MAX_BAD
-from glip import MIN_SIGMA, GLIPConfig, InputError
-from nanoglip import losses, masks
+from glip import GLIPConfig, InputError
 from nanoglip.cli import check_numbers
-from nanoglip.masks import Masker
-from nanoglip.sources import captions
+from nanoglip.losses import LOSSES
+from nanoglip.masks import MASKS, Masker, check_setting, settings_of
 from nanoglip.sources.captions import SAMPLINGS
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS
 from nanoglip.text import TEXT_MASKS
@@ -81,8 +81,32 @@ RECIPES = {
     },
 }  # fmt: skip
 
+# --- The settings by subject, in the order in which a run's name tells them -----------------------
 
-# The settings by subject, in the order in which a run's name tells them.
+MAX_BAD = 0.01  # share of pictures that may be unreadable
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+def declared_settings(registry: dict) -> list[tuple]:
+    """Fields (name, type, default) of the settings that a registry's rows declare."""
+    found, users = {}, {}
+    for row, function in registry.items():
+        for name, declared in settings_of(function).items():
+            found[name] = declared
+            users[name] = [*users.get(name, []), row]
+    return [
+        (name, Annotated[kind, tyro.conf.arg(help=f"{', '.join(users[name])}: {setting.help}")],
+         field(default=default))
+        for name, (kind, default, setting) in found.items()
+    ]  # fmt: skip
+
+
+def with_settings(group: type, registry: dict) -> type:
+    """A group of settings, followed by those that a registry's rows declare."""
+    fields = declared_settings(registry)
+    made = make_dataclass(group.__name__, fields, bases=(group,), frozen=True)
+    made.__doc__ = group.__doc__
+    return made
 
 
 @dataclass(frozen=True)
@@ -94,34 +118,32 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Data:
-    """Pairs of pictures and captions."""
+    """Pairs of images and captions."""
 
     data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
     data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
-    sampling: Literal[("all", *SAMPLINGS)] = "all"  # which pairs an epoch of pre-training has
-    sampling_share: float = 0.5  # share of the pairs that such an epoch has, in (0, 1]
-    sampling_power: float = 0.2  # clusters: n pairs of a cluster count as n^power
-    clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
-    crop_scale: tuple[float, float] = (0.5, 1.0)  # own pictures, views: share of the area of a crop
-    max_bad: float = MAX_BAD  # share of unreadable pictures above which the run stops
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # own images, views: share of the area of a crop
+    max_bad: float = MAX_BAD  # share of unreadable images above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
     captions: Literal["prompts", "names"] = "prompts"  # emoji: names in prompts, or names alone
 
 
 @dataclass(frozen=True)
-class Mask:
-    """Patches that pre-training removes from pictures."""
+class Sampling:
+    """Which pairs an epoch of pre-training has."""
 
-    mask: Literal[tuple(masks.MASKS)] = "gaussian"  # which patches are kept
+    sampling: Literal[("all", *SAMPLINGS)] = "all"  # all, or a share chosen by clusters or words
+    clusters: str = ""  # clusters: .npy or text file with the cluster of each pair, a whole number
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Patches that pre-training removes from images."""
+
+    mask: Literal[tuple(MASKS)] = "gaussian"  # which patches are kept
     mask_ratio: float = 0.75  # share of patches removed, in [0, 1)
-    sigma: float | tuple[float, float] = 0.2  # variance on [-1, 1], or two: of rows, of columns
-    mask_center: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]: where it is centred
-    min_mask_ratio: float | None = None  # cluster: share never computed (none: mask_ratio - 0.2)
-    embedding_weight: float = 0.0  # cluster: share of patch embeddings in similarity at the end
-    teacher_scale: float = 1.0  # attentive: size of the teacher's pictures; 0.5 is A-CLIP-eff
-    teacher_momentum: float = 0.9  # attentive: of the moving average at the start; 1 at the end
-    aclip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # attentive: A-CLIP's other losses
+    aclip: Switch = False  # attentive: A-CLIP's two views and its other losses
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,6 @@ class Words:
 
     text_mask: Literal[("none", *TEXT_MASKS)] = "none"  # which words are kept
     text_tokens: int = 0  # tokens that they leave of a caption, start and end included
-    text_threshold: float = 1e-4  # frequency, sampling words: smaller shares count as rare
 
 
 @dataclass(frozen=True)
@@ -172,7 +193,7 @@ class Tuning:
 class Loss:
     """What both stages minimise, and the seed of all that is random in them."""
 
-    loss: Literal[tuple(losses.LOSSES)] = "clip"  # clip: softmax over the batch; siglip: sigmoids
+    loss: Literal[tuple(LOSSES)] = "clip"  # clip: softmax over the batch; siglip: sigmoids
     clip_grad_norm: float = 0.0  # norm at which gradients are clipped (0: none)
     seed: int = 0  # of weights, order, augmentation and masks
 
@@ -184,9 +205,9 @@ class Machine:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
     micro_batch: int = 0  # pairs of a process whose activations exist at once (0: all)
-    recompute: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # activation checkpointing
-    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # use torch.compile
-    shard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # shard weights and state (FSDP2)
+    recompute: Switch = False  # activation checkpointing
+    compile: Switch = False  # use torch.compile
+    shard: Switch = False  # shard weights and state (FSDP2)
     workers: int = -1  # data processes each (-1: 0 for embedded data, else the cores, at most 8)
 
 
@@ -207,26 +228,28 @@ class Output:
     eval_every: int = 0  # steps between evaluations (0: four in a stage)
     save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
     resume: Literal["auto", "never"] = "auto"  # auto: continue an unfinished run in --out
-    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # write its records, too
+    tensorboard: Switch = False  # write its records, too
 
 
 @dataclass(frozen=True)
 class TrainConfig(
-    Output, Preview, Machine, Loss, Tuning, Schedule, Model, Words, Mask, Data, Recipe
+    Output, Preview, Machine, Loss, Tuning, Schedule, Model, with_settings(Words, TEXT_MASKS),
+    with_settings(Mask, MASKS), with_settings(Sampling, SAMPLINGS), Data, Recipe,
 ):  # the fields of the last base come first
     """Pre-train a CLIP model under a mask, then tune it without."""
 
 
 GROUPS = TrainConfig.__bases__[::-1]
-
 MACHINE = {  # what no result depends on
     "device", "workers", "out", "log_every", "eval_every", "save_every", "resume", "micro_batch",
     "recompute", "compile", "shard", "tensorboard", "estimate", "overfit",
 }  # fmt: skip
 
+# --- The command line -----------------------------------------------------------------------------
+
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
-    """Command line -> settings: defaults, then the recipe's, then what was given by hand."""
+    """The settings of a command line: defaults, then the recipe's, then what was given by hand."""
     arguments = sys.argv[1:] if arguments is None else arguments
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default="demo")
@@ -244,37 +267,50 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         raise InputError("--epochs must be above 0; give --steps to count in steps")
     if "steps" in given:
         config = replace(config, epochs=0.0)
+    refuse_idle(config, given)
+    return replace(config, mask_ratio=0.0) if config.mask == "none" else config
+
+
+def refuse_idle(config: TrainConfig, given: set[str]) -> None:
+    """Raise InputError for a flag given by hand that does nothing beside the others."""
     own = bool(config.data) and config.data[0] not in EMBEDDED
-    for flag in sorted(given & {"vendors", "held_out", "captions"}):
-        if own:
-            names = " ".join(config.data)
-            raise InputError(f"{flag_of(flag)} is for emoji, not for --data {names}")
-    if not config.tune_epochs:
-        for flag in sorted(name for name in given if name[:5] == "tune_" and name != "tune_epochs"):
-            raise InputError(f"{flag_of(flag)} does nothing without tuning: --tune-epochs is 0")
-    pictures_only = {"data_weights", "sampling", "max_bad"}
-    if not config.aclip:  # whose views are such crops of every picture
-        pictures_only |= {"crop_scale"}
-    for flag in sorted(given & pictures_only):
-        if not own:
-            raise InputError(f"{flag_of(flag)} is for pictures of your own: give their --data")
-    if config.mask == "none":
-        if "mask_ratio" in given and config.mask_ratio != 0:
-            raise InputError("--mask none keeps every patch: leave --mask-ratio out")
-        config = replace(config, mask_ratio=0.0)
-    used = [
-        masks.declared(registry[name])
-        for registry, name in ((masks.MASKS, config.mask), (TEXT_MASKS, config.text_mask))
-        if name in registry
+    names, tuning = " ".join(config.data), {name for name in given if name[:5] == "tune_"}
+    own_only = {"data_weights", "sampling", "max_bad", *([] if config.aclip else ["crop_scale"])}
+    rules = [  # flags, whether they do nothing, why
+        ({"vendors", "held_out", "captions"}, own, f"is for emoji, not for --data {names}"),
+        (own_only, not own, "is for pictures of your own: give their --data"),
+        (tuning - {"tune_epochs"}, not config.tune_epochs,
+         "does nothing without tuning: --tune-epochs is 0"),
     ]
-    used.append(captions.sampling_inputs(config.sampling))
-    for flag in sorted(given & FLAG_SERVES.keys()):
-        if not any(name in row for row in used for name in FLAG_SERVES[flag].split()):
-            raise InputError(
-                f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
-                f"{config.text_mask} --sampling {config.sampling}: leave it out"
-            )
-    return config
+    for flags, idle, why in rules:
+        for flag in sorted(given & flags) if idle else ():
+            raise InputError(f"{flag_of(flag)} {why}")
+    if config.mask == "none" and "mask_ratio" in given and config.mask_ratio != 0:
+        raise InputError("--mask none keeps every patch: leave --mask-ratio out")
+    rows = [*MASKS.values(), *TEXT_MASKS.values(), *SAMPLINGS.values()]
+    declared = {name for row in rows for name in settings_of(row)}
+    idle = (declared | {"clusters", "aclip"}) - used_settings(config).keys()
+    for flag in sorted(given & idle):
+        raise InputError(
+            f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
+            f"{config.text_mask} --sampling {config.sampling}: leave it out"
+        )
+
+
+def used_settings(config: TrainConfig) -> dict:
+    """What the chosen mask, text mask and sampling declare, by name: settings_of's rows."""
+    chosen = (MASKS.get(config.mask), TEXT_MASKS.get(config.text_mask),
+              SAMPLINGS.get(config.sampling))  # fmt: skip
+    used = {}
+    for row in filter(None, chosen):
+        used |= settings_of(row)
+    if config.sampling == "words":  # whose scores are of rare words
+        used["text_threshold"] = settings_of(TEXT_MASKS["frequency"])["text_threshold"]
+    if config.sampling == "clusters":
+        used["clusters"] = None
+    if "teacher_scale" in used:
+        used["aclip"] = None
+    return used
 
 
 def show_help(default: TrainConfig) -> None:
@@ -287,130 +323,93 @@ def show_help(default: TrainConfig) -> None:
     )  # fmt: skip
 
 
-FLAG_SERVES = {  # flags that serve some strategies alone: the input by which a row asks for it
-    "sigma": "sigma", "mask_center": "centre", "min_mask_ratio": "min_mask_ratio",
-    "embedding_weight": "embedding_weight", "teacher_scale": "attention",
-    "teacher_momentum": "attention", "aclip": "attention",
-    "text_threshold": "text_threshold caption_scores", "sampling_share": "share",
-    "sampling_power": "power", "clusters": "clusters",
-}  # fmt: skip
-
-
 def flag_of(name: str) -> str:
     """A setting as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
+# --- What cannot work -----------------------------------------------------------------------------
+
+
 def check(config: TrainConfig, world: int) -> None:
     """Refuse settings that cannot work, before anything is read or written."""
-    if not config.data and not config.estimate:
-        raise InputError(f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
-    if config.estimate and config.overfit:
-        raise InputError("--estimate and --overfit are two questions: ask one at a time")
-    if config.overfit == 1 or config.overfit < 0:
-        raise InputError(f"--overfit {config.overfit}: a contrast needs at least 2 pairs")
+
+    def refuse(wrong: object, why: str) -> None:
+        if wrong:
+            raise InputError(why)
+
+    refuse(not (config.data or config.estimate),
+           f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
+    refuse(config.estimate and config.overfit,
+           "--estimate and --overfit are two questions: ask one at a time")
+    refuse(config.overfit == 1 or config.overfit < 0,
+           f"--overfit {config.overfit}: a contrast needs at least 2 pairs")
     for name in ("batch_size", "tune_batch_size"):
         flag, size = flag_of(name), getattr(config, name)
-        if size < 2:
-            raise InputError(f"{flag} {size}: a contrast needs at least 2 pairs")
-        if size % world:
-            raise InputError(f"{flag} {size} cannot be shared evenly by {world} processes")
+        refuse(size < 2, f"{flag} {size}: a contrast needs at least 2 pairs")
+        refuse(size % world, f"{flag} {size} cannot be shared evenly by {world} processes")
     check_numbers(
-        config, ("steps", "lr", "tune_lr", "sigma", "log_every", "text_threshold"),
+        config, ("steps", "lr", "tune_lr", "log_every"),
         ("epochs", "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every",
          "save_every", "micro_batch", "clip_grad_norm", "seed"),
-    )  # fmt: skip
-    if min(as_tuple(config.sigma)) < MIN_SIGMA:
-        raise InputError(f"--sigma must be {MIN_SIGMA} at least")
-    if config.aclip and (config.micro_batch or config.loss != "clip"):
-        raise InputError(
-            "--aclip compares pictures across the batch and with CLIP's loss: leave --micro-batch "
-            "and --loss out"
-        )
-    if config.shard:
-        check_shard(config, world)
-    if config.tensorboard and not find_spec("tensorboard"):
-        raise InputError("--tensorboard needs a package: pip install tensorboard")
-    if config.sampling != "all" and len(config.data) > 1:
-        raise InputError("--sampling is for a single --data: sample each source into its own index")
-    if config.sampling == "clusters" and not config.clusters:
-        raise InputError("--sampling clusters needs --clusters FILE, with a cluster for each pair")
-    for name in ("sampling_share", "max_bad"):
-        if not 0 < getattr(config, name) <= 1:
-            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside (0, 1]")
-    if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
-        raise InputError(
-            f"--crop-scale {' '.join(map(str, config.crop_scale))}: give the smallest and the "
-            "largest share of the area, above 0 and up to 1"
-        )
-    if not 0 <= config.sampling_power <= 1:
-        raise InputError(f"--sampling-power {config.sampling_power} is outside [0, 1]")
-    if not 0 <= config.beta2 < 1:
-        raise InputError(f"--beta2 {config.beta2} is outside [0, 1)")
-    for name in ("embedding_weight", "teacher_momentum"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"{flag_of(name)} {getattr(config, name)} is outside [0, 1]")
-    if not all(-1 <= value <= 1 for value in config.mask_center):
-        raise InputError(f"--mask-center {config.mask_center} lies outside the picture, [-1, 1]")
-    if not 0 < config.teacher_scale <= 1:
-        raise InputError(f"--teacher-scale {config.teacher_scale} is outside (0, 1]")
-    if (config.text_mask != "none") != (config.text_tokens > 0):
-        raise InputError("a text mask is --text-mask with --text-tokens, 3 or more: give both")
-    if not 3 <= config.context_length <= CONTEXT:
-        raise InputError(f"--context-length {config.context_length} is outside [3, {CONTEXT}]")
-    if config.text_mask != "none" and not 3 <= config.text_tokens <= config.context_length:
-        raise InputError(
-            f"--text-tokens {config.text_tokens} is outside [3, {config.context_length}], "
-            "up to --context-length"
-        )
+    )
+    for name, declared in used_settings(config).items():
+        if declared:
+            check_setting(name, getattr(config, name), declared[2])
+    refuse(config.aclip and (config.micro_batch or config.loss != "clip"),
+           "--aclip compares images across the batch and with CLIP's loss: leave --micro-batch "
+           "and --loss out")
+    refuse(config.tensorboard and not find_spec("tensorboard"),
+           "--tensorboard needs a package: pip install tensorboard")
+    refuse(config.sampling != "all" and len(config.data) > 1,
+           "--sampling is for a single --data: sample each source into its own index")
+    refuse(config.sampling == "clusters" and not config.clusters,
+           "--sampling clusters needs --clusters FILE, with a cluster for each pair")
+    refuse(not 0 < config.max_bad <= 1, f"--max-bad {config.max_bad} is outside (0, 1]")
+    refuse(not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1,
+           f"--crop-scale {' '.join(map(str, config.crop_scale))}: give the smallest and the "
+           "largest share of the area, above 0 and up to 1")
+    refuse(not 0 <= config.beta2 < 1, f"--beta2 {config.beta2} is outside [0, 1)")
+    refuse((config.text_mask != "none") != (config.text_tokens > 0),
+           "a text mask is --text-mask with --text-tokens, 3 or more: give both")
+    refuse(not 3 <= config.context_length <= CONTEXT,
+           f"--context-length {config.context_length} is outside [3, {CONTEXT}]")
+    refuse(config.text_mask != "none" and not 3 <= config.text_tokens <= config.context_length,
+           f"--text-tokens {config.text_tokens} is outside [3, {config.context_length}], up to "
+           "--context-length")
+    masker = masker_of(config)
     for size in (config.image_size, config.tune_image_size):
         grid = GLIPConfig.named(config.model, size or None).grid
-        glip.num_keep(grid[0] * grid[1], config.mask_ratio)
-    if not 0 <= (config.min_mask_ratio or 0) <= config.mask_ratio:
-        raise InputError(
-            f"--min-mask-ratio {config.min_mask_ratio} is outside [0, --mask-ratio "
-            f"{config.mask_ratio}]"
-        )
-    model, masker = GLIPConfig.named(config.model, config.image_size or None), masker_of(config)
-    if any(side * config.teacher_scale % model.patch_size for side in model.pixels):
-        raise InputError(
-            f"--teacher-scale {config.teacher_scale} of {model.image_size} pixels is not a "
-            f"multiple of the patch size {model.patch_size}: choose another scale"
-        )
-    unmet = masker.unmet()
-    if unmet:
-        raise InputError(
-            f"mask '{config.mask}' needs {', '.join(unmet)}, which nothing here supplies: it can "
-            f"have {', '.join(sorted(masker.SUPPLIED))}"
-        )
+        masker.num_computed(grid[0] * grid[1])
+    model = GLIPConfig.named(config.model, config.image_size or None)
+    scale = masker.settings.get("teacher_scale", 1.0)
+    refuse(any(side * scale % model.patch_size for side in model.pixels),
+           f"--teacher-scale {scale} of {model.image_size} pixels is not a multiple of the patch "
+           f"size {model.patch_size}: choose another scale")
+    refuse(missing := masker.missing_inputs(),
+           f"mask '{config.mask}' needs {', '.join(missing)}, which nothing here supplies")
+    if config.shard:
+        check_shard(config, world, refuse)
 
 
-def check_shard(config: TrainConfig, world: int) -> None:
-    """Refuse what cannot be divided among processes."""
-    if not find_spec("torch.distributed.fsdp._fully_shard"):
-        raise InputError(f"--shard needs FSDP2, which torch {torch.__version__} lacks: update it")
-    if world < 2:
-        raise InputError("--shard divides a model among processes: start them with torchrun")
-    if config.optimizer == "muon":
-        raise InputError("--shard divides the matrices that muon needs whole: --optimizer adamw")
-    if config.aclip or config.embedding_weight or masker_of(config).needs("attention"):
-        raise InputError(f"--mask {config.mask} looks through the whole tower: leave --shard out")
+def check_shard(config: TrainConfig, world: int, refuse: Callable) -> None:
+    """Refuse what cannot be sharded across ranks."""
+    refuse(not find_spec("torch.distributed.fsdp._fully_shard"),
+           f"--shard needs FSDP2, which torch {torch.__version__} lacks: update it")
+    refuse(world < 2, "--shard divides a model among processes: start them with torchrun")
+    refuse(config.optimizer == "muon",
+           "--shard divides the matrices that muon needs whole: --optimizer adamw")
+    refuse(config.aclip or config.embedding_weight or masker_of(config).needs("attention"),
+           f"--mask {config.mask} looks through the whole tower: leave --shard out")
 
 
 CONTEXT = GLIPConfig().context_length
 
 
-def as_tuple(value: float | tuple[float, float]) -> tuple[float, ...]:
-    """One or two numbers as a tuple."""
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
 def masker_of(config: TrainConfig) -> Masker:
     """The pre-training mask as set."""
-    return Masker(
-        config.mask, config.mask_ratio, config.sigma, config.mask_center,
-        config.min_mask_ratio, teacher_scale=config.teacher_scale,
-    )  # fmt: skip
+    settings = {name: getattr(config, name) for name in settings_of(MASKS[config.mask])}
+    return Masker(config.mask, config.mask_ratio, **settings)
 
 
 def path_name(path: str) -> str:
@@ -424,17 +423,17 @@ def run_name(config: TrainConfig) -> str:
     """A folder name made of the recipe and of what differs from it; no clock."""
     base = TrainConfig(recipe=config.recipe, **RECIPES[config.recipe])
     parts = [config.recipe]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in MACHINE or value == getattr(base, field.name):
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in MACHINE or value == getattr(base, f.name):
             continue
-        if field.name == "mask_ratio" and config.mask == "none":
+        if f.name == "mask_ratio" and config.mask == "none":
             continue
         values = value if isinstance(value, tuple) else (value,)
-        if field.name in ("data", "clusters", "init"):  # a path's name, not a machine's folders
+        if f.name in ("data", "clusters", "init"):  # a path's name, not a machine's folders
             values = [path_name(name) for name in values]
         value = "-".join(map(str, values))
         value = re.sub(r"[^\w.-]+", "-", value)
-        parts.append(f"{field.name.replace('_', '-')}={value}")
+        parts.append(f"{f.name.replace('_', '-')}={value}")
     name = "_".join(parts)
     return name if len(name) <= 200 else f"{name[:190]}-{zlib.crc32(name.encode()):08x}"

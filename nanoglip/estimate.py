@@ -33,10 +33,9 @@ import torch
 
 import glip
 from glip import GLIPConfig, InputError
-from nanoglip import aclip, masks
+from nanoglip import aclip
 from nanoglip.config import TrainConfig, masker_of
 from nanoglip.machine import memory_of, pick_device, use_bf16
-from nanoglip.masks import share_skipped
 from nanoglip.sources.emoji import EMBEDDED
 
 GPUS = {
@@ -281,9 +280,7 @@ def of_run(config: TrainConfig, stages: list) -> tuple[Machine, list[dict]]:
         patches = model.grid[0] * model.grid[1]
         kept, masker = patches, masker_of(config)
         if first and config.mask != "none":
-            varies = "min_mask_ratio" in masks.declared(masks.MASKS[config.mask])
-            skipped = share_skipped(config.mask_ratio, config.min_mask_ratio)
-            kept = glip.num_keep(patches, skipped if varies else masker.mask_ratio)
+            kept = masker.num_computed(patches)
         stage = of_stage(config, model, kept, text, batch, on, first)
         found.append(stage | {
             "name": name, "kept": kept, "patches": patches, "text": text, "source": source,

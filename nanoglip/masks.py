@@ -1,38 +1,48 @@
-"""Which patches and words a tower sees: the masking strategies of the field behind one seam.
+"""Which patches a tower sees: the masking strategies of the field behind one interface.
 
     noise (B, N), uniform in [0, 1)  ->  a strategy's scores (B, N)  ->  the K highest are kept
 
-A strategy is one function and one line in MASKS (patches) or TEXT_MASKS (words). What it needs
-beside noise it declares by the names of its further parameters: sigma, centre, mask_ratio, pixels
-(pictures as the tower gets them), attention, ... Whoever calls supplies them by name. A strategy
-that cannot fill all K places returns (scores, hidden), hidden (B, N) bool: patches that only fill
-a place, and that nothing attends to.
+A strategy is one function and one line in MASKS. Its further parameters name what it needs beside
+noise. A parameter annotated with a Setting becomes a flag of train.py with its default, help and
+range; the others are inputs that training supplies by name: mask_ratio, pixels (pictures as the
+tower gets them), attention, ... A strategy that cannot fill all K places returns (scores, hidden),
+hidden (B, N) bool: patches that only fill a place, and that nothing attends to.
 
-Shapes: B pairs, N patches of a (rows, columns) grid, K kept, T tokens of a caption.
+Shapes: B pairs, N patches of a (rows, columns) grid, K kept.
 """
 
 import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import lru_cache
+from typing import Annotated, NamedTuple, get_type_hints
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import glip
 from glip import (
+    MIN_SIGMA,
     ImageTower,
     InputError,
     at_least_fp32,
-    gaussian_scores,
     log_gaussian,
     normalise,
     num_keep,
     patchify,
 )
+
+
+class Setting(NamedTuple):
+    """Marks a parameter that users set: its help, and the range of its number or numbers."""
+
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+
 
 # --- From noise alone -----------------------------------------------------------------------------
 
@@ -47,8 +57,22 @@ def random_scores(noise: Tensor, grid: tuple[int, int]) -> Tensor:
     return noise
 
 
+Sigma = Annotated[
+    float | tuple[float, float],
+    Setting("variance on [-1, 1], or two: of rows, of columns", MIN_SIGMA),
+]
+Center = Annotated[tuple[float, float], Setting("(row, column) on [-1, 1]", -1, 1)]
+
+
+def gaussian_scores(
+    noise: Tensor, grid: tuple[int, int], sigma: Sigma = 0.2, mask_center: Center = (0.0, 0.0)
+) -> Tensor:
+    """GLIP (2403.15837): glip.gaussian_scores. noise (B, N) -> scores (B, N)."""
+    return glip.gaussian_scores(noise, grid, sigma, mask_center)
+
+
 def gumbel_scores(
-    noise: Tensor, grid: tuple[int, int], sigma: float | tuple, centre: tuple = (0.0, 0.0)
+    noise: Tensor, grid: tuple[int, int], sigma: Sigma = 0.2, mask_center: Center = (0.0, 0.0)
 ) -> Tensor:
     """Control: draw patches with Gaussian weights, without replacement. (B, N) -> scores (B, N).
 
@@ -56,17 +80,17 @@ def gumbel_scores(
     weight plus Gumbel noise are K successive weighted draws (1903.06059, on Gumbel-top-k).
     """
     gumbel = -torch.log(-torch.log(noise.clamp(min=torch.finfo(noise.dtype).tiny)))
-    return gumbel + log_gaussian(grid, sigma, centre, noise.device)[0]
+    return gumbel + log_gaussian(grid, sigma, mask_center, noise.device)[0]
 
 
 def center_crop_scores(
-    noise: Tensor, grid: tuple[int, int], centre: tuple = (0.0, 0.0)
+    noise: Tensor, grid: tuple[int, int], mask_center: Center = (0.0, 0.0)
 ) -> Tensor:
     """Control: GLIP without its noise, the K most central patches. noise (B, N) -> scores (B, N).
 
     Patches at equal distance are taken in reading order.
     """
-    nearest = -log_gaussian(grid, 1.0, centre, torch.device("cpu"), torch.float64)[0]
+    nearest = -log_gaussian(grid, 1.0, mask_center, torch.device("cpu"), torch.float64)[0]
     place = nearest.argsort(stable=True).argsort()                             # (N,)
     if noise.device.type == "cuda":  # the copy from pinned memory is asynchronous
         place = place.pin_memory()
@@ -106,24 +130,22 @@ ANCHORS = 0.03  # share of the patches that are anchors; 6 of 196
 
 
 def cluster_scores(
-    noise: Tensor,
-    grid: tuple[int, int],
-    pixels: Tensor,
-    mask_ratio: float,
-    threshold: float | None = None,
-    embeddings: Tensor | None = None,
-    embedding_weight: float = 0.0,
-    min_mask_ratio: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    noise: Tensor, grid: tuple[int, int], pixels: Tensor, mask_ratio: float,
+    threshold: float | None = None, embeddings: Tensor | None = None,
+    min_mask_ratio: Annotated[
+        float | None, Setting("share never computed (none: mask_ratio - 0.2)", 0, 1)
+    ] = None,
+    embedding_weight: Annotated[
+        float, Setting("share of patch embeddings in similarity, at the end of training", 0, 1)
+    ] = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cluster Masking (2405.08815, section 3): patches that look like an anchor go together.
 
     noise (B, N), pixels (B, 3, H, W) -> scores (B, N), hidden (B, N). Anchors are the patches of
     the highest noise; whatever is more similar to one than `threshold` is hidden. Visible patches
-    score above hidden ones, so those that K cannot hold are dropped by the noise, and free places
-    are filled by hidden patches. `threshold` comes from similarity_threshold on a fixed sample;
-    without it, from these pictures. embeddings (B, N, D), embedding_weight: their similarity's
-    share beside the pixels'. min_mask_ratio (default: mask_ratio - 0.2) sets K, by which
-    sample_mask goes.
+    score above hidden ones, so the noise drops those that K cannot hold, and hidden patches fill
+    free places. `threshold` comes from similarity_threshold on a fixed sample; without it, from
+    these pictures. embeddings are (B, N, D). min_mask_ratio sets K in sample_mask.
     """
     closest = closest_anchor(noise, grid, pixels, embeddings, embedding_weight)
     if threshold is None:
@@ -208,25 +230,55 @@ MASKS = {
     "attentive": attentive_scores,
 }
 
+SUPPLIED = {  # inputs that training supplies to a mask that asks for them, and settings of theirs
+    "mask_ratio": {}, "pixels": {},
+    "attention": {
+        "teacher_scale": (float, 1.0, Setting(
+            "size of the teacher's pictures; 0.5 is A-CLIP-eff", 1e-3, 1)),
+        "teacher_momentum": (float, 0.9, Setting(
+            "of the moving average at the start; 1 at the end", 0, 1)),
+    },
+}  # fmt: skip
 
-def declared(row: Callable) -> dict[str, bool]:
-    """What a strategy takes beside noise and its second argument: name -> whether it must be."""
+# --- The interface --------------------------------------------------------------------------------
+
+
+@lru_cache
+def required_inputs(row: Callable) -> dict[str, bool]:
+    """What a strategy takes beside its first two arguments: name -> whether it must be given."""
     names = list(inspect.signature(row).parameters.values())[2:]
     return {p.name: p.default is p.empty for p in names}
 
 
-def apply_row(
-    registry: dict, kind: str, name: str, first: tuple, always: dict, inputs: dict
-) -> object:
-    """Call a registry's row on what it declares; InputError names what is unknown or missing."""
+@lru_cache
+def settings_of(row: Callable) -> dict[str, tuple[object, object, Setting]]:
+    """A strategy's settings, by name: (type, default, Setting)."""
+    hints, found = get_type_hints(row, include_extras=True), {}
+    for name, parameter in inspect.signature(row).parameters.items():
+        setting = next(iter(getattr(hints.get(name), "__metadata__", ())), None)
+        if isinstance(setting, Setting):
+            found[name] = (hints[name].__origin__, parameter.default, setting)
+        found |= SUPPLIED.get(name, {})
+    return found
+
+
+def check_setting(name: str, value: object, setting: Setting) -> None:
+    """Raise InputError for a number, or one of several, outside a setting's range."""
+    numbers = value if isinstance(value, tuple | list) else (value,)
+    if not all(n is None or setting.low <= n <= setting.high for n in numbers):
+        flag = f"--{name.replace('_', '-')}"
+        raise InputError(f"{flag} {value} is outside [{setting.low:g}, {setting.high:g}]")
+
+
+def call_row(registry: dict, kind: str, name: str, first: tuple, inputs: dict) -> object:
+    """Call a registry's row on what it takes; InputError names what is unknown or missing."""
     if name not in registry:
         raise InputError(f"unknown {kind} '{name}': choose one of {', '.join(registry)}")
-    known = sorted({key for row in registry.values() for key in declared(row)})
+    known = sorted({key for row in registry.values() for key in required_inputs(row)})
     unknown = [key for key in inputs if key not in known]
     if unknown:
         raise InputError(f"no {kind} takes '{unknown[0]}': inputs are {', '.join(known)}")
-    inputs = {**inputs, **always}
-    wanted = declared(registry[name])
+    wanted = required_inputs(registry[name])
     given = {key: inputs[key] for key in wanted if inputs.get(key) is not None}
     missing = [key for key, needed in wanted.items() if needed and key not in given]
     if missing:
@@ -235,121 +287,131 @@ def apply_row(
 
 
 def sample_mask(
-    mask: str,
-    batch: int,
-    grid: int | tuple[int, int],
-    mask_ratio: float,
-    *,
-    sigma: float | tuple[float, float] = 0.2,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    **inputs: object,
-) -> tuple[Tensor, Tensor | None]:
-    """Choose the kept patches: ids_keep (B, K) int64, and visible (B, K) bool or None for all.
+    mask: str, batch: int, grid: int | tuple[int, int], mask_ratio: float, *,
+    noise: Tensor | None = None, generator: torch.Generator | None = None, **inputs: object,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The kept patches: ids_keep (B, K) int64, and visible (B, K) bool or None for all.
 
     A pure function of `noise` (B, N), uniform in [0, 1), drawn from `generator` if absent; `grid`
-    is patches a side or (rows, columns); `inputs` holds whatever else the mask's row declares.
+    is patches a side or (rows, columns); `inputs` holds whatever else the mask takes, as sigma.
     Raises InputError for an unknown mask, a ratio outside [0, 1), or an input that is missing.
     """
     grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
     n = grid[0] * grid[1]
-    k = num_keep(n, mask_ratio)
+    k = num_computed(mask, n, mask_ratio, inputs.get("min_mask_ratio"))
     if noise is None:
         device = generator.device if generator else None
         noise = torch.rand(batch, n, generator=generator, device=device)
     if tuple(noise.shape) != (batch, n):
         raise InputError(f"noise has shape {tuple(noise.shape)}, the mask needs {(batch, n)}")
-    always = {"sigma": sigma, "mask_ratio": mask_ratio}
-    scores = apply_row(MASKS, "mask", mask, (noise, grid), always, inputs)
+    inputs = {**inputs, "mask_ratio": mask_ratio}
+    scores = call_row(MASKS, "mask", mask, (noise, grid), inputs)
     scores, hidden = scores if isinstance(scores, tuple) else (scores, None)
     if scores.shape != noise.shape:
         shape = tuple(scores.shape)
         raise InputError(f"mask '{mask}' gave scores {shape} for {(batch, n)} patches")
-    if mask == "none":
-        k = n
-    elif "min_mask_ratio" in declared(MASKS[mask]):
-        k = num_keep(n, share_skipped(mask_ratio, inputs.get("min_mask_ratio")))
     ids_keep = scores.topk(k, dim=1).indices                                   # (B, K)
     return ids_keep, None if hidden is None else ~hidden.gather(1, ids_keep)
 
 
-def sample_ids_keep(*args: object, **kwargs: object) -> Tensor:
-    """The first element of sample_mask, same arguments: ids_keep (B, K)."""
-    return sample_mask(*args, **kwargs)[0]
+def num_computed(mask: str, n: int, mask_ratio: float, min_mask_ratio: float | None = None) -> int:
+    """K, the patches of n that a mask computes: all of "none", more than are seen of "cluster"."""
+    kept = num_keep(n, mask_ratio)
+    if mask == "none":
+        return n
+    varies = mask in MASKS and "min_mask_ratio" in required_inputs(MASKS[mask])
+    return num_keep(n, share_skipped(mask_ratio, min_mask_ratio)) if varies else kept
 
 
 def share_skipped(mask_ratio: float, min_mask_ratio: float | None) -> float:
     """Share never computed by a mask of varying size; Cluster Masking's is 0.3 at 0.5."""
+    if min_mask_ratio is not None and not 0 <= min_mask_ratio <= mask_ratio:
+        raise InputError(f"--min-mask-ratio {min_mask_ratio} is outside [0, {mask_ratio}]")
     return max(0.0, mask_ratio - 0.2) if min_mask_ratio is None else min_mask_ratio
 
 
 # --- A mask with all that it needs beside noise ---------------------------------------------------
 
 
-@dataclass
-class Masker:
-    """A mask's settings, and the state that training finds for it; called on pictures, it masks.
+def momentum_at(step: int, steps: int, start: float) -> float:
+    """The teacher's momentum: from `start` to 1 along half a cosine, as in A-CLIP."""
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-    What the row declares is supplied: settings, the pictures' pixels, patch embeddings, the
-    attention of a teacher. So a mask is a function of noise, pictures and the checkpointed state.
+
+def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
+    """The embeddings' weight where it changes, from 0 to `last` in eight steps; None elsewhere."""
+    places = [i for i in range(8) if round(i * steps / 8) == step]
+    return last * places[-1] / 7 if places else None
+
+
+class Masker:
+    """A mask, its settings, and the state that training finds for it; called on pictures, it masks.
+
+    The mask is a function of noise, pictures and this state, which a checkpoint holds.
     """
 
-    mask: str = "none"
-    mask_ratio: float = 0.0
-    sigma: float | tuple[float, float] = 0.2  # a variance, or two: rows, columns
-    centre: tuple[float, float] = (0.0, 0.0)  # (row, column) on [-1, 1]
-    min_mask_ratio: float | None = None  # share never computed, where a mask's size varies
-    embedding_weight: float = 0.0  # share of patch embeddings in cluster's similarity, now
-    teacher_scale: float = 1.0  # size of the pictures that the teacher gets
-    threshold: float | None = None  # cluster's, found by find_threshold
-    teacher: nn.Module | None = None  # attentive's, made by follow
-
-    SUPPLIED: ClassVar = {"sigma", "mask_ratio", "centre", "pixels", "attention"}
+    def __init__(self, mask: str = "none", mask_ratio: float = 0.0, **settings: object) -> None:
+        known = settings_of(MASKS[mask])
+        self.mask, self.mask_ratio = mask, mask_ratio
+        self.settings = {name: default for name, (_, default, _) in known.items()} | settings
+        for name, value in settings.items():
+            if name not in known:
+                raise InputError(f"mask '{mask}' has no setting '{name}'")
+            check_setting(name, value, known[name][2])
+        self.threshold: float | None = None  # below which a patch is not like an anchor
+        self.embedding_weight = self.settings.get("embedding_weight", 0.0)  # now, in training
+        self.teacher: nn.Module | None = None
 
     def needs(self, name: str) -> bool:
-        """Whether the mask's row declares an input of this name."""
-        return name in declared(MASKS[self.mask])
+        """Whether the mask takes an input of this name."""
+        return name in required_inputs(MASKS[self.mask])
 
-    def unmet(self) -> list[str]:
-        """Inputs that the mask's row demands and that nobody here supplies."""
-        row = declared(MASKS[self.mask])
-        return [name for name, must in row.items() if must and name not in self.SUPPLIED]
+    def missing_inputs(self) -> list[str]:
+        """Required inputs that nothing here supplies."""
+        row = required_inputs(MASKS[self.mask])
+        return [name for name, needed in row.items() if needed and name not in SUPPLIED]
 
-    def describe(self, grid: tuple[int, int]) -> str:
-        """How much is kept of a grid's patches, in words."""
-        n = grid[0] * grid[1]
+    def num_computed(self, n: int) -> int:
+        """How many of n patches are computed."""
+        share = self.settings.get("min_mask_ratio")
+        return num_computed(self.mask, n, self.mask_ratio, share)
+
+    def summary(self, grid: tuple[int, int]) -> str:
+        """How many of a grid's patches are kept, in words."""
+        n = math.prod(grid)
+        k, computed = num_keep(n, self.mask_ratio), self.num_computed(n)
         if self.mask == "none":
             return f"no mask: all {n} patches"
-        k = num_keep(n, self.mask_ratio)
         text = f"mask {self.mask} keeps {k} of {n} patches ({1 - k / n:.1%} removed)"
-        if self.needs("min_mask_ratio"):
-            k = num_keep(n, share_skipped(self.mask_ratio, self.min_mask_ratio))
-            text += f" on the average, and computes {k}"
-        return text
+        return text + f" on average, and computes {computed}" * (computed != k)
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, noise: Tensor, tower: nn.Module, **inputs: object
+        self, images: Tensor, noise: Tensor, tower: ImageTower, **inputs: object
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Pictures (B, 3, H, W), noise (B, N) -> ids_keep and visible (B, K); None: all are kept.
+        """Images (B, 3, H, W), noise (B, N) -> ids_keep and visible (B, K); None: all are kept.
 
-        `inputs` wins over what would be supplied.
+        `inputs` replace what would be supplied.
         """
         if self.mask == "none":
             return None, None
-        if self.needs("attention") and "attention" not in inputs and self.teacher:
-            inputs["attention"] = self.attention(images, tower.config.grid)
-        if self.needs("embeddings"):
-            inputs["embeddings"] = self.embeddings(images, tower)
-        settings = {"sigma", "centre", "min_mask_ratio", "embedding_weight", "threshold"}
-        plain = {name: getattr(self, name) for name in settings if self.needs(name)}
-        inputs = {**plain, **({"pixels": images} if self.needs("pixels") else {}), **inputs}
+        grid = tower.config.grid
+        supplies = {
+            "pixels": lambda: images,
+            "attention": lambda: self.teacher and self.attention(images, grid),
+            "embeddings": lambda: self.embeddings(images, tower),
+            "threshold": lambda: self.threshold,
+            "embedding_weight": lambda: self.embedding_weight,
+        }
+        inputs = {name: supply() for name, supply in supplies.items()
+                  if self.needs(name) and name not in inputs} | inputs  # fmt: skip
+        own = {name: value for name, value in self.settings.items() if self.needs(name)}
         return sample_mask(
-            self.mask, len(images), tower.config.grid, self.mask_ratio, noise=noise, **inputs
+            self.mask, len(images), grid, self.mask_ratio, noise=noise, **(own | inputs)
         )
 
-    def embeddings(self, images: Tensor, tower: nn.Module) -> Tensor | None:
-        """All patches projected by the tower, in full precision, if weighted. (B, N, D)"""
+    def embeddings(self, images: Tensor, tower: ImageTower) -> Tensor | None:
+        """All patches projected by the tower, in full precision, if weighted. (B, N, D)."""
         if not self.embedding_weight:
             return None
         with torch.autocast(images.device.type, enabled=False):
@@ -358,38 +420,57 @@ class Masker:
 
     def attention(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the teacher attends to, at the patches of `grid`. (B, 3, H, W) -> (B, N)."""
-        found, _ = attend(self.teacher, scaled(images, self.teacher_scale))
+        found, _ = attend(self.teacher, scaled(images, self.settings["teacher_scale"]))
         return resized_map(found, grid).flatten(1)
 
-    @torch.no_grad()
-    def find_threshold(self, blocks: Iterable[tuple[Tensor, Tensor]], tower: nn.Module) -> None:
-        """Set the threshold under which blocks of (pictures, noise) show 1 - mask_ratio of all."""
-        closest = torch.cat([
-            closest_anchor(
-                noise, tower.config.grid, images, self.embeddings(images, tower),
-                self.embedding_weight,
-            )
-            for images, noise in blocks
-        ])  # fmt: skip
-        self.threshold = similarity_threshold(closest, self.mask_ratio, self.min_mask_ratio)
+    def before_step(
+        self, step: int, steps: int, tower: ImageTower, sample: Callable[[], Iterable]
+    ) -> None:
+        """Update the teacher, and at fixed steps cluster's threshold on sample()'s blocks."""
+        if self.needs("attention"):
+            momentum = momentum_at(step, steps, self.settings["teacher_momentum"])
+            self.update_teacher(tower, momentum)
+        weight = embedding_weight_at(step, steps, self.settings.get("embedding_weight", 0.0))
+        if self.needs("threshold") and weight is not None and (step == 0 or weight > 0):
+            self.embedding_weight, found = weight, [None]
+            if not dist.is_initialized() or dist.get_rank() == 0:  # reads the sample, for all
+                self.find_threshold(sample(), tower)
+                found = [self.threshold]
+            if dist.is_initialized():
+                dist.broadcast_object_list(found)
+            (self.threshold,) = found
 
     @torch.no_grad()
-    def follow(self, tower: nn.Module, momentum: float) -> None:
-        """Move the teacher towards the tower, of which it begins as a copy: an EMA by torch."""
+    def find_threshold(self, blocks: Iterable[tuple[Tensor, Tensor]], tower: ImageTower) -> None:
+        """Set the threshold under which blocks of (images, noise) show 1 - mask_ratio of all."""
+        device, grid = tower.conv1.weight.device, tower.config.grid
+        closest = []
+        for images, noise in blocks:
+            images, noise = images.to(device), noise.to(device)
+            embeddings = self.embeddings(images, tower)
+            closest.append(closest_anchor(noise, grid, images, embeddings, self.embedding_weight))
+        share = self.settings["min_mask_ratio"]
+        self.threshold = similarity_threshold(torch.cat(closest), self.mask_ratio, share)
+
+    @torch.no_grad()
+    def update_teacher(self, tower: ImageTower, momentum: float) -> None:
+        """Move the teacher, at first a copy of the tower, towards the tower."""
         if self.teacher is None:
             self.teacher = copy.deepcopy(tower).requires_grad_(False)
         move_towards(self.teacher, tower, momentum)
 
     def state(self) -> dict:
         """Plain values and tensors, for a checkpoint."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {key: value for key, value in vars(self).items() if key != "teacher"}
         return {**plain, "teacher": self.teacher and self.teacher.state_dict()}
 
     @staticmethod
     def restored(state: dict, tower: nn.Module) -> "Masker":
-        """The masker whose state() a checkpoint holds, beside its tower; else InputError."""
+        """The masker of a state(), beside its tower; InputError for another version's."""
         try:
-            masker = Masker(**{**state, "teacher": None})
+            masker = Masker(state["mask"], state["mask_ratio"], **state["settings"])
+            masker.threshold = state["threshold"]
+            masker.embedding_weight = state["embedding_weight"]
             if state["teacher"]:
                 masker.teacher = copy.deepcopy(tower).requires_grad_(False)
                 masker.teacher.load_state_dict(state["teacher"])
@@ -430,9 +511,9 @@ def class_attention(attention: nn.Module, x: Tensor) -> Tensor:
 
 
 def move_towards(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """One step of torch's exponential moving average, on the teacher's parameters in place."""
-    pair = list(teacher.parameters()), list(student.parameters())
-    get_ema_multi_avg_fn(momentum)(*pair, None)
+    """Update an exponential moving average: the teacher's parameters, in place."""
+    theirs, own = list(student.parameters()), list(teacher.parameters())
+    torch._foreach_lerp_(own, theirs, 1 - momentum)
 
 
 def scaled(images: Tensor, scale: float) -> Tensor:

@@ -1,32 +1,37 @@
-"""nanoglip.text: to be told."""
+"""Captions as tokens: cut, decoded, and shortened by the text masks of the field.
+
+    noise (B, T), lengths (B,) with start and end  ->  scores (B, T)  ->  the highest words are kept
+
+A text mask is one function and one line in TEXT_MASKS; its inputs and settings are declared as
+those of masks.py. Shapes: B captions of T tokens.
+"""
 
 import math
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glip import END, InputError, lengths, vocabulary
-from nanoglip.masks import apply_row
+from nanoglip.masks import Setting, call_row
 
 
 def cut_tokens(tokens: Tensor, context_length: int) -> Tensor:
-    """What tokenize() makes of the same texts at a shorter context_length. (n, T) -> (n, <= T)."""
+    """The tokens of the same texts at a shorter context_length. (n, T) -> (n, <= T)."""
     cut = tokens[:, :context_length].clone()
     cut[:, -1] = cut[:, -1].where(lengths(tokens) <= context_length, END)
     return cut
 
 
-
 def decode_tokens(ids: Iterable[int]) -> str:
-    """Token ids, without start and end -> a text that has the same tokens."""
+    """A text that has these token ids, start and end left out."""
     pieces, byte = spelling()
     text = "".join(pieces[int(i)] for i in ids)
     words = (bytes(byte[c] for c in word) for word in text.split("</w>"))
     return " ".join(word.decode("utf-8", "replace") for word in words).strip()
-
 
 
 @lru_cache
@@ -36,18 +41,17 @@ def spelling() -> tuple[list[str], dict[str, int]]:
     return list(ids), {letter: byte for byte, letter in letters.items()}
 
 
-# Words: the same idea. noise (B, T) and the captions' lengths (B,), start and end tokens included,
-# -> scores (B, T); the highest of the words are kept, in their order
+# --- Text masks -----------------------------------------------------------------------------------
+
+
 def truncate_text(noise: Tensor, lengths: Tensor) -> Tensor:
     """CLIP: the first words are kept. noise (B, T) -> scores (B, T)."""
     return -torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
 
 
-
 def random_text(noise: Tensor, lengths: Tensor) -> Tensor:
     """CLIPA's random text mask (2305.07017, on text tokens): every word is equally likely."""
     return noise
-
 
 
 def block_text(noise: Tensor, lengths: Tensor, keep: int) -> Tensor:
@@ -58,17 +62,16 @@ def block_text(noise: Tensor, lengths: Tensor, keep: int) -> Tensor:
     return ((place >= first) & (place < first + keep)).to(noise)
 
 
-
 def frequency_text(
-    noise: Tensor, lengths: Tensor, word_shares: Tensor, text_threshold: float
-) -> Tensor:
+    noise: Tensor, lengths: Tensor, word_shares: Tensor,
+    text_threshold: Annotated[float, Setting("smaller shares count as rare", 1e-12)] = 1e-4,
+) -> Tensor:  # fmt: skip
     """CLIPF (2412.16148, method section): frequent words are dropped more often. -> scores (B, T).
 
     A word with the share f of all words goes with probability 1 - sqrt(t / f), t the
     text_threshold; that is subtracted from the noise, GLIP's rule for words. word_shares (B, T).
     """
     return noise - (1 - (text_threshold / word_shares.clamp(min=1e-12)).sqrt()).clamp(min=0)
-
 
 
 def syntax_text(noise: Tensor, lengths: Tensor, word_ranks: Tensor, keep: int) -> Tensor:
@@ -81,7 +84,6 @@ def syntax_text(noise: Tensor, lengths: Tensor, word_ranks: Tensor, keep: int) -
     return -(place + noise.shape[1] * (word_ranks >= keep)).to(noise)
 
 
-
 TEXT_MASKS = {
     "truncate": truncate_text,
     "random": random_text,
@@ -91,16 +93,10 @@ TEXT_MASKS = {
 }
 
 
-
 def mask_text(
-    text_mask: str,
-    tokens: Tensor,
-    text_tokens: int,
-    *,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    **inputs: object,
-) -> Tensor:
+    text_mask: str, tokens: Tensor, text_tokens: int, *, noise: Tensor | None = None,
+    generator: torch.Generator | None = None, **inputs: object,
+) -> Tensor:  # fmt: skip
     """Shorten captions to text_tokens, start and end included. (B, T) -> (B, text_tokens).
 
     The start and end token stay, and so does the order of what is kept; shorter captions are
@@ -116,8 +112,8 @@ def mask_text(
     if tuple(noise.shape) != (batch, length):
         raise InputError(f"noise has shape {tuple(noise.shape)}, the texts {(batch, length)}")
     ends = tokens.argmax(dim=1)  # the end token has the highest id              (B,)
-    always = {"keep": text_tokens - 2}
-    scores = apply_row(TEXT_MASKS, "text mask", text_mask, (noise, ends + 1), always, inputs)
+    inputs = {**inputs, "keep": text_tokens - 2}
+    scores = call_row(TEXT_MASKS, "text mask", text_mask, (noise, ends + 1), inputs)
     place = torch.arange(length, device=tokens.device)
     scores = scores.float().masked_fill(place > ends[:, None], -math.inf)
     scores = scores.masked_fill((place == 0) | (place == ends[:, None]), math.inf)

@@ -64,7 +64,7 @@ def parts():
     torch.manual_seed(0)
     network = aclip.AClip(GLIP(TINY))
     masker = Masker("attentive", 0.5)
-    masker.follow(network.model.visual, 0.9)
+    masker.update_teacher(network.model.visual, 0.9)
     images, tokens = torch.rand(4, 3, 32, 32), torch.randint(0, 49, (4, 6))
     tokens[:, -1] = 49
     return network, masker, images, tokens, torch.rand(4, 16), torch.cat([
@@ -103,6 +103,6 @@ def test_all_but_the_teacher_and_the_patch_projection_learn():
     assert all(p.grad is None for p in masker.teacher.parameters())
     before = copy.deepcopy(network.target.state_dict())
     network.project[0].weight.data += 1
-    network.follow(0.75)
+    network.update_teacher(0.75)
     moved = network.target.state_dict()["0.weight"] - before["0.weight"]
     torch.testing.assert_close(moved, torch.full_like(moved, 0.25))

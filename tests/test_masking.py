@@ -13,7 +13,7 @@ import data
 import glip
 from glip import GLIP, GLIPConfig, InputError, num_keep
 from nanoglip import masks
-from nanoglip.masks import MASKS, Masker, attend, sample_ids_keep, sample_mask
+from nanoglip.masks import MASKS, Masker, attend, sample_mask
 from nanoglip.sources import emoji
 from nanoglip.sources.order import Batches, ConceptOrder
 
@@ -22,6 +22,10 @@ TINY = GLIPConfig(32, 4, 24, 2, 3, 10, 20, 1, 2)  # 8 x 8 patches
 
 def noise_of(batch, n, seed=0):
     return torch.rand(batch, n, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_ids_keep(*args, **kwargs):
+    return sample_mask(*args, **kwargs)[0]
 
 
 def inputs_of(batch, grid, seed=0):
@@ -49,7 +53,7 @@ def test_every_mask_keeps_k_distinct_patches(mask, grid, ratio, batch):
     noise = noise_of(batch, rows * columns)
     inputs = inputs_of(batch, grid)
     ids, visible = sample_mask(mask, batch, grid, ratio, noise=noise, **inputs)
-    varies = "min_mask_ratio" in masks.declared(MASKS[mask])
+    varies = "min_mask_ratio" in masks.required_inputs(MASKS[mask])
     computed = max(0, ratio - 0.2) if varies else ratio
     k = rows * columns if mask == "none" else num_keep(rows * columns, computed)
     assert ids.shape == (batch, k) and ids.dtype == torch.int64
@@ -208,7 +212,8 @@ def test_center_crop_is_the_nearest_patches_without_noise():
     ids = sample_ids_keep("center-crop", 3, 8, 0.75, noise=noise_of(3, 64))
     square = [8 * row + column for row in range(2, 6) for column in range(2, 6)]
     assert all(sorted(row) == square for row in ids.tolist())
-    moved = sample_ids_keep("center-crop", 1, (5, 9), 0.9, noise=noise_of(1, 45), centre=(-1, 1))
+    noise = noise_of(1, 45)
+    moved = sample_ids_keep("center-crop", 1, (5, 9), 0.9, noise=noise, mask_center=(-1, 1))
     assert sorted(moved[0].tolist()) == [6, 7, 8, 17]  # around the upper right corner
 
 
@@ -216,7 +221,8 @@ def test_center_crop_is_the_nearest_patches_without_noise():
 def test_a_moved_centre_moves_the_mask(mask):
     often = {
         centre: torch.zeros(64).scatter_add_(
-            0, sample_ids_keep(mask, 2000, 8, 0.75, noise=noise_of(2000, 64), centre=centre)
+            0, sample_ids_keep(mask, 2000, 8, 0.75, noise=noise_of(2000, 64),
+                               mask_center=centre)
             .flatten(), torch.ones(2000 * 16)).view(8, 8) / 2000
         for centre in ((0.0, 0.0), (-0.5, 0.0), (0.0, 0.5))
     }  # fmt: skip
@@ -416,7 +422,7 @@ def test_the_teachers_attention_is_torchs():
             theirs.load_state_dict(block.attn.state_dict())
             y = block.ln_1(x)
             maps.append(theirs(y, y, y, average_attn_weights=True)[1][:, 0, 1:])
-            x = block(x, None)
+            x = block(x)
         torch.testing.assert_close(found.flatten(1), torch.stack(maps).mean(0))
         torch.testing.assert_close(features, tower(images, None, None))
         torch.testing.assert_close(attend(tower, images)[0], found)
@@ -427,7 +433,7 @@ def test_attentive_keeps_what_the_teacher_attends_to(scale):
     torch.manual_seed(0)
     model, images = GLIP(TINY), photographs(5)
     masker = Masker("attentive", 0.75, teacher_scale=scale)
-    masker.follow(model.visual, 0.5)
+    masker.update_teacher(model.visual, 0.5)
     ids, visible = masker(images, noise_of(5, 64), model.visual)
     small = masks.scaled(images, scale)
     with torch.no_grad():
@@ -441,11 +447,11 @@ def test_attentive_keeps_what_the_teacher_attends_to(scale):
 def test_the_teacher_is_a_moving_average():
     torch.manual_seed(0)
     tower, masker = GLIP(TINY).visual, Masker("attentive", 0.75)
-    masker.follow(tower, 0.9)
+    masker.update_teacher(tower, 0.9)
     first = [p.clone() for p in masker.teacher.parameters()]
     for p in tower.parameters():
         p.data += 1.0
-    masker.follow(tower, 0.9)
+    masker.update_teacher(tower, 0.9)
     for old, now, new in zip(
         first, masker.teacher.parameters(), tower.parameters(), strict=True
     ):
@@ -458,11 +464,14 @@ def test_a_masker_lives_on_in_its_checkpoint(mask, tmp_path):
     """What was found in training is what masks later: plain values and tensors alone."""
     torch.manual_seed(0)
     model, images, noise = GLIP(TINY), photographs(6), noise_of(6, 64)
-    masker = Masker(mask, 0.5, sigma=(0.1, 0.4), centre=(0.2, 0.0), embedding_weight=0.5)
-    assert masker.unmet() == []
-    masker.find_threshold([(images, noise)], model.visual)
+    given = {"sigma": (0.1, 0.4), "mask_center": (0.2, 0.0), "embedding_weight": 0.5}
+    known = masks.settings_of(MASKS[mask])
+    masker = Masker(mask, 0.5, **{name: value for name, value in given.items() if name in known})
+    assert masker.missing_inputs() == []
+    if masker.needs("threshold"):
+        masker.find_threshold([(images, noise)], model.visual)
     if masker.needs("attention"):
-        masker.follow(GLIP(TINY).visual, 0.5)
+        masker.update_teacher(GLIP(TINY).visual, 0.5)
     glip.save_checkpoint(tmp_path / "a.pt", model, mask=masker.state())
     again, _ = glip.load_model(tmp_path / "a.pt")
     restored = Masker.restored(glip.load_checkpoint(tmp_path / "a.pt")["mask"], again.visual)
@@ -471,7 +480,7 @@ def test_a_masker_lives_on_in_its_checkpoint(mask, tmp_path):
         assert a is b is None or torch.equal(a, b)
 
 
-# --- the seam -----------------------------------------------------------------------------------
+# --- the interface ------------------------------------------------------------------------------
 
 
 def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
@@ -484,8 +493,8 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
     assert ids.tolist() == [[1, 2, 3]] and visible.tolist() == [[True, True, False]]
     with pytest.raises(InputError, match="'bright' needs pixels"):
         sample_mask("bright", 1, 2, 0.25)
-    monkeypatch.setitem(MASKS, "deep", lambda noise, grid, sigma, depth, threshold: noise)
-    assert Masker("deep", 0.5).unmet() == ["depth", "threshold"]
+    monkeypatch.setitem(MASKS, "deep", lambda noise, grid, depth, threshold: noise)
+    assert Masker("deep", 0.5).missing_inputs() == ["depth", "threshold"]
     monkeypatch.setitem(MASKS, "short", lambda noise, grid: noise[:, :3])
     with pytest.raises(InputError, match="'short' gave scores \\(1, 3\\) for \\(1, 4\\) patches"):
         sample_mask("short", 1, 2, 0.25)
@@ -500,12 +509,12 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
         (lambda: sample_mask("random", 2, 4, 0.5, noise=torch.rand(2, 9)), "noise has shape"),
         (lambda: sample_mask("cluster", 1, 4, 0.5), "mask 'cluster' needs pixels"),
         (lambda: sample_mask("gaussian", 1, 4, 0.5, center=(0, 1)), "no mask takes 'center': inp"),
-        (lambda: sample_mask("gaussian", 1, 4, 0.5, centre=(0, 1, 2)), "must be two numbers"),
+        (lambda: sample_mask("gaussian", 1, 4, 0.5, mask_center=(0, 1, 2)), "a row and a column"),
         (lambda: Masker.restored({"mask": "none", "colour": 1}, None), "of another version"),
         (lambda: sample_mask("attentive", 1, 4, 0.5), "mask 'attentive' needs attention"),
-        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=0.0), "sigma 0.0 is a variance"),
-        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=(0.2, -1)), "must be above 0"),
-        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=float("nan")), "must be above 0"),
+        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=0.0), "sigma 0.0 must be one or"),
+        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=(0.2, -1)), "above 0"),
+        (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=float("nan")), "above 0"),
     ],
 )
 def test_bad_input_is_told(call, words):

@@ -194,7 +194,7 @@ def test_batches_mask_captions_by_their_address():
     [
         ("nouns", 5, "unknown text mask 'nouns': choose one of truncate, random"),
         ("random", 2, "2 text tokens leave no word"),
-        ("frequency", 5, "text mask 'frequency' needs word_shares and text_threshold"),
+        ("frequency", 5, "text mask 'frequency' needs word_shares"),
         ("syntax", 5, "text mask 'syntax' needs word_ranks"),
     ],
 )

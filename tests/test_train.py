@@ -128,14 +128,14 @@ def test_sigma_is_one_value_or_two():
 
 def test_schedules_of_masks_are_pure_functions_of_the_step():
     """A-CLIP's momentum rises to 1; the embeddings' weight rises in eight steps of equal height."""
-    momenta = [train.momentum_at(step, 100, 0.9) for step in range(101)]
+    momenta = [masks.momentum_at(step, 100, 0.9) for step in range(101)]
     assert momenta[0] == pytest.approx(0.9) and momenta[50] == pytest.approx(0.95)
     assert momenta[100] == 1 and momenta == sorted(momenta)
-    weights = [train.embedding_weight_at(step, 80, 0.5) for step in range(80)]
+    weights = [masks.embedding_weight_at(step, 80, 0.5) for step in range(80)]
     assert [w for w in weights if w is not None] == pytest.approx([i / 14 for i in range(8)])
     assert all((w is not None) == (step % 10 == 0) for step, w in enumerate(weights))
     for steps in (1, 5, 9, 450):
-        found = [train.embedding_weight_at(step, steps, 1.0) for step in range(steps)]
+        found = [masks.embedding_weight_at(step, steps, 1.0) for step in range(steps)]
         assert [w for w in found if w is not None][-1] == (1.0 if steps > 5 else found[-1])
 
 
@@ -428,8 +428,8 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--tune-batch-size", "5000"], "py: --tune-batch-size 5000 must lie between 2 and"),
         (["--out", __file__], "is a file: name a folder"),
         (["--lr", "nan"], "--lr must be above 0"),
-        (["--sigma", "0"], "--sigma must be above 0"),
-        (["--sigma", "1e-300"], "--sigma must be 1e-06 at least"),
+        (["--sigma", "0"], "--sigma 0.0 is outside [1e-06, inf]"),
+        (["--sigma", "1e-300"], "--sigma 1e-300 is outside [1e-06, inf]"),
         (["--seed", "1" + 30 * "0"], "--seed must be at least 0 and below 2^63"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--steps", "1" + 20 * "0"], "--steps must be above 0 and below 2^63"),
@@ -454,8 +454,8 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--aclip"], "--aclip does nothing under --mask gaussian"),
         (["--data", "mine/", "--vendors", "Goog"], "--vendors is for emoji, not for --data mine/"),
         (["--data", "mine/", "--captions", "names"], "--captions is for emoji, not for"),
-        (["--sigma", "0.3", "-1"], "--sigma must be above 0"),
-        (["--mask-center", "0", "2"], "--mask-center (0.0, 2.0) lies outside the picture"),
+        (["--sigma", "0.3", "-1"], "--sigma (0.3, -1.0) is outside [1e-06, inf]"),
+        (["--mask-center", "0", "2"], "--mask-center (0.0, 2.0) is outside [-1, 1]"),
         (["--mask", "cluster", "--min-mask-ratio", "0.9"], "--min-mask-ratio 0.9 is outside"),
         (["--mask", "cluster", "--embedding-weight", "2"], "--embedding-weight 2.0 is outside"),
         (["--mask", "attentive", "--teacher-scale", "0.3"], "--teacher-scale 0.3 of 64 pixels"),

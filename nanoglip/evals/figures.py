@@ -8,7 +8,6 @@ import json
 import math
 import warnings
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,10 +136,12 @@ def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "
     columns = list(zip(axes.T, masks.MASKS, strict=True))
     for column, mask in tqdm(columns, "masks", leave=False, disable=None):
         column[0].set_title(mask, fontsize=9)
-        masker = replace(own, mask=mask, mask_ratio=ratio, teacher=own.teacher or tower)
-        masker = replace(masker, threshold=own.threshold if mask == own.mask else None)
-        if masker.unmet():
-            column[0].set_title(f"{mask} needs {', '.join(masker.unmet())}", fontsize=7)
+        known = masks.settings_of(masks.MASKS[mask])
+        masker = Masker(mask, ratio, **{k: v for k, v in own.settings.items() if k in known})
+        masker.teacher = own.teacher or tower
+        masker.threshold = own.threshold if mask == own.mask else None
+        if masker.missing_inputs():
+            column[0].set_title(f"{mask} needs {', '.join(masker.missing_inputs())}", fontsize=7)
             continue
         blocks = zip(many.split(256), noise.split(256), strict=True)
         seen = torch.cat([seen_patches(masker(*block, tower), len(block[0]), grid)

@@ -3,11 +3,11 @@
 Both need to know how often words are said: one pass over the training captions, kept in the cache.
 """
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from glip import InputError, encode_word, lengths, tokenize, words
 from nanoglip import files
 from nanoglip.files import cached, cached_array, digest, open_regular
-from nanoglip.masks import declared
+from nanoglip.masks import Setting, required_inputs
 from nanoglip.sources.pictures import Source
 from nanoglip.text import TEXT_MASKS, mask_text
 
@@ -33,7 +33,7 @@ class TextMask:
         self, text_mask: str, text_tokens: int, text_threshold: float, pairs: Source
     ) -> None:
         self.text_mask, self.text_tokens = text_mask, text_tokens
-        self.inputs = declared(TEXT_MASKS[text_mask])
+        self.inputs = required_inputs(TEXT_MASKS[text_mask])
         self.text_threshold = text_threshold
         self.shares = word_shares(pairs) if "word_shares" in self.inputs else {}
 
@@ -129,13 +129,19 @@ def word_ranks(text: str) -> tuple[int, ...]:
 # --- Sampling: which share of the pairs an epoch of pre-training shows ----------------------------
 
 
-def balanced_sampling(clusters: np.ndarray, share: float, power: float) -> np.ndarray:
+Share = Annotated[float, Setting("share of the pairs that an epoch has", 1e-9, 1)]
+
+
+def balanced_sampling(
+    clusters: np.ndarray, sampling_share: Share = 0.5,
+    sampling_power: Annotated[float, Setting("n pairs of a cluster count as n^power", 0, 1)] = 0.2,
+) -> np.ndarray:  # fmt: skip
     """DynamiCS: a cluster of n pairs keeps a number that grows as n^power. (M,) ids -> (M,).
 
-    The probabilities add up to share x M; no pair has more than 1. arXiv 2604.27932.
+    The probabilities add up to sampling_share x M; no pair has more than 1. arXiv 2604.27932.
     """
     _, number, size = np.unique(clusters, return_inverse=True, return_counts=True)
-    wanted, budget = size ** (power - 1.0), share * len(clusters)
+    wanted, budget = size ** (sampling_power - 1.0), sampling_share * len(clusters)
     low, high = 0.0, 1.0 / wanted.min()
     for _ in range(60):  # the factor by which the sum of capped probabilities meets the budget
         factor = (low + high) / 2
@@ -144,13 +150,14 @@ def balanced_sampling(clusters: np.ndarray, share: float, power: float) -> np.nd
     return np.minimum(1, high * wanted)[number]
 
 
-def rare_sampling(caption_scores: np.ndarray, share: float) -> np.ndarray:
+def rare_sampling(caption_scores: np.ndarray, sampling_share: Share = 0.5) -> np.ndarray:
     """WFPP: the pairs whose captions have the rarest words, in every epoch the same. (M,) -> (M,).
 
     A caption's score is the mean of its words' sqrt(t / share), at most 1 each: our reading of
     arXiv 2410.10879, where long captions are to be no worse than short ones.
     """
-    kept = np.argsort(-caption_scores, kind="stable")[: round(share * len(caption_scores))]
+    count = round(sampling_share * len(caption_scores))
+    kept = np.argsort(-caption_scores, kind="stable")[:count]
     probability = np.zeros(len(caption_scores))
     probability[kept] = 1.0
     return probability
@@ -159,27 +166,18 @@ def rare_sampling(caption_scores: np.ndarray, share: float) -> np.ndarray:
 SAMPLINGS = {"clusters": balanced_sampling, "words": rare_sampling}
 
 
-def sampling_inputs(sampling: str) -> set[str]:
-    """What a row of SAMPLINGS asks for, by the names of its parameters; nothing for `all`."""
-    if sampling not in SAMPLINGS:
-        return set()
-    return set(inspect.signature(SAMPLINGS[sampling]).parameters)
-
-
 def sampling_probabilities(
-    sampling: str, pairs: Source, share: float, power: float, clusters: str, threshold: float
+    sampling: str, pairs: Source, settings: dict[str, float], clusters: str, text_threshold: float
 ) -> np.ndarray:
     """How likely an epoch shows each picture (M,); held-out ones never. Raises InputError."""
     ids = np.setdiff1d(np.arange(len(pairs)), pairs.held, assume_unique=True)
-    inputs = {"share": share, "power": power}
-    asked = sampling_inputs(sampling)
-    if "clusters" in asked:
+    if sampling == "clusters":
         found = read_clusters(clusters, len(pairs) + len(pairs.left_out))
-        inputs["clusters"] = np.delete(found, pairs.left_out)[ids]
-    if "caption_scores" in asked:
-        inputs["caption_scores"] = caption_scores(pairs, threshold)[ids]
+        given = np.delete(found, pairs.left_out)[ids]
+    else:
+        given = caption_scores(pairs, text_threshold)[ids]
     chances = np.zeros(len(pairs))
-    chances[ids] = SAMPLINGS[sampling](**{name: inputs[name] for name in asked})
+    chances[ids] = SAMPLINGS[sampling](given, **settings)
     return chances
 
 
