@@ -191,35 +191,45 @@ def test_results_are_published_from_a_known_commit_and_name_no_folder():
         assert "-dirty" not in text and '"commit": ""' not in text, path.name
 
 
-def test_the_readmes_diff_adds_a_mask(tmp_path):
-    """Applied to a copy: the command line, the loop, the figure and the sweep follow."""
+def test_the_readmes_diff_adds_a_mask_with_a_setting(tmp_path):
+    """Applied to a copy: the flag, its range, the loop, the figure and the sweep follow."""
     text = (ROOT / "README.md").read_text()
     diff = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines()
     before = "".join(f"{line[1:]}\n" for line in diff if not line.startswith("+"))
     after = "".join(f"{line[1:]}\n" for line in diff)
-    for script in ROOT.glob("*.py"):
-        source = script.read_text()
-        if script.name == "masks.py":
-            assert source.count(before) == 1
-            source = source.replace(before, after)
-        (tmp_path / script.name).write_text(source)
-    shutil.copytree(ROOT / "results", tmp_path / "results")
+    assert max(len(line[1:]) for line in diff) <= 100
+    for name in ("glip.py", "data.py", "train.py", "evaluate.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("nanoglip", "tools", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    source = (tmp_path / "nanoglip/masks.py").read_text()
+    assert source.count(before) == 1
+    (tmp_path / "nanoglip/masks.py").write_text(source.replace(before, after))
+
+    def run(*words):
+        return command(*words, cwd=tmp_path, path=tmp_path)
+
     small = ["--image-size", "32", "--batch-size", "16", "--steps", "2", "--tune-epochs", "0"]
-    for words in (["train.py", "--mask", "border", *small], ["evaluate.py"]):
-        done = command(*words, cwd=tmp_path, path=tmp_path)
+    for words in (["train.py", "--mask", "ring", "--radius", "0.5", *small], ["evaluate.py"]):
+        done = run(*words)
         assert done.returncode == 0, done.stderr[-2000:]
-    (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "masks.png").exists() and "mask border 75.0%" in done.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "masks.png").exists() and "mask ring 75.0%" in done.stdout
+    assert "radius=0.5" in folder.name
+    for flags in (["--mask", "ring", "--radius", "3"], ["--mask", "random", "--radius", "0.5"]):
+        done = run("train.py", *flags)
+        assert (done.returncode, done.stdout) == (2, "") and "--radius" in done.stderr
     code = (
-        "import json, pathlib, glip, report, sweep\n"
-        "often = glip.sample_ids_keep('border', 2000, 8, 0.75).flatten().bincount(minlength=64)\n"
-        "assert often[0] > 500 > often[27], often\n"  # a quarter is what random masking keeps
-        "cost = json.loads(pathlib.Path('results/cost.json').read_text())\n"
+        "from nanoglip import masks, results\n"
+        "from tools import sweep, tables\n"
+        "found = masks.sample_mask('ring', 2000, 8, 0.75, radius=0.5)[0]\n"
+        "often = found.flatten().bincount(minlength=64)\n"
+        "assert often[18] > 500 > often[0] and often[18] > often[27], often\n"  # random keeps 500
+        "cost, runs = results.load('cost'), results.load_runs()\n"
         "known = sweep.planned(cost)\n"
-        "assert {run.equal for run in known if run.mask == 'border'} == {'steps'}\n"
-        "results = results.load_runs(pathlib.Path('results'))\n"
-        "assert '| border, equal steps | not run' in report.compare_table(results, cost)\n"
-        "assert '| border | not measured' in report.cost_table(cost)\n"
+        "assert {run.equal for run in known if run.mask == 'ring'} == {'steps'}\n"
+        "assert '| ring, equal steps | not run' in tables.compare_table(runs, cost)\n"
+        "assert '| ring | not measured' in tables.cost_table(cost)\n"
     )
-    done = command("-c", code, cwd=tmp_path, path=tmp_path)
+    done = run("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
