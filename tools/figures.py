@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanoglip import masks, results
-from nanoglip.evals.figures import figure, save, show
+from nanoglip.evals.figures import figure, show, to_png
 from nanoglip.sources.emoji import Emoji
 from tools import tables
 
@@ -104,8 +104,9 @@ def planet() -> Tensor:
 
 def main() -> None:
     """Write both figures."""
-    save(draw_time(results.load_runs(), results.load("cost")), FOLDER / "accuracy.png")
-    save(draw_masks(planet()), FOLDER / "three_masks.png")
+    time = draw_time(results.load_runs(), results.load("cost"))
+    (FOLDER / "accuracy.png").write_bytes(to_png(time))
+    (FOLDER / "three_masks.png").write_bytes(to_png(draw_masks(planet())))
 
 
 if __name__ == "__main__":
