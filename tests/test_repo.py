@@ -16,9 +16,10 @@ import tyro
 from PIL import Image
 
 import glip
+from nanoglip import results
 from nanoglip.config import check, parse, run_name
 from tests.test_train import command
-from tools import tables
+from tools import figures, tables
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # each may import those before it
@@ -145,6 +146,18 @@ def test_numbers_of_the_readme_are_those_of_the_generated_tables():
         others = [iter(other) for other in known]
         assert any(all(cell in other for cell in row) for other in others), row
     assert len(found) > 10
+
+
+def test_the_readmes_figure_shows_every_seed_of_the_table():
+    runs, cost = results.load_runs(), results.load("cost")
+    found = {data: figures.curves(runs, cost, data) for data in figures.SETS}
+    points = [point for masks in found.values() for line in masks.values() for point in line]
+    assert len(points) == 10 + 4 + 4 and {len(seeds) for _, _, seeds in points} == {3}
+    text = (ROOT / "README.md").read_text()
+    for label, mask, place in (("none, equal steps", "none", -1), ("gaussian", "gaussian", 1)):
+        _, minutes, seeds = found["scenes-center"][mask][place]
+        assert f"| {label} | {sum(seeds) / 3:.1f} ({min(seeds):.1f}-{max(seeds):.1f}) |" in text
+        assert 450 * 0.25 < 60 * minutes < 450 * 0.85
 
 
 def test_code_of_the_docs_runs(tmp_path, monkeypatch):

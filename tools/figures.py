@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parents[1] / "docs/figures"
 NAMES = {"none": "CLIP", "random": "FLIP", "gaussian": "GLIP"}
 COLOURS = {"none": "#444444", "random": "#d55e00", "gaussian": "#0072b2"}
 STEPS, TUNING = 450, 20  # of --recipe compare
-EXAMPLE = 528  # a cherry blossom, in scenes on the cat
+EXAMPLE, SIZE = 528, 180  # a cherry blossom, in scenes on the cat; pixels a side
 SETS = {  # title, shorter runs of CLIP, mask ratios of FLIP and GLIP
     "scenes-center": ("object in the centre", (100, 152, 236), (0.918, 0.75, 0.5)),
     "emoji": ("object fills the picture", (152,), (0.75,)),
@@ -32,36 +32,44 @@ SETS = {  # title, shorter runs of CLIP, mask ratios of FLIP and GLIP
 GRID, RATIO, MIDDLE = 14, 0.75, slice(4, 10)  # of the mask figure: ViT-B/16 at 224 pixels
 
 
-def draw_time(runs: list[dict], cost: dict) -> object:
-    """Accuracy against training time of CLIP, FLIP and GLIP on three sets, all seeds.
+def curves(runs: list[dict], cost: dict, data: str) -> dict[str, list[tuple]]:
+    """Of each mask on a set: (ratio, minutes, the seeds' accuracies in percent) of its runs.
 
     Time is steps times the seconds of a step in cost.json, where all masks were measured in turn;
     the runs were made in several sittings, and some shared the machine with others.
     """
     step = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost["seconds"]}
+    _, shorter, ratios = SETS[data]
+    unmasked, found = [(0.0, steps) for steps in (*shorter, STEPS)], {}
+    for mask in COLOURS:
+        found[mask] = []
+        for ratio, steps in unmasked if mask == "none" else [(ratio, STEPS) for ratio in ratios]:
+            flags = f"--data {data} --mask {mask} --steps {steps}"
+            seeds = tables.seeds_of(runs, flags + (f" --mask-ratio {ratio}" if ratio else ""))
+            minutes = (steps * step[mask, ratio] + TUNING * step["none", 0.0]) / 60
+            found[mask].append((ratio, minutes, seeds))
+    return found
+
+
+def draw_time(runs: list[dict], cost: dict) -> object:
+    """Accuracy against training time of CLIP, FLIP and GLIP on three sets, all seeds."""
     fig = figure(3.7, 10.5)
-    for axes, (data, row) in zip(fig.subplots(1, 3, width_ratios=(1.5, 1, 1)), SETS.items()):
-        title, shorter, ratios = row
-        for mask, colour in COLOURS.items():
-            unmasked, masked = [(0.0, n) for n in (*shorter, STEPS)], [(r, STEPS) for r in ratios]
-            line = []
-            for ratio, steps in unmasked if mask == "none" else masked:
-                flags = f"--data {data} --mask {mask} --steps {steps}"
-                flags += f" --mask-ratio {ratio}" if ratio else ""
-                seeds = tables.seeds_of(runs, flags)
-                minutes = (steps * step[mask, ratio] + TUNING * step["none", 0.0]) / 60
+    for axes, data in zip(fig.subplots(1, 3, width_ratios=(1.5, 1, 1)), SETS, strict=True):
+        for mask, points in curves(runs, cost, data).items():
+            colour, line = COLOURS[mask], []
+            for ratio, minutes, seeds in points:
                 axes.plot([minutes] * len(seeds), seeds, "o", color=colour, alpha=0.5, ms=5, mew=0)
                 line.append((minutes, sum(seeds) / len(seeds)))
-                if len(ratios) > 1 and ratio:
+                if ratio and len(points) > 1:
                     shift = (8, -1 if line[-1][1] < 1 else -10)
                     label(axes, f"{100 * ratio:g} %", line[-1], shift, colour)
-            axes.plot(*zip(*line), color=colour, lw=2)
-            side = (-10, -3 if mask == "gaussian" else 3) if len(line) == 1 else (-4, 12)
-            label(axes, NAMES[mask], line[-1], side, colour, ha="right", fontweight="bold")
-        axes.set(xlim=(0, 6.5), xlabel="minutes of training", title=title)
+            axes.plot(*zip(*line, strict=True), color=colour, lw=2)
+            shift = (-10, -3 if mask == "gaussian" else 3) if len(line) == 1 else (-4, 12)
+            label(axes, NAMES[mask], line[-1], shift, colour, ha="right", fontweight="bold")
+        axes.set(xlim=(0, 6.5), xlabel="minutes of training", title=SETS[data][0])
         axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
         axes.spines[["top", "right"]].set_visible(False)
-        picture = Emoji(data, 160, ("Goog",), "test").render(np.array([EXAMPLE]), None)[0]
+        picture = Emoji(data, SIZE, ("Goog",), "test").render(np.array([EXAMPLE]))[0]
         show(axes.inset_axes((0.7, 0.04, 0.28, 0.28)), picture)
     fig.axes[0].set_ylabel("held-out emoji named right (%)")
     return fig
@@ -80,7 +88,7 @@ def draw_masks(image: Tensor) -> object:
     n, side = GRID * GRID, image.shape[-1] // GRID
     noise = torch.rand(2000, n, generator=torch.Generator().manual_seed(3))
     fig = figure(3.6, 12)
-    for axes, (mask, title) in zip(fig.subplots(1, 4), titles.items()):
+    for axes, (mask, title) in zip(fig.subplots(1, 4), titles.items(), strict=True):
         ids_keep = masks.sample_mask(mask, len(noise), GRID, RATIO, noise=noise)[0]
         kept = torch.zeros_like(noise).scatter_(1, ids_keep, 1.0).unflatten(1, (GRID, GRID))
         seen = kept[0].repeat_interleave(side, 0).repeat_interleave(side, 1)

@@ -152,7 +152,8 @@ def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "
         column[-1].set(xticks=[], yticks=[])
     axes[-1, 0].set_ylabel("share kept", fontsize=8)
     fig.colorbar(heat, ax=axes[-1, :], shrink=0.9, pad=0.01).ax.tick_params(labelsize=6)
-    fig.suptitle(f"{ratio:.1%} masked, sigma {own.sigma} (a variance)", fontsize=9)
+    settings = "".join(f", {name} {value}" for name, value in own.settings.items())
+    fig.suptitle(f"{ratio:.1%} masked{settings}", fontsize=9)
     return fig
 
 
