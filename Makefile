@@ -1,48 +1,47 @@
-# make demo: set up, pre-train on the embedded data, evaluate, draw.  make test: set up, test.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test notebooks proof gpu bench sweep readme setup
+.PHONY: demo check test proof gpu bench sweep readme notebooks setup help
 
-demo: setup
+demo: setup  ## install, pre-train on the embedded data, evaluate, draw (default)
 	test -f runs/demo/model.pt || $(RUN) train.py
 	$(RUN) evaluate.py runs/demo --linear-probe
 
-test: setup
+check: setup  ## ruff and the fast tests, between two edits
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -m "not slow and not proof and not gpu"
+
+test: setup  ## ruff and all tests that the README rests on
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
 
-# Opens Jupyter; set NANOGLIP_QUICK=1 for the tests' small sizes.
-notebooks: setup
-	$(RUN) -m jupyterlab notebooks
-
-# What takes too long for `make test`; its numbers go to results/.
-proof: setup
+proof: setup  ## tests and measurements that take longer; numbers go to results/
 	$(RUN) -m pytest -m proof
 	$(RUN) -m tools.bench
 	$(RUN) -m tools.bench zero-shot --rounds 3
 
-# What only a GPU can show; without one each test says that it was skipped.
-gpu: setup
+gpu: setup  ## tests of an NVIDIA GPU; without one each says that it was skipped
 	$(RUN) -m pytest -m gpu -rs -s
 
-# Training steps beside open_clip's, in turn: about 40 minutes, with nothing else on the machine.
-bench: setup
+bench: setup  ## training steps in turn with open_clip's: 40 minutes on an idle machine
 	$(RUN) tests/benchmark.py
 
-# The comparison of masks in the README and the runs of the notebooks: about six hours on two cores,
-# in as many sittings as you like; finished runs are skipped.
-sweep: setup
+sweep: setup  ## the comparison of masks and the notebooks' runs: 6 hours on 2 cores, resumable
 	$(RUN) -m tools.sweep
 
-# Rewrite the README's tables from results/*.json.
-readme: setup
+readme: setup  ## rewrite the generated tables of README.md and docs/ from results/
 	$(RUN) -m tools.tables
 
-setup: $(VENV)/installed
+notebooks: setup  ## open Jupyter (NANOGLIP_QUICK=1 for the tests' small sizes)
+	$(RUN) -m jupyterlab notebooks
 
-$(VENV)/installed: requirements.txt
+setup: $(VENV)/installed  ## install everything into $(VENV)
+
+$(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 11
