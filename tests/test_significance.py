@@ -95,7 +95,7 @@ def test_captions_of_one_picture_are_no_independent_examples():
     in 4.1 %; taken as independent, 76 and 18 %.
     """
     unit, truth = np.repeat(np.arange(200), 5), 1 - scipy.stats.norm.cdf(0.25)
-    held, spans_zero, fooled, trials = 0, 0, 0, 500
+    held, spans_zero, fooled, trials = 0, 0, 0, 200
     for seed in range(1000, 1000 + trials):
         a, b = (by_unit(found.ravel(), unit) for found in captions_found(seed))
         low, high = interval(a)
@@ -103,8 +103,8 @@ def test_captions_of_one_picture_are_no_independent_examples():
         found = difference(a, b)
         spans_zero += found["low"] <= 0 <= found["high"]
         fooled += found["p"] < 0.05
-    assert 0.93 <= held / trials <= 0.97 and 0.93 <= spans_zero / trials <= 0.97
-    assert 0.03 <= fooled / trials <= 0.07
+    assert 0.92 <= held / trials <= 0.98 and 0.92 <= spans_zero / trials <= 0.98
+    assert 0.01 <= fooled / trials <= 0.08
 
 
 def test_units_of_one_answer_are_examples():
@@ -147,12 +147,12 @@ def test_clear_differences_are_real_and_chance_seldom_is():
     assert next(line for line in text.splitlines() if line.endswith("real")).startswith("better")
     assert "1 of 2 differences are real" in text
     fooled = 0
-    for seed in range(100):  # eight metrics without any difference
+    for seed in range(60):  # eight metrics without any difference
         sides = ({f"m{i}": rights(200, 0.5, [seed, side, i]) for i in range(8)}
                  for side in (0, 1))  # fmt: skip
         rows = compare(*({"column": side} for side in sides))["column"]
         fooled += any(row["real"] for row in rows.values())
-    assert fooled <= 12  # 5 are expected; uncorrected, 34
+    assert fooled <= 8  # 3 are expected; uncorrected, 20
 
 
 def test_permuted_features_are_at_chance():

@@ -1,6 +1,6 @@
 """Metrics: of held-out pairs by the ranks of right answers, of published sets CLIP_benchmark's.
 
-What is a share of right answers comes as the answers, so that two models can be compared on each.
+Shares are of answers, which are returned too, so that two models can be compared on each.
 """
 
 import numpy as np
@@ -13,13 +13,13 @@ from torch import Tensor
 def ranks(scores: Tensor, right: Tensor) -> Tensor:
     """How many wrong answers do not score below the best right one. (Q, M) twice -> (Q,).
 
-    Equal scores, and scores that are not numbers, count as wrong: no model profits from them.
+    Equal scores and NaN count as wrong.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     return (~(scores < best) & ~right).sum(dim=1)
 
 
-# Ranks of a question by the pattern of its metrics' names, and which ranks count as right.
+# The k of each question's metrics, by the pattern of their names.
 WITHIN = {
     "zero-shot top-{}": (1, 5), "zero-shot top-{} without flags": (1, 5),
     "image to text R@{}": (1, 5, 10), "text to image R@{}": (1, 5, 10),
@@ -27,9 +27,9 @@ WITHIN = {
 
 
 def hits(found: dict[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
-    """Ranks (Q,) by question -> for every metric, which answers are right, (Q,) bool.
+    """Which answers are right (Q,), by metric, from ranks (Q,) by question.
 
-    Without k that is no less than the fewest examples of a question: k of so few are all of them.
+    Every k is below the fewest examples of a question, or all answers were right.
     """
     fewest = min(map(len, found.values()), default=0)
     return {
@@ -71,12 +71,12 @@ def named(scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def shares(hits: dict[str, Tensor]) -> dict[str, float]:
-    """How many of each metric's answers are right."""
+    """The share of right answers, by metric."""
     return {metric: right.double().mean().item() for metric, right in hits.items()}
 
 
 def per_class(right: np.ndarray, labels: np.ndarray) -> float:
-    """The share that is right, mean over the classes that there are. (n,) twice."""
+    """The share of right answers, mean over the classes in labels. (n,) twice."""
     counts = np.bincount(labels)
     return float((np.bincount(labels, right)[counts > 0] / counts[counts > 0]).mean())
 
@@ -98,7 +98,7 @@ def classification(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def retrieved(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, Tensor]:
     """R@1/5/10 both ways: whether one right answer is among k. (M, E), (T, E), owner (T,) < M.
 
-    Without k that is no less than the number of candidates: k of so few are all of them.
+    Every k is below the number of candidates, or all answers were right.
     """
     own, found = torch.arange(len(images)), {}
     for way, queries, wanted, answers, given in (
@@ -114,8 +114,7 @@ def retrieved(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, Tensor]
 
 
 def aupr(known: Tensor, foreign: Tensor) -> float:
-    """Average precision of finding foreign pictures by their low confidence. Logits (M, C) twice.
-    """
+    """Average precision of low confidence as a sign of foreign pictures. Logits (M, C) twice."""
     from sklearn.metrics import average_precision_score
 
     sure = torch.cat([logits.softmax(dim=1).amax(dim=1) for logits in (known, foreign)])

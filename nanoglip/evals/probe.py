@@ -154,25 +154,23 @@ def split_groups(labels: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
     return [rest[train], rest[valid], test]
 
 
-def shuffled(labels: np.ndarray, ids: np.ndarray, seed: list[int]) -> tuple[np.ndarray, ...]:
-    """ids class by class, shuffled within; the place of each in its class, and the class's size."""
+def by_class(labels: np.ndarray, ids: np.ndarray, seed: list[int]) -> list[np.ndarray]:
+    """The ids of each class, shuffled."""
     order = np.random.default_rng(seed).permutation(ids)
     order = order[np.argsort(labels[order], kind="stable")]
-    _, first, count = np.unique(labels[order], return_index=True, return_counts=True)
-    return order, np.arange(len(order)) - np.repeat(first, count), np.repeat(count, count)
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def sample(labels: np.ndarray, ids: np.ndarray, shots: int, draw: int) -> np.ndarray:
     """`shots` ids of every class, or all where it has fewer."""
-    order, place, _ = shuffled(labels, ids, [shots, draw])
-    return order[place < shots]
+    return np.concatenate([own[:shots] for own in by_class(labels, ids, [shots, draw])])
 
 
 def hold_out(labels: np.ndarray, ids: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The ids that stay, and a fifth of every class, at least one, that is held out."""
-    order, place, count = shuffled(labels, ids, [seed])
-    held = place < np.maximum(1, count // 5)
-    return np.sort(order[~held]), np.sort(order[held])
+    held = [own[: max(1, len(own) // 5)] for own in by_class(labels, ids, [seed])]
+    held = np.sort(np.concatenate(held))
+    return np.setdiff1d(ids, held), held
 
 
 # --- Labelled pictures ----------------------------------------------------------------------------

@@ -1,15 +1,13 @@
-"""How sure a number is: bootstrap intervals, and which differences of two runs are real.
+"""Confidence of a number: bootstrap intervals, and which differences of two models are real.
 
     interval(hits)              95 % interval of a share; hits (n,): is each example right?
     interval(x, y, statistic=f) of any f(x, y), x and y (n,) of the same examples
-    by_unit(hits, unit)         where examples belong together (the captions of one picture): takes
-                                the place of hits in what stands above and below
+    by_unit(hits, unit)         counts that replace hits where answers depend on each other, such as
+                                those about the captions of one picture
     difference(a, b)            two models on the same examples: difference, interval, p
-    compare(a, b)               the same for every metric of two runs, with a verdict
-    save_outcomes, load_outcomes    arrays of a run to a file, and back
+    compare(a, b)               the same for every metric of two models, with a verdict
 
-Arrays of per-example outcomes go in and floats come out. Examples are what is drawn: another seed
-of the same training is another model, and its distance from the first is in none of these numbers.
+Examples are resampled, models are not: the distance between two seeds is in none of these numbers.
 """
 
 import zipfile
@@ -18,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 
 from glip import InputError
 from nanoglip import files
@@ -27,35 +24,37 @@ LEVEL, DRAWS = 0.95, 2999
 
 
 def by_unit(hits: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Of each unit how many answers are right, and how many there are. (n,) twice -> (U, 2).
+    """The number of right answers and of all answers in each unit. (n,) twice -> (U, 2).
 
-    Units are independent of each other, answers within one are not; `unit` counts them from 0.
+    Units, counted from 0, are independent of each other; answers within one are not.
     """
     return np.stack([np.bincount(unit, hits), np.bincount(unit)], axis=1).astype(int)
 
 
 def as_counts(hits: np.ndarray) -> np.ndarray:
-    """by_unit()'s counts (U, 2) as they are; of hits (n,) each is its own unit, (n, 2)."""
+    """by_unit()'s counts (U, 2), where each of hits (n,) is its own unit."""
     return hits if hits.ndim == 2 else by_unit(hits, np.arange(len(hits)))
 
 
-def resampled(counts: np.ndarray) -> np.ndarray:
-    """Sums (DRAWS, k) over units drawn with replacement from counts (U, k), whole numbers."""
+def resampled_interval(counts: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap of a ratio of sums over units, from whole numbers (U, 2)."""
     kinds, number = np.unique(counts, axis=0, return_counts=True)
     # To draw as many units as there are is to draw how many of each kind.
     draws = np.random.default_rng(0).multinomial(len(counts), number / len(counts), DRAWS)
-    return draws @ kinds
+    right, asked = (draws @ kinds).T
+    low, high = np.quantile(right / asked, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
-def interval(
-    *outcomes: np.ndarray, statistic: Callable = np.mean, level: float = LEVEL
-) -> tuple[float, float]:
+def interval(*outcomes: np.ndarray, statistic: Callable = np.mean) -> tuple[float, float]:
     """Percentile bootstrap of statistic(*outcomes) over examples; outcomes (n,) each.
 
-    The resampled mean of n rights and wrongs is binomial, so that a share needs no drawing. Counts
-    of by_unit() are resampled by unit. Where all are right, or all wrong, no resample differs: the
-    exact binomial interval of as many units is given. Of no examples nothing is known: 0 to 1.
+    The resampled mean of rights and wrongs is binomial, so that a share needs no drawing. Counts of
+    by_unit() are resampled by unit. Where all answers are right, or all wrong, no resample differs:
+    the exact binomial interval of as many units is given. No examples give 0 to 1.
     """
+    import scipy.stats
+
     first = np.asarray(outcomes[0])
     if statistic is np.mean and (first.dtype == bool or first.ndim == 2):
         counts = as_counts(first)
@@ -63,43 +62,41 @@ def interval(
         if not n:
             return 0.0, 1.0
         if right in (0, asked):
-            found = scipy.stats.binomtest(n * bool(right), n).proportion_ci(level, "exact")
+            found = scipy.stats.binomtest(n * bool(right), n).proportion_ci(LEVEL, "exact")
         elif asked == n:
-            found = (k / n for k in scipy.stats.binom.interval(level, n, right / n))
+            found = (k / n for k in scipy.stats.binom.interval(LEVEL, n, right / n))
         else:
-            drawn = resampled(counts)
-            found = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
-        low, high = found
-        return float(low), float(high)
-    found = scipy.stats.bootstrap(
-        outcomes, statistic, paired=True, vectorized=False, n_resamples=DRAWS,
-        confidence_level=level, method="percentile", rng=0, batch=1 + 10**7 // len(first),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+            return resampled_interval(counts)
+    else:
+        found = scipy.stats.bootstrap(
+            outcomes, statistic, paired=True, vectorized=False, n_resamples=DRAWS, rng=0,
+            confidence_level=LEVEL, method="percentile", batch=1 + 10**7 // len(first),
+        ).confidence_interval  # fmt: skip
+    low, high = found
+    return float(low), float(high)
 
 
-def difference(a: np.ndarray, b: np.ndarray, level: float = LEVEL) -> dict[str, float]:
-    """Shares of two models, b's lead, its interval (paired bootstrap), p (test by flipped signs).
+def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Shares of two models, b's lead, its interval (paired bootstrap), p (sign-flip test).
 
     a and b (n,) bool: which of the same n examples each gets right; or by_unit()'s counts of them.
     """
     a, b = as_counts(a), as_counts(b)
     lead, asked = b[:, 0] - a[:, 0], a[:, 1]
-    drawn = resampled(np.stack([lead, asked], axis=1))
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return {
-        "a": float(a[:, 0].sum() / asked.sum()), "b": float(b[:, 0].sum() / asked.sum()),
-        "difference": float(lead.sum() / asked.sum()), "low": float(low), "high": float(high),
-        "p": flipped(lead),
-    }  # fmt: skip
+    low, high = resampled_interval(np.stack([lead, asked], axis=1))
+    shares = {"a": a[:, 0], "b": b[:, 0], "difference": lead}
+    shares = {name: float(found.sum() / asked.sum()) for name, found in shares.items()}
+    return {**shares, "low": low, "high": high, "p": sign_flip_p(lead)}
 
 
-def flipped(lead: np.ndarray) -> float:
+def sign_flip_p(lead: np.ndarray) -> float:
     """Exact p of a sign-flip test; lead (U,): by how many answers one model leads in each unit.
 
     Were the models equal, each unit could as well favour the other as much. Where no unit leads by
     more than one answer, this is McNemar's exact test.
     """
+    import scipy.stats
+
     chances = np.ones(1)  # of every total that flipped signs can give: -T, -T + 2, ..., T
     sizes, counts = np.unique(np.abs(lead[lead != 0]), return_counts=True)
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
@@ -111,26 +108,28 @@ def flipped(lead: np.ndarray) -> float:
 
 
 def compare(
-    a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str, np.ndarray]], level: float = LEVEL
+    a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str, np.ndarray]]
 ) -> dict[str, dict[str, dict]]:
     """difference() of every metric, {column: {metric: hits (n,)}} twice, and whether it is "real".
 
-    Many metrics are many chances to be fooled: p is Benjamini and Hochberg's over all of them, and
-    real is what lies below 1 - level. Of what is called real, that share is expected to be wrong.
+    p is corrected for the number of metrics (Benjamini and Hochberg), and real below 5 %: that
+    share of what is called real is expected to be wrong.
     """
+    import scipy.stats
+
     tables = {
-        column: {metric: difference(hits, b[column][metric], level) for metric, hits in own.items()}
+        column: {metric: difference(hits, b[column][metric]) for metric, hits in own.items()}
         for column, own in a.items()
     }
     rows = [row for table in tables.values() for row in table.values()]
     corrected = scipy.stats.false_discovery_control([row["p"] for row in rows])
-    for row, p in zip(rows, corrected, strict=True):
-        row |= {"p": float(p), "real": bool(p < 1 - level)}
+    for row, p in zip(rows, corrected.tolist(), strict=True):
+        row |= {"p": p, "real": p < 1 - LEVEL}
     return tables
 
 
 def comparison_table(tables: dict[str, dict[str, dict]]) -> str:
-    """compare()'s tables as text, and what they do not say."""
+    """compare()'s tables as text."""
     lines, width = [], max(32, *(len(column) + 1 for column in tables))
     for column, table in tables.items():
         lines.append(f"{column:{width}}{'A':>8}{'B':>10}      B - A (95 %)              p")
@@ -152,11 +151,8 @@ def comparison_table(tables: dict[str, dict[str, dict]]) -> str:
 
 def save_outcomes(
     path: Path, columns: dict[str, dict[str, np.ndarray]], examples: str, model: str
-) -> None:  # fmt: skip
-    """Write whole numbers (n,) by column and question.
-
-    `examples` says which were asked about, and `model` who was asked.
-    """
+) -> None:
+    """Write ranks (n,) by column and question, and the digests of the examples and the model."""
     arrays = {
         f"{column}/{question}": np.asarray(found, np.int32)
         for column, questions in columns.items() for question, found in questions.items()
@@ -166,7 +162,7 @@ def save_outcomes(
 
 
 def load_outcomes(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str, str]:
-    """What save_outcomes() was given; executes nothing. Raises InputError for another file."""
+    """What save_outcomes() was given; raises InputError for another file."""
     columns = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -176,7 +172,5 @@ def load_outcomes(path: Path) -> tuple[dict[str, dict[str, np.ndarray]], str, st
                     columns.setdefault(column, {})[question] = arrays[name]
             return columns, str(arrays["examples"]), str(arrays.get("model", ""))
     except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path}: not what evaluate.py writes ({type(error).__name__}); remove it, and the run "
-            "is evaluated again"
-        ) from None
+        why = f"not what evaluate.py writes ({type(error).__name__})"
+        raise InputError(f"{path}: {why}; remove it, and the run is evaluated again") from None
