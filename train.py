@@ -54,7 +54,7 @@ def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
 
 MOST = 2**48  # pairs of a run; the largest published ones have 2**37
 
-MUON_SCALE = 2.0  # Muon's learning rate in AdamW's, from the search told in the README
+MUON_SCALE = 2.0  # Muon's learning rate in AdamW's; docs/training.md has the search
 
 
 def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -8,7 +8,7 @@
 
 
 The settings depend on the number of training pictures. With fewer than SMALL_SET they are ours (how
-they were found stands in the README), else MAE's for ViT-B on ImageNet (arXiv 2111.06377, table 9;
+they were found: docs/evaluation.md), else MAE's for ViT-B on ImageNet (arXiv 2111.06377, table 9;
 FINETUNE.md and main_finetune.py of github.com/facebookresearch/mae). From elsewhere: the start is
 WiSE-FT's (2109.01903), the EMA FT-CLIP's (2212.06138); its warm-up is ours. MAE has neither, and
 pools patches where we have the class token; its script's random erasing is left out. Pictures are
