@@ -468,6 +468,8 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
     broken("nowhere", "nowhere: no such folder")
     broken("speech", "a set for retrieval: give it to --retrieval")
     write_captions(tmp_path / "speech", 3)
+    broken("mute", "0.tar s0000000: no caption in its .txt")
+    write_set(tmp_path / "mute", [(picture, ("txt", " \n"))], 1, kind=["retrieval"])
     broken("tree", "no names for the 2 folders")
     write_tree(tmp_path / "tree", ["n00000001", "n00000002"])
     broken("hollow", "no test/nshards.txt")

@@ -9,7 +9,7 @@
     DIR/val2017/*.jpg, DIR/replace_obj.json     SugarCrepe: which of two captions fits
 
 Pictures are prepared as open_clip does for evaluation. Sets are untrusted input. An incomplete set
-is reported in a sentence and gives no number, for it could not be compared with published ones.
+is reported in a sentence and gives no number, which would not be comparable.
 """
 
 import json
@@ -181,7 +181,10 @@ def imagenet_names() -> dict[str, str]:
     return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
-TARGETS = {"classification": ".cls", "retrieval": ".txt"}
+TARGETS = {  # by kind: the suffix of its files, what they match, and what that is
+    "classification": (".cls", r"\s*\d{1,9}\s*\Z", "class number"),
+    "retrieval": (".txt", r"\s*\S", "caption"),
+}
 
 
 def open_shards(folder: Path, split: str) -> Benchmark:
@@ -191,12 +194,13 @@ def open_shards(folder: Path, split: str) -> Benchmark:
     kind = lines_of(path, kinds)[0].lower() if path.exists() else "classification"
     if kind not in TARGETS:
         raise InputError(f"{path}: not {kinds}")
+    suffix, valid, what = TARGETS[kind]
     number = lines_of(home / "nshards.txt", "the number of shards")[0]
     paths = [home / f"{i}.tar" for i in range(len(list(home.glob("*.tar"))))]
     if number != str(len(paths)) or not all(path.exists() for path in paths):
         there = f"{len(paths)} .tar are there, which should be 0.tar, 1.tar and so on"
         raise InputError(f"{home}: nshards.txt says {number[:20]}; {there}: copy the set anew")
-    samples = [sample for path in paths for sample in read_shard(path, TARGETS[kind])]
+    samples = [sample for path in paths for sample in read_shard(path, suffix)]
 
     def where(i: int) -> str:
         path, key, *_ = samples[i]
@@ -207,16 +211,14 @@ def open_shards(folder: Path, split: str) -> Benchmark:
         file = shards.opened(str(path))  # keeps it open until it is read
         return os.pread(file.fileno(), size, offset)
 
-    targets = [text_of(content).strip() for *_, content in samples]
+    targets, own = [text_of(content) for *_, content in samples], (set_name(folder), kind)
     for i, target in enumerate(targets):
-        if not (target if kind == "retrieval" else re.fullmatch(r"\d{1,9}", target)):
-            what = "caption" if kind == "retrieval" else "class number"
-            raise InputError(f"{where(i)}: no {what} in its {TARGETS[kind]}: copy the set anew")
-    own = set_name(folder), kind
+        if not re.match(valid, target):
+            raise InputError(f"{where(i)}: no {what} in its {suffix}: copy the set anew")
     if kind == "retrieval":
         captions = [target.splitlines() for target in targets]
         return Benchmark(*own, np.arange(len(samples)), read, where, captions=captions)
-    labels = np.array(list(map(int, targets)))
+    labels = np.array([int(target) for target in targets])
     return Benchmark(*own, labels, read, where, class_names(folder), prompts_of(folder))
 
 
