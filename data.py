@@ -28,13 +28,10 @@ from glip import InputError
 from nanoglip import cli
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS, Emoji
-from nanoglip.sources.pictures import HeldOut, Mixed, Pictures, Source
+from nanoglip.sources.pictures import CROP_SCALE, MAX_BAD, HeldOut, Mixed, Pictures, Source
 from nanoglip.sources.shards import Shards
 
 # --- Opening --------------------------------------------------------------------------------------
-
-MAX_BAD = 0.01  # share of pictures that may be unreadable
-
 
 def load(
     data: str | Sequence[str],
@@ -43,14 +40,14 @@ def load(
     held_out: str = HELD_OUT,
     weights: Sequence[float] = (),
     max_bad: float = MAX_BAD,
-    crop_scale: tuple[float, float] = pictures.CROP_SCALE,
+    crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> tuple[Source, HeldOut]:
-    """Open data: (training pairs, held-out pairs). Raises InputError for what is not there.
+    """(training pairs, held-out pairs). Raises InputError for data that cannot be used.
 
-    For emoji the held-out pairs are another vendor's pictures (and other backgrounds); to hold out
-    another than Twitter, for validation, leaves both out of training. Of each other source they are
-    one picture in twenty, at most pictures.MAX_HELD_OUT, the same in every run. Of several sources
-    an epoch has `weights` passes. Training crops of them cover `crop_scale` of a picture's area.
+    The held-out pairs of emoji are another vendor's pictures (and other backgrounds); Twitter's are
+    never trained on. Of each other source they are one picture in twenty, at most MAX_HELD_OUT,
+    the same in every run. Of several sources an epoch has `weights` passes. `crop_scale`: the share
+    of a picture's area that a training crop covers; `max_bad`: that of unreadable pictures.
     """
     names = [data] if isinstance(data, str) else list(data)
     embedded = [name for name in names if name in EMBEDDED]
@@ -65,35 +62,28 @@ def load(
             raise InputError(f"unknown vendor {unknown[0]}: choose from {', '.join(VENDORS)}")
         if held_out in vendors:
             raise InputError(f"vendor {held_out} is held out, so --vendors cannot train on it")
-        opened = [(Emoji(names[0], image_size, vendors, "train"),
-                   Emoji(names[0], image_size, (held_out,), "test"))]  # fmt: skip
-    else:
-        opened = [open_source(name, image_size) for name in names]
-    train, test = [source for source, _ in opened], [source for _, source in opened]
-    for source, other in opened:
+        test = Emoji(names[0], image_size, (held_out,), "test")
+        return Emoji(names[0], image_size, vendors, "train"), HeldOut([test], [test.held])
+    train, test = zip(*(open_source(name, image_size) for name in names), strict=True)
+    for source in train:
         source.crop_scale = tuple(crop_scale)
-        if other is not source:
-            source.check_readable(max_bad)
-    good = [source.check_readable(max_bad) for source in test]
-    whole = train[0] if len(train) == 1 else Mixed(train, weights or [1.0] * len(train))
-    return whole, HeldOut(test, good)
+    good = {source: source.check_readable(max_bad) for source in dict.fromkeys((*train, *test))}
+    held = HeldOut(test, [good[source] for source in test])
+    if len(train) == 1:
+        return train[0], held
+    return Mixed(train, weights or [1.0] * len(train)), held
 
 
 def open_source(data: str, image_size: int) -> tuple[Source, Source]:
     """One of --data: the source to train on, and the one whose `held` pictures are held out."""
     path = Path(data)
     if "://" in data or data.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar"))):
-        shards = Shards(data, image_size)
-        return shards, shards
-    if not path.exists():
-        raise InputError(
-            f"--data {data}: no such folder or file, nor one of {', '.join(EMBEDDED)}"
-        )
-    if not path.is_dir() and path.suffix.lower() not in (".csv", ".tsv"):
-        raise InputError(
-            f"--data {data}: neither a folder, nor .tar shards, nor a .csv or .tsv file, nor one "
-            f"of {', '.join(EMBEDDED)}; check the path"
-        )
+        source = Shards(data, image_size)
+        return source, source
+    if not path.is_dir() and not (path.exists() and path.suffix.lower() in (".csv", ".tsv")):
+        problem = "neither a folder, nor .tar shards, nor a .csv or .tsv file"
+        problem = problem if path.exists() else "no such folder or file"
+        raise InputError(f"--data {data}: {problem}, nor one of {', '.join(EMBEDDED)}")
     rows = pictures.own_pictures(path)
     train, test = pictures.split_rows(rows)
     if not train:
@@ -105,7 +95,6 @@ def open_source(data: str, image_size: int) -> tuple[Source, Source]:
 
 
 # --- The commands ---------------------------------------------------------------------------------
-
 
 SNAPSHOTS = {  # name: (repository on the hub, training pairs in it)
     "cc3m": ("pixparse/cc3m-wds", 2_905_954),

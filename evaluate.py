@@ -35,7 +35,7 @@ from nanoglip.evals.metrics import hits
 from nanoglip.machine import Device, machine, resolve
 from nanoglip.masks import Masker
 from nanoglip.results import add_run
-from nanoglip.sources.pictures import HeldOut, Source
+from nanoglip.sources.pictures import MAX_BAD, HeldOut, Source
 
 # --- The command line -----------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Run:
         config = self.content["config"]
         return data.load(
             config["data"], own.model.config.pixels[0], tuple(config["vendors"]),
-            config["held_out"], max_bad=config.get("max_bad", data.MAX_BAD),
+            config["held_out"], max_bad=config.get("max_bad", MAX_BAD),
         )  # fmt: skip
 
     def known_results(self) -> dict:

@@ -26,6 +26,7 @@ from nanoglip.losses import LOSSES
 from nanoglip.masks import MASKS, Masker, check_setting, settings_of
 from nanoglip.sources.captions import SAMPLINGS
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS
+from nanoglip.sources.pictures import MAX_BAD
 from nanoglip.text import TEXT_MASKS
 
 # The GLIP authors' README. What it leaves open is filled with open_clip's defaults (warm-up, weight
@@ -83,7 +84,6 @@ RECIPES = {
 
 # --- The settings by subject, in the order in which a run's name tells them -----------------------
 
-MAX_BAD = 0.01  # share of pictures that may be unreadable
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 

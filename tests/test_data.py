@@ -1,7 +1,6 @@
 """Noise with an address, the embedded emoji and its traps, order, own pictures, bad input."""
 
 import io
-import json
 import struct
 import tarfile
 import zlib
@@ -34,7 +33,6 @@ from nanoglip.sources.emoji import (
     VENDORS,
     emoji_name,
     photographs,
-    prompted,
 )
 from nanoglip.sources.order import Batches, ConceptOrder, loader, make_order
 from nanoglip.text import decode_tokens
@@ -84,7 +82,7 @@ def test_emoji_counts(emoji):
 def test_the_held_out_vendor_is_held_out(emoji):
     train, test = emoji
     held = VENDORS.index("Twtr")
-    assert set(test.sources[0].vendor) == {held} and held not in train.vendor
+    assert set(test.parts[0][0].vendor) == {held} and held not in train.vendor
     assert set(train.vendor) == {*range(7)} - {held}
 
 
@@ -92,7 +90,7 @@ def test_no_placeholder_is_left():
     """No picture that four vendors share bit for bit, and hardly one shared across the split."""
     train, test = data.load("emoji", 64)
     seen = {}
-    for pairs in (train, *test.sources):
+    for pairs in (train, test.parts[0][0]):
         for picture, concept, vendor in zip(pairs.art, pairs.concept, pairs.vendor, strict=True):
             seen.setdefault((concept, picture.tobytes()), set()).add(vendor)
     assert max(len(vendors) for vendors in seen.values()) <= 3
@@ -103,7 +101,7 @@ def test_no_placeholder_is_left():
 def test_pictures_larger_than_the_art_are_enlarged(tmp_path, cache):
     train, _ = data.load("emoji", 144, ("Goog",))
     small, _ = data.load("emoji", 72, ("Goog",))
-    assert [p.name for p in (tmp_path / "cache").glob("*.npy")] == ["emoji-72.npy"]
+    assert [p.name for p in (tmp_path / "cache").glob("*.npz")] == ["emoji-72.npz"]
     large = train.render(np.arange(4), uniform(0, "x", 0, 4, DRAWS))
     assert large.shape == (4, 3, 144, 144) and large.dtype == torch.uint8
     halves = train.render(np.arange(4), None).float().unflatten(3, (72, 2)).unflatten(2, (72, 2))
@@ -285,12 +283,14 @@ def test_captions_are_names_in_templates_drawn_by_position(emoji):
     assert estimate.longest(SimpleNamespace(steps=3, batches=whole)) == sum(widths) / 3
 
 
-def test_articles_suit_the_names():
+def test_articles_suit_the_names(emoji):
     names = ["red apple", "eagle", "OK hand", "unicorn", "umbrella", "ewe", "1st place medal"]
     draws = (np.full(len(names), TEMPLATES.index("a photo of {a} {}")) + 0.5) / len(
         TEMPLATES
     )
-    assert prompted(names, draws) == [
+    train = emoji[0]
+    ids = [train.concept.tolist().index(train.captions.index(name)) for name in names]
+    assert train.prompted(np.array(ids), draws) == [
         "a photo of a red apple", "a photo of an eagle", "a photo of an OK hand",
         "a photo of a unicorn", "a photo of an umbrella", "a photo of a ewe",
         "a photo of a 1st place medal",
@@ -327,7 +327,7 @@ def cache(tmp_path, monkeypatch):
 
 def paths_of(held_out):
     """The files of held-out pictures."""
-    return [s.paths[i] for s, ids in zip(held_out.sources, held_out.chosen) for i in ids]
+    return [source.paths[i] for source, ids in held_out.parts for i in ids]
 
 
 def test_a_folder_of_pictures(tmp_path, cache):
@@ -336,7 +336,7 @@ def test_a_folder_of_pictures(tmp_path, cache):
     assert not set(train.captions) & set(test.captions)
     assert not set(train.paths) & set(paths_of(test))
     assert all(caption.startswith("picture number ") for caption in train.captions)
-    ids, images, bad = train.read(np.arange(10), uniform(0, "x", 0, 10, DRAWS))
+    ids, images, _, bad = train.read(np.arange(10), uniform(0, "x", 0, 10, DRAWS))
     assert images.shape == (10, 3, 32, 32) and images.dtype == torch.uint8
     assert ids.tolist() == list(range(10)) and bad == []
     i = int(train.captions[train.concept[0]].split()[-1])
@@ -361,7 +361,7 @@ def test_rendered_crops_lie_in_the_picture(tmp_path, cache):
     image[:, 40:] = (255, 0, 0, 255)
     Image.fromarray(image).save(path)
     pairs = pictures.Pictures([(path, "half red")], 20, "one")
-    shown = pairs.read(np.array([0]), None)[1][0]
+    shown = pairs.image(0)
     assert (shown[:, 10, 2] == 255).all() and shown[:, 10, 17].tolist() == [255, 0, 0]
     for draw in uniform(0, "crop", 0, 300, DRAWS):
         left, top, width, height = pictures.random_crop(80, 40, draw)
@@ -434,7 +434,7 @@ def test_crops_equal_torchvisions(tmp_path, cache):
     image = Image.open(tmp_path / "photo.png").convert("RGB")
     height, width = image.height, image.width
     pairs = pictures.Pictures([(tmp_path / "photo.png", "a")], 48, "one")
-    found = pairs.read(np.array([0]), None)[1][0]
+    found = pairs.image(0)
     wanted = TF.center_crop(TF.resize(image, 48, TF.InterpolationMode.BICUBIC), [48, 48])
     apart = found.permute(1, 2, 0).numpy().astype(int) - np.asarray(wanted)
     assert np.abs(apart).max() <= 1 and np.abs(apart).mean() < 0.02
@@ -464,10 +464,10 @@ def test_bad_pictures_are_replaced_counted_and_named(tmp_path, cache, capsys):
     for _ in range(2):  # found, then remembered
         train = data.load(str(folder), 32, max_bad=0.1)[0]
         told = capsys.readouterr().out
-        assert "004.jpg" in told and "008.jpg" in told and "2 of the 3" in told
+        assert "004.jpg" in told and "008.jpg" in told and "2 of 3" in told
     every = np.arange(len(train))
     draws = uniform(0, "x", 0, len(train), DRAWS)
-    ids, images, bad = train.read(every, draws)
+    ids, images, _, bad = train.read(every, draws)
     moved = np.flatnonzero(ids != every)
     assert [Path(where).name for _, where, _ in bad] == ["004.jpg", "008.jpg"]
     assert bad[0][2] == "Premature end of JPEG file" and "not one of" in bad[1][2]
@@ -475,12 +475,12 @@ def test_bad_pictures_are_replaced_counted_and_named(tmp_path, cache, capsys):
     assert (ids[moved] == moved + 1).all()
     # What stands in is the next picture, cropped by the same draws, with its own caption.
     alone = train.read(ids[moved], draws[moved])
-    assert torch.equal(alone[1], images[moved]) and alone[2] == []
+    assert torch.equal(alone[1], images[moved]) and alone[3] == []
     assert train.texts(ids[moved]) == [f"picture number {train.paths[i].stem.lstrip('0')}"
                                        for i in moved + 1]  # fmt: skip
     Image.new("RGB", (30, 30)).save(torn)  # repaired
     train = data.load(str(folder), 32, max_bad=0.1)[0]
-    assert "1 of the 3" in capsys.readouterr().out and len(train.read(every, draws)[2]) == 1
+    assert "1 of 3" in capsys.readouterr().out and len(train.read(every, draws)[3]) == 1
 
 
 def test_many_bad_pictures_stop_before_the_start(tmp_path, cache):
@@ -493,7 +493,7 @@ def test_many_bad_pictures_stop_before_the_start(tmp_path, cache):
         if path.suffix != ".txt":
             path.write_bytes(b"no picture")
     train = data.load(str(folder), 32, max_bad=1.0)[0]
-    ids, images, bad = train.read(np.arange(3), None)  # it is for --max-bad to stop the run
+    ids, images, _, bad = train.read(np.arange(3), np.zeros((3, DRAWS)))
     assert not images.any() and len(bad) == 3 * len(train) and len(ids) == 3
 
 
@@ -517,7 +517,7 @@ def test_odd_pictures(tmp_path):
     assert np.abs(pictures.decode(file.getvalue(), 20)[..., 0] - (grey >> 8)).max() <= 1
     Image.new("1", (3_000_000, 1)).save(tmp_path / "thread.png")
     pairs = pictures.Pictures([(tmp_path / "thread.png", "a")], 224, "one")
-    assert pairs.read(np.array([0]), None)[1].shape == (1, 3, 224, 224)
+    assert pairs.image(0).shape == (3, 224, 224)
     with pytest.raises(pictures.BadPicture, match="over 100 scans"):
         pictures.decode(b"\xff\xd8" + b"\xff\xda\0\0" * 101, 32)
 
@@ -555,12 +555,12 @@ def test_a_bomb_is_refused_by_its_header():
 
 def test_the_embedded_cache_is_rebuilt_only_once(tmp_path, cache):
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/emoji-8.json").write_text(json.dumps({"pictures": []}))  # table, no pictures
+    (tmp_path / "cache/emoji-8.npz").write_bytes(b"PK")  # cut short
     first = data.load("emoji", 8)[0]
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
     second = data.load("emoji", 8)[0]
     assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
-    assert np.array_equal(first.art, second.art) and len(times) == 2
+    assert np.array_equal(first.art, second.art) and len(times) == 1
 
 
 def test_pictures_with_several_captions_stay_on_one_side(tmp_path, cache):
@@ -586,7 +586,7 @@ def test_validation_on_another_vendor_leaves_the_test_vendor_out():
     train, test = data.load("emoji", 16, held_out="Joy")
     names = {VENDORS[v] for v in train.vendor}
     assert names == {*VENDORS} - {"Joy", "Twtr"}
-    assert {VENDORS[v] for v in test.sources[0].vendor} == {"Joy"}
+    assert {VENDORS[v] for v in test.parts[0][0].vendor} == {"Joy"}
 
 
 def bad_inputs(folder):
@@ -602,10 +602,10 @@ def bad_inputs(folder):
     (own / "001.txt").write_text("\n")
     return {
         "absent": "no such folder or file",
-        "empty": "no picture has an equally named .txt",
+        "empty": "no picture with a row, or an equally named .txt",
         "columns.csv": "the first row must name a picture column .*it has url, caption",
         "void.csv": "it has nothing",
-        "heading.csv": "no row below the heading",
+        "heading.csv": "no picture with a row",
         "caption.csv": "caption.csv row 3: the caption is empty",
         "notes.md": "neither a folder, nor .tar shards",
         "latin.csv": "latin.csv row 3: the caption is empty",

@@ -213,11 +213,9 @@ def draw_all(
     chance, drawn = config.get("loss", "clip") == "clip" and not config["aclip"], {}
     if (run / "log.jsonl").is_file():
         drawn["loss.png"] = draw_curves(run, chance)
-    art = before_test.free_art()
-    if len(art.concept):
-        picks = np.random.default_rng(3).permutation(min(2000, len(art.concept)))[:5]
-        drawn["masks.png"] = draw_masks(art, picks, before, masker)
     if len(test.concept) and test.publishable:
+        picks = np.random.default_rng(3).permutation(min(2000, len(test.concept)))[:5]
+        drawn["masks.png"] = draw_masks(before_test, picks, before, masker)
         sample = np.random.default_rng(1).permutation(len(test.concept))
         drawn["top5.png"] = draw_top5(test, *features, sample[:18])
         drawn["retrieval.png"] = draw_retrieval(test, *features, sample[-8:])

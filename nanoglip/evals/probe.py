@@ -253,7 +253,7 @@ def reader(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]:
 
     def read(place: int) -> Tensor:
         try:
-            return source.image(source.encoded(ids[place : place + 1])[0], None)
+            return source.image(ids[place])
         except BadPicture as error:
             bad.append(f"{source.where(ids[place])} ({error})")
             return torch.zeros(3, source.image_size, source.image_size, dtype=torch.uint8)

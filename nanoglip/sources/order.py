@@ -1,8 +1,15 @@
-"""nanoglip.sources.order: to be told."""
+"""Exact order: which pairs stand at which step, for every number of processes and workers.
+
+An order is a pure function of (seed, stage, epoch, position). Random numbers have an address,
+`uniform(seed, purpose, position)`, with position = step x global batch + index in it: neither
+workers nor processes nor what was read before change what stands at a position.
+"""
 
 import math
 import signal
+from bisect import bisect_right
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,14 +23,17 @@ from nanoglip.sources.captions import LONGEST, TextMask
 from nanoglip.sources.pictures import Source
 from nanoglip.text import cut_tokens
 
+# --- Orders ---------------------------------------------------------------------------------------
 
-# Order: pure functions of (seed, stage, epoch, position)
+WINDOW = 16  # shards whose samples are shuffled together: near enough for disks, and mixed enough
+
+
 def make_order(
     pairs: Source, batch_size: int, seed: int, stage: str, chances: np.ndarray | None = None
 ) -> "Order":  # fmt: skip
-    """The order that suits the data: distinct captions where they are few, windows in shards.
+    """The order that suits the data: distinct captions where they are known, else by shards.
 
-    `chances` (M,) says how likely an epoch shows each picture, if not all are shown.
+    `chances` (M,) are the probabilities that an epoch shows each picture, if it does not show all.
     """
     if pairs.sources:
         return MixedOrder(pairs, batch_size, seed, stage)
@@ -32,25 +42,19 @@ def make_order(
     return ConceptOrder(pairs.concept, batch_size, seed, stage)
 
 
-
 class Order:
-    """Which picture stands at which position: `length` pictures an epoch, epoch after epoch."""
+    """Picture ids by position; an epoch shows `length` of `total` pictures, in whole batches."""
 
-    length: int  # pictures that an epoch can show
-    total: int  # training pictures that there are
-
-    def __init__(self, batch_size: int, seed: int, stage: str) -> None:
+    def __init__(
+        self, batch_size: int, seed: int, stage: str, length: int, total: int, most: int,
+        what: str = "pictures of an epoch",
+    ) -> None:  # fmt: skip
+        if not 2 <= batch_size <= most:
+            flag = "--batch-size" if stage.startswith("pretrain") else "--tune-batch-size"
+            raise InputError(f"{flag} {batch_size} must lie between 2 and the {most} {what}")
         self.batch_size, self.seed, self.stage = batch_size, seed, stage
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches of an epoch; the last, partial one is dropped."""
-        return self.length // self.batch_size
-
-    @property
-    def unplaced(self) -> int:
-        """Pictures that an epoch leaves out."""
-        return self.total - self.steps_per_epoch * self.batch_size
+        self.length, self.total, self.steps_per_epoch = length, total, length // batch_size
+        self.unplaced = total - self.steps_per_epoch * batch_size  # pictures left out
 
     def between(self, epoch: int, begin: int, end: int) -> np.ndarray:
         """Picture ids from one place of an epoch to another, (end - begin,)."""
@@ -58,13 +62,12 @@ class Order:
 
     def stream(self, position: int, count: int) -> np.ndarray:
         """Picture ids where epochs follow each other without a gap, (count,)."""
-        found = []
+        found = [np.empty(0, int)]
         while count > 0:
             epoch, begin = divmod(position, self.length)
-            end = min(begin + count, self.length)
-            found.append(self.between(epoch, begin, end))
-            position, count = position + end - begin, count - (end - begin)
-        return np.concatenate(found) if found else np.empty(0, int)
+            found.append(self.between(epoch, begin, min(begin + count, self.length)))
+            position, count = position + len(found[-1]), count - len(found[-1])
+        return np.concatenate(found)
 
     def batch(self, step: int) -> np.ndarray:
         """Picture ids of the global batch of a step, (batch_size,)."""
@@ -79,44 +82,21 @@ class Order:
             f"{steps * self.batch_size:,}, {self.unplaced:,} left over"
         )
 
-    def check(self) -> None:
-        """Refuse a batch that is larger than an epoch."""
-        if self.steps_per_epoch < 1:
-            raise InputError(
-                f"{batch_flag(self.stage)} {self.batch_size} is more than the {self.length:,} "
-                "pictures of an epoch: choose a smaller one"
-            )
-
-
-
-def batch_flag(stage: str) -> str:
-    """The flag that sets a stage's batch."""
-    return "--batch-size" if stage.partition("/")[0] == "pretrain" else "--tune-batch-size"
-
-
 
 class ConceptOrder(Order):
-    """Few captions, each shown by several pictures.
+    """Few captions, each shown by several pictures; a batch never holds a caption twice.
 
     An epoch is a sequence of passes over the concepts in one shuffled order; pass p shows the p-th
     picture of each concept that has one, pictures shuffled. Any batch_size neighbours are distinct
-    concepts, so no caption is its own negative: where fewer than batch_size concepts have a p-th
-    picture, that pass is left out. `unplaced` counts what an epoch leaves out.
+    concepts. A pass over fewer than batch_size concepts is left out.
     """
 
     def __init__(self, concept: np.ndarray, batch_size: int, seed: int, stage: str) -> None:
-        super().__init__(batch_size, seed, stage)
-        self.concept, self.total = concept, len(concept)
-        sizes = np.bincount(concept)
+        self.concept, sizes = concept, np.bincount(concept)
         widths = [int((sizes > p).sum()) for p in range(sizes.max(initial=0))]
-        self.passes = sum(width >= batch_size for width in widths)
-        self.length = sum(widths[: self.passes])
-        if batch_size < 2 or self.passes == 0:
-            most = int((sizes > 0).sum())
-            raise InputError(
-                f"{batch_flag(stage)} {batch_size} must lie between 2 and the {most} "
-                "distinct captions of the training data, or equal captions would be negatives"
-            )
+        length = sum(width for width in widths if width >= batch_size)
+        what = "distinct captions of the training data, or equal captions would be negatives"
+        super().__init__(batch_size, seed, stage, length, len(concept), sum(sizes > 0), what)
         self.last = (-1, np.empty(0, int))
 
     def epoch(self, number: int) -> np.ndarray:
@@ -141,11 +121,6 @@ class ConceptOrder(Order):
         return f"{super().describe()}; {captions:,} captions, distinct in a batch"
 
 
-
-WINDOW = 16  # shards whose samples are shuffled together: near enough for disks, and mixed enough
-
-
-
 class ShardOrder(Order):
     """Shards shuffled, then the samples within each window of WINDOW shards.
 
@@ -157,51 +132,41 @@ class ShardOrder(Order):
         self, pairs: Source, batch_size: int, seed: int, stage: str,
         chances: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(batch_size, seed, stage)
-        starts = pairs.shard_starts
+        starts, self.held, self.chances = pairs.shard_starts, pairs.held, chances
         self.starts = starts if len(starts) else np.array([0, len(pairs)])
-        self.held, self.chances = pairs.held, chances
-        self.total = len(pairs) - len(pairs.held)
-        self.length = self.total if chances is None else round(float(chances.sum()))
-        self.drawn, self.layouts, self.windows = {}, {}, {}
-        self.check()
+        self.plans, self.windows, total = {}, {}, len(pairs) - len(pairs.held)
+        length = total if chances is None else round(float(chances.sum()))
+        super().__init__(batch_size, seed, stage, length, total, length)
 
-    def shown(self, epoch: int) -> np.ndarray | None:
-        """Ids that an epoch shows, ascending; None: all that are not held out."""
-        if self.chances is None:
-            return None
-        if epoch not in self.drawn:
-            draw = uniform(self.seed, f"sampling/{self.stage}", epoch, 1, len(self.chances))[0]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                draw = np.where(self.chances > 0, (draw + 2**-25) / self.chances, np.inf)
-            first = np.argpartition(draw, self.length - 1)[: self.length]
-            self.drawn = {epoch: np.sort(first)}
-        return self.drawn[epoch]
+    def plan(self, epoch: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """(ids shown, shards in their order, where in the epoch each window of them ends).
 
-    def layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in their order (S,), and where in the epoch each window of them ends (W,)."""
-        if epoch not in self.layouts:
-            shown, count = self.shown(epoch), len(self.starts) - 1
-            if shown is None:
-                sizes = np.diff(self.starts - np.searchsorted(self.held, self.starts))
-            else:
-                sizes = np.diff(np.searchsorted(shown, self.starts))
+        The ids are ascending; None: all that are not held out.
+        """
+        if epoch not in self.plans:
+            shown, count = None, len(self.starts) - 1
+            below = self.starts - np.searchsorted(self.held, self.starts)
+            if self.chances is not None:
+                draw = uniform(self.seed, f"sampling/{self.stage}", epoch, 1, len(self.chances))[0]
+                with np.errstate(divide="ignore"):
+                    draw = (draw + 2**-25) / self.chances
+                shown = np.sort(np.argpartition(draw, self.length - 1)[: self.length])
+                below = np.searchsorted(shown, self.starts)
             draw = uniform(self.seed, f"shards/{self.stage}", epoch, 1, count)[0]
             shards = np.argsort(draw, kind="stable")
-            ends = np.cumsum(np.add.reduceat(sizes[shards], np.arange(0, count, WINDOW)))
-            self.layouts = {epoch: (shards, ends)}
-        return self.layouts[epoch]
+            sizes = np.add.reduceat(np.diff(below)[shards], np.arange(0, count, WINDOW))
+            self.plans = {epoch: (shown, shards, np.cumsum(sizes))}
+        return self.plans[epoch]
 
     def window(self, epoch: int, number: int) -> np.ndarray:
         """The ids of one window, shuffled."""
         if (epoch, number) not in self.windows:
-            shown, shards = self.shown(epoch), self.layout(epoch)[0]
-            parts = []
+            parts, (shown, shards, _) = [], self.plan(epoch)
             for shard in shards[number * WINDOW : (number + 1) * WINDOW]:
                 begin, end = self.starts[shard : shard + 2]
                 if shown is None:
-                    low, high = np.searchsorted(self.held, [begin, end])
-                    parts.append(np.delete(np.arange(begin, end), self.held[low:high] - begin))
+                    ids = np.arange(begin, end)
+                    parts.append(np.setdiff1d(ids, self.held, assume_unique=True))
                 else:
                     parts.append(shown[slice(*np.searchsorted(shown, [begin, end]))])
             ids = np.concatenate(parts)
@@ -212,45 +177,34 @@ class ShardOrder(Order):
         return self.windows[epoch, number]
 
     def between(self, epoch: int, begin: int, end: int) -> np.ndarray:
-        found, ends = [], self.layout(epoch)[1]
+        found, ends = [], self.plan(epoch)[2]
         while begin < end:
             number = int(np.searchsorted(ends, begin, "right"))
             first = int(ends[number - 1]) if number else 0
-            part = self.window(epoch, number)[begin - first : end - first]
-            found.append(part)
-            begin += len(part)
+            found.append(self.window(epoch, number)[begin - first : end - first])
+            begin += len(found[-1])
         return np.concatenate(found)
 
 
-
 class MixedOrder(Order):
-    """Sources side by side: an epoch has weight x length pictures of each, evenly spread.
+    """Sources side by side: an epoch has weight x length pictures of each, evenly mixed.
 
     What an epoch takes of a source continues where the epoch before stopped, so that a weight of
     0.2 shows another fifth each time.
     """
 
     def __init__(self, pairs: Source, batch_size: int, seed: int, stage: str) -> None:
-        super().__init__(batch_size, seed, stage)
         if not all(0 < weight < math.inf for weight in pairs.weights):
             raise InputError("--data-weights must be above 0 and finite")
         sizes = np.array([w * len(s) for w, s in zip(pairs.weights, pairs.sources, strict=True)])
         most = np.minimum(np.ceil(batch_size * sizes / sizes.sum()) + 1, batch_size).astype(int)
-        self.orders = [
-            make_order(source, max(2, int(n)), seed, f"{stage}/{i}")
-            for i, (source, n) in enumerate(zip(pairs.sources, most, strict=True))
-        ]
-        self.starts = pairs.starts
-        self.quota = [
-            max(1, round(weight * order.length))
-            for weight, order in zip(pairs.weights, self.orders, strict=True)
-        ]
-        self.length, self.total = sum(self.quota), sum(order.total for order in self.orders)
-        self.check()
-
-    @property
-    def unplaced(self) -> int:
-        return self.length - self.steps_per_epoch * self.batch_size
+        self.orders, self.quota, self.starts = [], [], pairs.starts
+        for i, (source, weight) in enumerate(zip(pairs.sources, pairs.weights, strict=True)):
+            order = make_order(source, max(2, int(most[i])), seed, f"{stage}/{i}")
+            self.orders.append(order)
+            self.quota.append(max(1, round(weight * order.length)))
+        length = sum(self.quota)
+        super().__init__(batch_size, seed, stage, length, length, length)
 
     def shares(self, place: int) -> list[int]:
         """How many pictures of each source stand before a place of the epoch; they add up to it.
@@ -263,11 +217,9 @@ class MixedOrder(Order):
         def before(time: int) -> list[int]:
             return [(2 * n * time + scale) // (2 * scale) for n in self.quota]
 
-        low, high = 0, scale
-        while low < high:  # the last time by which no more than `place` pictures came
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if sum(before(middle)) <= place else (low, middle - 1)
-        counts, after = before(low), before(low + 1)
+        # The last time by which no more than `place` pictures came.
+        last = bisect_right(range(scale + 1), place, key=lambda time: sum(before(time))) - 1
+        counts, after = before(last), before(last + 1)
         for i, n in enumerate(after):  # of those that come at the same time, the first sources
             counts[i] += min(n - counts[i], place - sum(counts))
         return counts
@@ -286,7 +238,9 @@ class MixedOrder(Order):
         return f"{super().describe()}; of the sources in turn {parts}"
 
 
-# Batches
+# --- Batches --------------------------------------------------------------------------------------
+
+
 class Batch(NamedTuple):
     """What a process computes a step with: B pairs, and noise for their masks."""
 
@@ -298,45 +252,42 @@ class Batch(NamedTuple):
 
     def to_device(self, device: torch.device) -> "Batch":
         """The batch with all but the tokens on a device."""
-        images, noise, views = (
-            x.to(device, non_blocking=True) for x in (self.images, self.noise, self.views)
-        )
-        return self._replace(images=images, noise=noise, views=views)
+        to = partial(Tensor.to, device=device, non_blocking=True)
+        return self._replace(images=to(self.images), noise=to(self.noise), views=to(self.views))
 
 
 class Batches(Dataset):
     """Item `step`: this process's share of the global batch, a pure function of the step.
 
-    A stage that cuts `views` out of pictures gets them whole, squeezed into the square.
+    A stage that cuts `views` out of pictures gets them whole, squeezed into the square; with
+    `prompts` class names are put in templates.
     """
 
     def __init__(
         self, pairs: Source, order: Order, config: GLIPConfig, rank: int, world: int,
-        text_mask: "TextMask | None" = None, views: int = 0, prompts: bool = False,
+        text_mask: TextMask | None = None, views: int = 0, prompts: bool = False,
     ) -> None:  # fmt: skip
         self.pairs, self.order, self.text_mask, self.views = pairs, order, text_mask, views
-        self.prompts = prompts  # captions are names, which go into templates
         self.patches, self.context_length = config.grid[0] * config.grid[1], config.context_length
-        self.rank, self.share = rank, order.batch_size // world
+        self.rank, self.share, self.prompts = rank, order.batch_size // world, prompts
 
     def __getitem__(self, step: int) -> Batch:
         start = self.rank * self.share
-        ids = self.order.batch(step)[start : start + self.share]
         position = step * self.order.batch_size + start
-        aspects = np.ones(self.share, np.float32) if self.views else None
+        ids = self.order.batch(step)[start : start + self.share]
         draws = self.noise("augment", position, DRAWS).numpy()
-        ids, images, bad = self.pairs.read(ids, draws, aspects)
+        ids, images, aspects, bad = self.pairs.read(ids, draws, whole=self.views > 0)
         tokens = self.tokens(ids, position)
         tokens = tokens[:, : int(lengths(tokens).max())]
-        masks = self.noise("mask", position, self.patches)
+        noise = self.noise("mask", position, self.patches)
         views = self.noise("extra", position, self.views)
-        if aspects is not None:
+        if self.views:
             views = torch.cat([views, torch.from_numpy(aspects)[:, None]], dim=1)
-        return Batch(images, tokens, masks, views, bad)
+        return Batch(images, tokens, noise, views, bad)
 
     def tokens(self, ids: np.ndarray, position: int) -> Tensor:
         """Token ids of pictures that stand from a position on, (B, T)."""
-        if self.text_mask:  # of emoji it has the names alone
+        if self.text_mask:
             words = self.noise("text mask", position, LONGEST)
             return self.text_mask(self.pairs.texts(ids), words)
         if self.prompts:
@@ -353,7 +304,6 @@ class Batches(Dataset):
         """Blocks of augmented training pictures (B, 3, S, S) and noise (B, N): always the same."""
         seed, total = self.order.seed, len(self.pairs)
         chosen = np.argsort(uniform(seed, "sample", 0, 1, total)[0], kind="stable")
-        chosen = chosen[: count + len(self.pairs.held)]
         chosen = chosen[~np.isin(chosen, self.pairs.held)][:count]
         for start in range(0, len(chosen), block):
             ids = chosen[start : start + block]
@@ -362,14 +312,12 @@ class Batches(Dataset):
             yield self.pairs.read(ids, draws)[1], torch.from_numpy(masks)
 
 
-
 def loader(batches: Batches, start: int, stop: int, workers: int, pin: bool) -> DataLoader:
-    """Read the steps start ... stop - 1 in order, by `workers` processes (0: in this one)."""
+    """Batches of the steps start ... stop - 1 in order, read by `workers` processes (0: here)."""
     return DataLoader(
         batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
         worker_init_fn=ignore_signals,
     )  # fmt: skip
-
 
 
 def ignore_signals(worker: int) -> None:

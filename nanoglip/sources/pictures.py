@@ -1,21 +1,16 @@
-"""Your own captioned pictures: a folder, a table, or indexed shards, behind one interface.
+"""Pictures and their captions: decoding, cropping, folders, tables, and what all sources share.
 
-    read(ids, draws)    decoded, cropped at random by the draws -> (ids, images, what was bad)
-    texts(ids)          captions;   tokens(ids)  the same, for the text tower
-    held                ids of the pictures that are held out
-
-Pictures are not trusted: the size in the header is checked before anything is decoded, formats are
-four, and what cannot be decoded whole is counted by reason and replaced by the picture that follows
-it, a function of its number alone.
+Pictures are not trusted. The size in a header is checked before anything is decoded, five formats
+are allowed, and a picture that cannot be decoded whole is counted by reason and replaced by the
+next one, a function of its number alone.
 """
 
 import csv
-import hashlib
 import io
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,42 +24,36 @@ from torch import Tensor
 from glip import InputError, tokenize
 from nanoglip import files
 from nanoglip.cli import say
-from nanoglip.files import cached, read_regular, text_of
+from nanoglip.files import cached, digest, read_regular, text_of
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}  # in folders and tables
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # in shards
+PICTURE_CAP, CAPTION_CAP = 2**26, 2**20  # bytes of a picture, and of a .txt or .json
+PIXEL_CAP = 2**26  # pixels of a picture; a header that claims more is refused
+TOO_LARGE = f"over {PIXEL_CAP:,} pixels, or none"
+SCANS_CAP = 100  # scans of a JPEG: each is decoded like a whole picture, and can be a few bytes
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # start of a JPEG's segment
+CROP_SCALE = (0.5, 1.0)  # share of the area that a training crop covers, in GLIP's paper
+MAX_BAD = 0.01  # share of pictures that may be unreadable
+MAX_HELD_OUT = 5000  # held-out pictures of a source
+CHECKED = 200  # training pictures that are decoded before anything starts
+LICENCE = "The pictures belong to their owners, and are not for redistribution."
 
 # --- Decode and crop ------------------------------------------------------------------------------
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-PIXEL_CAP = 2**26  # pixels of a picture: a header that claims more is a bomb until proven otherwise
-
-CROP_SCALE = (0.5, 1.0)  # share of the area that a training crop covers, in GLIP's paper
-
-DRAWS = 8  # random numbers that one augmented picture may use
-
-
-SCANS_CAP = 100  # of a JPEG: each costs as much as a picture, and can be a few bytes
-
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)  # of a JPEG's segment
-
-TOO_LARGE = f"over {PIXEL_CAP:,} pixels, or none"
-
-LICENCE = (
-    "The lists of Conceptual Captions may be freely used; the pictures belong to their owners, "
-    "come as they are, and are not for redistribution."
-)
-
 
 class BadPicture(ValueError):
-    """A picture that cannot be used, for the reason that it tells."""
+    """A picture that cannot be used; the message is the reason."""
 
 
 def decode(
     content: bytes, side: int, finish: Callable[[Image.Image], Image.Image] | None = None
 ) -> np.ndarray:
-    """Encoded bytes -> RGB pixels (h, w, 3), upright, on white; JPEG at a fraction if enough.
+    """RGB pixels (h, w, 3) of an encoded picture, upright, on white. Raises BadPicture.
 
-    "Enough" leaves the shorter side at 2 x `side` or more. `finish` makes RGB in another way than
-    upright() does. Raises BadPicture.
+    A JPEG is decoded at a fraction of its size if that leaves the shorter side at 2 x `side` or
+    more. `finish` replaces upright().
     """
     try:
         check_scans(content)
@@ -72,8 +61,7 @@ def decode(
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
             check_pixels(width, height)
             if space != "CMYK":
-                room = 2 * side
-                return simplejpeg.decode_jpeg(content, min_height=room, min_width=room)
+                return simplejpeg.decode_jpeg(content, min_height=2 * side, min_width=2 * side)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             check_pixels(*image.size)
             image.draft("RGB", (2 * side, 2 * side))
@@ -92,26 +80,26 @@ def decode(
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Refuse a bomb by its header."""
+    """Raise BadPicture for a header that claims too many pixels, or none."""
     if not 0 < width * height <= PIXEL_CAP:
         raise BadPicture(TOO_LARGE)
 
 
 def check_scans(content: bytes) -> None:
-    """Refuse a JPEG that would be decoded for hours."""
+    """Raise BadPicture for a JPEG that would be decoded for hours."""
     if content[:2] != b"\xff\xd8" or content.count(b"\xff\xda") <= SCANS_CAP:
         return
     scans, found = 0, MARKER.search(content, 2)
-    while found and found[0][-1] != 0xD9 and scans <= SCANS_CAP:  # till the picture's end
+    while found and found[0][-1] != 0xD9 and scans <= SCANS_CAP:  # until the end of the picture
         scans, place = scans + (found[0][-1] == 0xDA), found.end()
-        # Not inside metadata, which may hold whole pictures.
+        # Metadata are skipped: they may hold whole pictures.
         found = MARKER.search(content, place + int.from_bytes(content[place : place + 2], "big"))
     if scans > SCANS_CAP:
         raise BadPicture(f"over {SCANS_CAP} scans")
 
 
 def without_texts(png: bytes) -> bytes:
-    """A PNG without its texts and colour profile, for which Pillow has limits."""
+    """A PNG without its texts and colour profile, whose size Pillow limits."""
     kept, place = bytearray(png[:8]), 8
     while place < len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4], "big")
@@ -122,19 +110,18 @@ def without_texts(png: bytes) -> bytes:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as its camera was held, on white, RGB."""
+    """The picture in RGB, turned as its camera was held, on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would cut at 255
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def read_picture(path: Path | str, side: int) -> Image.Image:
-    """A picture's file, decoded; raises InputError for one that cannot be."""
+    """The decoded picture in a file. Raises InputError."""
     try:
         return Image.fromarray(decode(read_regular(path, PICTURE_CAP), side))
     except (OSError, BadPicture) as error:
@@ -144,7 +131,10 @@ def read_picture(path: Path | str, side: int) -> Image.Image:
 def random_crop(
     width: int, height: int, draw: np.ndarray, scale: tuple[float, float] = CROP_SCALE
 ) -> tuple[int, int, int, int]:
-    """Random-resized crop: area share in `scale`, aspect 3/4 to 4/3; three tries, then cut."""
+    """(left, top, width, height) of torchvision's RandomResizedCrop, by draw (DRAWS,).
+
+    The share of the area lies in `scale`, the aspect between 3/4 and 4/3; three tries, then cut.
+    """
     draw = draw.tolist()  # Python's numbers are faster, one at a time
     for share, shape in (draw[:2], draw[4:6], draw[6:8]):
         area = width * height * (scale[0] + share * (scale[1] - scale[0]))
@@ -157,83 +147,52 @@ def random_crop(
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
-    """Bicubic, as torchvision does it. (h, w, 3) -> (3, height, width) bytes."""
+    """Pixels (h, w, 3) resized bicubically, as by torchvision, (3, height, width) bytes."""
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]          # channels last
     return F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0]
 
 
-def cropped(
-    pixels: np.ndarray, draw: np.ndarray, side: int, scale: tuple[float, float]
-) -> Tensor:
-    """A random crop, resized: torchvision's RandomResizedCrop. (h, w, 3) -> (3, S, S) bytes."""
-    left, top, width, height = random_crop(pixels.shape[1], pixels.shape[0], draw, scale)
-    return resize(pixels[top : top + height, left : left + width], side, side)
-
-
 def centred(pixels: np.ndarray, side: int) -> Tensor:
-    """The shorter side resized, the centre cut: Resize and CenterCrop. (h, w, 3) -> (3, S, S)."""
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    for axis, length in ((0, height), (1, width)):
-        if length > 8 * short:  # a thread of a picture: what is far from its centre is not needed
-            start = (length - 8 * short) // 2
-            pixels = np.take(pixels, range(start, start + 8 * short), axis)
-    height, width = pixels.shape[:2]
-    image = resize(pixels, side * height // short, side * width // short)
-    top, left = (round((length - side) / 2) for length in image.shape[1:])
-    return image[:, top : top + side, left : left + side]
+    """The centred square of pixels (h, w, 3), as by Resize and CenterCrop, (3, S, S) bytes."""
+    most = 8 * min(pixels.shape[:2])  # of a thread of a picture only the middle is resized
+    top, left = (max(0, (length - most) // 2) for length in pixels.shape[:2])
+    pixels = pixels[top : top + most, left : left + most]
+    height, width = (side * length // min(pixels.shape[:2]) for length in pixels.shape[:2])
+    top, left = round((height - side) / 2), round((width - side) / 2)
+    return resize(pixels, height, width)[:, top : top + side, left : left + side]
 
 
-# --- What folders, tables and shards have in common -----------------------------------------------
-
-MAX_HELD_OUT = 5000  # pictures of a source
-
-PROBED = 200  # pictures that are decoded before anything starts
+# --- Sources of captioned pictures ----------------------------------------------------------------
 
 
 class Source:
-    """Numbered captioned pictures; `held` (H,): ids that are held out, in ascending order.
-
-    `left_out`: rows of the data, as given, that have no number here. `crop_scale`: smallest and
-    largest share of the area that a training crop covers.
-
-    What only some sources have is empty in the others: `concept` (M,), the number of each picture's
-    caption in `captions`; `flags` (C,), where captions are class names: which of them are flags;
-    `shard_starts` (S + 1,); `sources` and their `weights`, passes in an epoch.
-    """
+    """Numbered captioned pictures. What only some sources have is empty in the others."""
 
     name: str
     image_size: int
-    held: np.ndarray
-    left_out = np.empty(0, int)
-    crop_scale = CROP_SCALE
     counts: dict[str, int]
-    captions: Sequence[str] = ()
-    concept: np.ndarray | None = None
-    flags: np.ndarray | None = None
-    shard_starts = np.empty(0, int)
-    sources: Sequence["Source"] = ()
-    weights: Sequence[float] = ()
-    publishable = True  # whether figures may show its pictures
-
-    def __len__(self) -> int:
-        raise NotImplementedError
+    held: np.ndarray  # (H,) ids that are held out, ascending
+    left_out = np.empty(0, int)  # rows of the data, as given, that have no id here
+    crop_scale = CROP_SCALE
+    captions: Sequence[str] = ()  # the distinct ones, where they are known
+    concept: np.ndarray | None = None  # (M,) number of each picture's caption in `captions`
+    flags: np.ndarray | None = None  # (C,) which captions are flags, where they are class names
+    shard_starts = np.empty(0, int)  # (S + 1,) first id of each shard
+    sources: Sequence["Source"] = ()  # that this one consists of
+    weights: Sequence[float] = ()  # passes over each of them in an epoch
+    publishable = True  # whether figures may show the pictures
 
     def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
-        """Encoded pictures, or the error for each that cannot be read."""
-        raise NotImplementedError
+        """Encoded pictures; the error in the place of each that cannot be read."""
 
     def where(self, i: int) -> str:
         """Where picture i is, for people."""
-        raise NotImplementedError
 
     def stamp(self, ids: np.ndarray) -> str:
-        """What changes when captions change, or the pictures `ids`: the cache's key."""
-        raise NotImplementedError
+        """A text that changes when captions change, or the pictures `ids`: a key for caches."""
 
     def texts(self, ids: np.ndarray) -> list[str]:
         """Captions of pictures."""
-        raise NotImplementedError
 
     def tokens(self, ids: np.ndarray) -> Tensor:
         """Token ids of captions, (B, T)."""
@@ -241,198 +200,256 @@ class Source:
 
     def prompted(self, ids: np.ndarray, draws: np.ndarray) -> list[str]:
         """Class names of pictures in templates that draws (B,) choose."""
-        raise NotImplementedError
 
     def prompts(self) -> dict[str, list[str]]:
-        """All class names in each template that is evaluated; empty where captions are texts."""
+        """All class names in each template of evaluation; empty where captions are texts."""
         return {}
 
     def examples(self, ids: np.ndarray) -> list[str]:
         """What tells these pictures from others, wherever the data lie."""
         return [Path(self.where(i)).name for i in ids]
 
-    def free_art(self) -> "Source":
-        """The source in the place of this one whose pictures figures may show."""
-        return self
-
     def following(self, i: int) -> int:
-        """The picture that stands in for a bad one: the next that is not held out."""
+        """The picture that replaces a bad one: the next that is not held out."""
         i = (i + 1) % len(self)
-        place = int(np.searchsorted(self.held, i))
-        while place < len(self.held) and self.held[place] == i:
-            i, place = (i + 1) % len(self), place + 1
+        while i in self.held:
+            i = (i + 1) % len(self)
         return i
 
-    def image(
-        self, content: bytes | Exception, draw: np.ndarray | None, aspect: np.ndarray | None = None
-    ) -> Tensor:
-        """One picture from its bytes, (3, S, S) bytes, as read() says. Raises BadPicture."""
+    def pixels(self, content: bytes | Exception) -> np.ndarray:
+        """A picture's pixels (h, w, 3) from an item of encoded(). Raises BadPicture."""
         if isinstance(content, Exception):
             raise BadPicture(f"{type(content).__name__}: {content}"[:100])
-        pixels = decode(content, self.image_size)
-        if aspect is not None:
-            aspect[:] = pixels.shape[1] / pixels.shape[0]
-            return resize(pixels, self.image_size, self.image_size)
-        if draw is None:
-            return centred(pixels, self.image_size)
-        return cropped(pixels, draw, self.image_size, self.crop_scale)
+        return decode(content, self.image_size)
+
+    def image(self, i: int) -> Tensor:
+        """Picture i, its centred square, (3, S, S) bytes. Raises BadPicture."""
+        return centred(self.pixels(self.encoded(np.array([i]))[0]), self.image_size)
 
     def read(
-        self, ids: np.ndarray, draws: np.ndarray | None, aspects: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Tensor, list[list[str]]]:
-        """ids (B,), draws (B, DRAWS) -> ids after replacement, images (B, 3, S, S), bad ones.
+        self, ids: np.ndarray, draws: np.ndarray, whole: bool = False
+    ) -> tuple[np.ndarray, Tensor, np.ndarray, list[list[str]]]:
+        """ids (B,) after replacement, images (B, 3, S, S), aspects (B,), [source, where, reason]s.
 
-        Pictures are cropped by the draws; without draws they are centred squares. If `aspects` (B,)
-        is given, they are whole, squeezed into the square, and their width / height is put there.
-
-        A bad one is [source, where, reason]. After a hundred bad ones in a row the picture is
-        black, and it is for --max-bad to stop the run.
+        Pictures are cropped by draws (B, DRAWS), or are `whole`, squeezed into the square; aspects
+        are width / height before. Each unreadable picture is listed, and the next one is read.
+        After a hundred in a row the image stays black, and --max-bad stops the run.
         """
-        ids, bad = np.array(ids), []
-        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        side, ids, bad = self.image_size, np.array(ids), []
+        images = torch.zeros(len(ids), 3, side, side, dtype=torch.uint8)
+        aspects = np.ones(len(ids), np.float32)
         for k, content in enumerate(self.encoded(ids)):
-            first = len(bad)
-            while True:
+            for _ in range(min(100, len(self))):
                 try:
-                    draw = None if draws is None else draws[k]
-                    aspect = None if aspects is None else aspects[k : k + 1]
-                    images[k] = self.image(content, draw, aspect)
-                    break
+                    pixels = self.pixels(content)
                 except BadPicture as error:
                     bad.append([self.name, self.where(ids[k]), str(error)])
-                if len(bad) - first >= min(100, len(self)):
-                    images[k] = 0
-                    break
-                ids[k] = self.following(ids[k])
-                (content,) = self.encoded(ids[k : k + 1])
-        return ids, images, bad
+                    ids[k] = self.following(ids[k])
+                    (content,) = self.encoded(ids[k : k + 1])
+                    continue
+                height, width = pixels.shape[:2]
+                aspects[k] = width / height
+                box = (0, 0, width, height)
+                left, top, w, h = box if whole else random_crop(*box[2:], draws[k], self.crop_scale)
+                images[k] = resize(pixels[top : top + h, left : left + w], side, side)
+                break
+        return ids, images, aspects, bad
 
     def render(self, ids: np.ndarray) -> Tensor:
-        """Held-out pictures `ids`, centred squares, (B, 3, S, S) bytes. Raises InputError."""
-        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for k, (i, content) in enumerate(zip(ids, self.encoded(ids), strict=True)):
+        """Held-out pictures, centred squares, (B, 3, S, S) bytes. Raises InputError."""
+        images = []
+        for i, content in zip(ids, self.encoded(ids), strict=True):
             try:
-                images[k] = self.image(content, None)
+                images.append(centred(self.pixels(content), self.image_size))
             except BadPicture as error:
                 raise InputError(
                     f"{self.where(i)} is held out and was read before, and now cannot be "
                     f"({error}): look after the data"
                 ) from None
-        return images
+        return torch.stack(images)
 
     def check_readable(self, max_bad: float) -> np.ndarray:
-        """Decode the first PROBED pictures and all held-out ones; returns the good held-out ones.
+        """Held-out ids that can be read, when these and the first CHECKED pictures are decoded.
 
-        Bad ones are named. Raises InputError if more than max_bad of them are bad.
+        Raises InputError if more than max_bad of them are unreadable.
         """
-        first = np.arange(min(PROBED, len(self)))
-        ids = np.union1d(first, self.held).astype(int)
+        ids = np.union1d(np.arange(min(CHECKED, len(self))), self.held).astype(int).tolist()
+        key = digest([], f"{self.stamp(np.array(ids))} {self.image_size} {ids}")
+        path = files.CACHE / f"readable-{key[:16]}.json"
+        if path.is_file():
+            return self.held
 
-        def trouble(i: int) -> str | None:
+        def reason(i: int) -> str | None:
             try:
-                self.image(self.encoded(np.array([i]))[0], None)
+                self.image(i)
             except BadPicture as error:
                 return str(error)
             return None
 
-        def check() -> dict[str, str]:
-            with ThreadPoolExecutor() as pool:
-                found = zip(ids.tolist(), pool.map(trouble, ids.tolist()), strict=True)
-                return {str(i): why for i, why in found if why}
-
-        stamp = os.fsencode(f"{self.stamp(ids)} {self.image_size}")
-        key = hashlib.sha256(stamp + ids.tobytes())
-        path = files.CACHE / f"probe-{key.hexdigest()[:16]}.json"
-        bad = {} if path.is_file() else {int(i): why for i, why in check().items()}
-        if not bad and not path.is_file():  # what was bad may have been the network, or be repaired
+        with ThreadPoolExecutor() as pool:
+            bad = {i: why for i, why in zip(ids, pool.map(reason, ids), strict=True) if why}
+        if not bad:  # bad ones are looked at again: the network may have failed
             cached(path, dict)
-        for i, why in list(bad.items())[:10]:
-            say(f"cannot be read: {self.where(i)} ({why})")
-        if bad:
-            say(f"{self.name}: {len(bad)} of the {len(ids)} pictures looked at cannot be read")
+            return self.held
+        first = ", ".join(f"{self.where(i)} ({bad[i]})" for i in list(bad)[:10])
+        message = f"{self.name}: {len(bad)} of {len(ids)} pictures cannot be read: {first}"
         if len(bad) > max_bad * len(ids):
-            raise InputError(
-                f"{self.name}: {len(bad)} of {len(ids)} pictures cannot be read, the first is "
-                f"{self.where(min(bad))} ({bad[min(bad)]}): repair or remove them, or raise "
-                f"--max-bad {max_bad:g}"
-            )
-        return np.array([i for i in self.held if i not in bad], int)
+            raise InputError(f"{message}; repair or remove them, or raise --max-bad {max_bad:g}")
+        say(message)
+        return self.held[~np.isin(self.held, list(bad))]
+
+
+def numbered(texts: list[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct texts, sorted, and the number of each text among them, (n,)."""
+    captions = sorted(set(texts))
+    number = {text: i for i, text in enumerate(captions)}
+    return captions, np.array([number[text] for text in texts], int)
+
+
+def by_source(
+    starts: np.ndarray, ids: np.ndarray
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(s, places in ids, ids within s) for each source s that ids touch; starts (S + 1,)."""
+    number = np.searchsorted(starts, ids, "right") - 1
+    for s in np.unique(number):
+        places = np.flatnonzero(number == s)
+        yield s, places, ids[places] - starts[s]
 
 
 class HeldOut:
-    """The held-out pictures of some sources, as evaluation sees them.
+    """The held-out pairs of some sources, as evaluation sees them.
 
-    `captions`: the distinct ones, or all class names; `concept` (M,): each picture's. `flags`:
-    which class names are flags, None where captions are texts.
+    `captions`: the distinct ones, or all class names, and then `flags` says which are flags;
+    `concept` (M,): the number of each picture's caption.
     """
 
     def __init__(self, sources: Sequence[Source], chosen: Sequence[np.ndarray]) -> None:
-        self.sources, self.chosen, self.flags = sources, chosen, sources[0].flags
-        texts = [t for s, ids in zip(sources, chosen, strict=True) for t in s.texts(ids)]
-        self.captions = sorted(set(texts)) if self.flags is None else sources[0].captions
-        number = {text: i for i, text in enumerate(self.captions)}
-        self.concept = np.array([number[text] for text in texts], int)
-        self.ends = np.cumsum([len(ids) for ids in chosen])
+        self.parts, first = list(zip(sources, chosen, strict=True)), sources[0]
+        self.flags, self.prompts, self.image_size = first.flags, first.prompts(), first.image_size
+        self.publishable = all(source.publishable for source in sources)
+        self.starts = np.concatenate([[0], np.cumsum([len(ids) for ids in chosen])])
+        if self.flags is None:
+            texts = [text for source, ids in self.parts for text in source.texts(ids)]
+            self.captions, self.concept = numbered(texts)
+        else:
+            self.captions, self.concept = first.captions, first.concept[chosen[0]]
 
     def __len__(self) -> int:
         return len(self.concept)
 
-    @property
-    def publishable(self) -> bool:
-        """Whether figures may show the pictures."""
-        return all(source.publishable for source in self.sources)
-
-    def free_art(self) -> "HeldOut":
-        """The pairs in the place of these whose pictures figures may show."""
-        if self.flags is None:
-            return self
-        source = self.sources[0].free_art()
-        return HeldOut([source], [source.held])
-
-    def prompts(self) -> dict[str, list[str]]:
-        """All class names in each template that is evaluated; empty where captions are texts."""
-        return self.sources[0].prompts()
-
     def examples(self) -> list[str]:
         """What tells these pictures from others, wherever the data lie."""
-        each = zip(self.sources, self.chosen, strict=True)
-        return [example for source, ids in each for example in source.examples(ids)]
+        return [example for source, ids in self.parts for example in source.examples(ids)]
 
     def render(self, ids: np.ndarray) -> Tensor:
-        """Pictures `ids` (B,) -> (B, 3, S, S) bytes."""
-        size, number = self.sources[0].image_size, np.searchsorted(self.ends, ids, "right")
-        images = torch.empty(len(ids), 3, size, size, dtype=torch.uint8)
-        for s in np.unique(number):
-            places = np.flatnonzero(number == s)
-            own = self.chosen[s][ids[places] - self.ends[s]]  # counted from the end
-            images[places] = self.sources[s].render(own)
+        """Pictures `ids` (B,), (B, 3, S, S) bytes. Raises InputError."""
+        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for s, places, own in by_source(self.starts, ids):
+            source, chosen = self.parts[s]
+            images[places] = source.render(chosen[own])
         return images
+
+
+class Mixed(Source):
+    """Several sources as one, their ids one behind the other; `weights`: passes in an epoch."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
+        self.sources, self.weights, self.image_size = sources, weights, sources[0].image_size
+        self.starts = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
+        self.name = " + ".join(source.name for source in sources)
+        each = list(zip(sources, self.starts, strict=False))
+        self.held = np.concatenate([source.held + start for source, start in each])
+        self.counts = {f"{source.name}: {what}": n
+                       for source in sources for what, n in source.counts.items()}  # fmt: skip
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def where(self, i: int) -> str:
+        ((s, _, own),) = by_source(self.starts, np.array([i]))
+        return f"{self.sources[s].name} {self.sources[s].where(own[0])}"
+
+    def stamp(self, ids: np.ndarray) -> str:
+        within = {s: own for s, _, own in by_source(self.starts, ids)}
+        none = np.empty(0, int)
+        return "\n".join(x.stamp(within.get(s, none)) for s, x in enumerate(self.sources))
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        texts = np.empty(len(ids), object)
+        for s, places, own in by_source(self.starts, ids):
+            texts[places] = self.sources[s].texts(own)
+        return texts.tolist()
+
+    def tokens(self, ids: np.ndarray) -> Tensor:
+        tokens = torch.zeros(len(ids), 77, dtype=torch.long)
+        for s, places, own in by_source(self.starts, ids):
+            tokens[places] = self.sources[s].tokens(own)
+        return tokens
+
+    def read(
+        self, ids: np.ndarray, draws: np.ndarray, whole: bool = False
+    ) -> tuple[np.ndarray, Tensor, np.ndarray, list[list[str]]]:
+        ids, aspects, bad = np.array(ids), np.ones(len(ids), np.float32), []
+        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for s, places, own in by_source(self.starts, ids):
+            found = self.sources[s].read(own, draws[places], whole)
+            ids[places], images[places], aspects[places] = found[0] + self.starts[s], *found[1:3]
+            bad += found[3]
+        return ids, images, aspects, bad
 
 
 # --- Folders and tables ---------------------------------------------------------------------------
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-
 PATH_COLUMNS = ("filepath", "image_path", "path", "image", "file", "filename", "file_name")
-
 CAPTION_COLUMNS = ("caption", "title", "text", "description")
 
 
+class Pictures(Source):
+    """Pictures in files; equal captions are one concept."""
+
+    def __init__(self, rows: list[tuple[Path, str]], image_size: int, name: str) -> None:
+        self.name, self.image_size, self.held = name, image_size, np.empty(0, int)
+        self.paths = [path for path, _ in rows]
+        self.captions, self.concept = numbered([text for _, text in rows])
+        self.counts = {"pictures": len(set(self.paths)), "rows": len(rows)}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
+        found = []
+        for i in ids:
+            try:
+                found.append(read_regular(self.paths[i], PICTURE_CAP))
+            except (OSError, ValueError) as error:  # NUL in a name
+                found.append(error)
+        return found
+
+    def where(self, i: int) -> str:
+        return str(self.paths[i])
+
+    def stamp(self, ids: np.ndarray) -> str:
+        texts = self.texts(np.arange(len(self)))
+        rows = "\n".join(f"{path} {text}" for path, text in zip(self.paths, texts, strict=True))
+        found = [self.paths[i].stat() if self.paths[i].is_file() else None for i in ids]
+        return rows + str([x and (x.st_size, x.st_mtime_ns) for x in found])
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return [self.captions[self.concept[i]] for i in ids]
+
+
 def own_pictures(path: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) of a folder or a CSV/TSV; raises InputError with the file and row."""
+    """(picture, caption) of a folder or a CSV/TSV. Raises InputError with the file and row."""
     if path.is_dir():
-        pairs = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
-        rows = [(f, f.with_suffix(".txt")) for f in pairs if f.with_suffix(".txt").is_file()]
-        if len(rows) < len(pairs):
-            alone = len(pairs) - len(rows)
-            say(f"{path}: {alone} of {len(pairs)} pictures have no .txt beside them: left out")
-        if not rows:
-            raise InputError(f"{path}: no picture has an equally named .txt beside it; add some")
-        rows = [(f, text_of(read_regular(x, CAPTION_CAP)), str(x)) for f, x in rows]
+        found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+        texts = [(f, f.with_suffix(".txt")) for f in found if f.with_suffix(".txt").is_file()]
+        if alone := len(found) - len(texts):
+            say(f"{path}: {alone} of {len(found)} pictures have no .txt beside them: left out")
+        rows = [(f, text_of(read_regular(x, CAPTION_CAP)), str(x)) for f, x in texts]
     else:
         rows = table_rows(path)
-        if not rows:
-            raise InputError(f"{path}: there is no row below the heading; add pictures")
+    if not rows:
+        raise InputError(f"{path}: no picture with a row, or an equally named .txt; add some")
     for _, text, where in rows:
         if not text.strip():
             raise InputError(f"{where}: the caption is empty, or no UTF-8; mend or remove it")
@@ -440,26 +457,23 @@ def own_pictures(path: Path) -> list[tuple[Path, str]]:
 
 
 def table_rows(path: Path) -> list[tuple[Path, str, str]]:
-    """(picture, caption, where) of a CSV/TSV's rows; raises InputError with the file and row."""
-    tabs, rows, endings = path.suffix.lower() == ".tsv", [], "|".join(SUFFIXES).replace(".", "\\.")
+    """(picture, caption, where) of a CSV/TSV's rows. Raises InputError with the file and row."""
+    tabs, endings, rows = path.suffix.lower() == ".tsv", "|".join(map(re.escape, SUFFIXES)), []
     torn = re.compile(r"\t" if tabs else rf'({endings})"?\s*(,|$)', re.IGNORECASE | re.MULTILINE)
     csv.field_size_limit(2**24)
-    text = text_of(content := read_regular(path, 2**32))
-    if content and not text:
+    if not (text := text_of(content := read_regular(path, 2**32))) and content:
         raise InputError(f"{path}: it is no UTF-8, or holds NUL bytes; save it as UTF-8")
-    lines = io.StringIO(text, newline="")
-    table = csv.reader(lines, delimiter="\t" if tabs else ",")
+    table = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
     try:
-        heading = next(table, [])
-        columns = {name.strip().lower(): place for place, name in enumerate(heading)}
-        image = next((columns[c] for c in PATH_COLUMNS if c in columns), None)
-        caption = next((columns[c] for c in CAPTION_COLUMNS if c in columns), None)
+        heading = [name.strip().lower() for name in next(table, [])]
+        image, caption = (next((heading.index(c) for c in names if c in heading), None)
+                          for names in (PATH_COLUMNS, CAPTION_COLUMNS))  # fmt: skip
         if image is None or caption is None:
             raise InputError(
                 f"{path}: the first row must name a picture column ({', '.join(PATH_COLUMNS)}) "
                 f"and a caption column ({', '.join(CAPTION_COLUMNS)}); it has "
-                f"{', '.join(columns) or 'nothing'}"
-                + "; name a file with tabs between columns .tsv" * ("\t" in "".join(columns))
+                f"{', '.join(heading) or 'nothing'}"
+                + "; name a file with tabs between columns .tsv" * ("\t" in "".join(heading))
             )
         for number, row in enumerate(filter(None, table), start=2):
             if any("\n" in cell and torn.search(cell) for cell in row):
@@ -480,48 +494,16 @@ def table_rows(path: Path) -> list[tuple[Path, str, str]]:
     return rows
 
 
-class Pictures(Source):
-    """Pictures in files; equal captions are one concept, `concept` (M,) is each picture's."""
-
-    def __init__(self, rows: list[tuple[Path, str]], image_size: int, name: str) -> None:
-        self.name, self.image_size = name, image_size
-        self.paths = [path for path, _ in rows]
-        self.captions = sorted({text for _, text in rows})
-        number = {text: i for i, text in enumerate(self.captions)}
-        self.concept = np.array([number[text] for _, text in rows], dtype=int)
-        self.held = np.empty(0, int)
-        self.counts = {"pictures": len(set(self.paths)), "rows": len(rows)}
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
-        found = []
-        for i in ids:
-            try:
-                found.append(read_regular(self.paths[i], PICTURE_CAP))
-            except (OSError, ValueError) as error:  # NUL in a name
-                found.append(error)
-        return found
-
-    def where(self, i: int) -> str:
-        return str(self.paths[i])
-
-    def stamp(self, ids: np.ndarray) -> str:
-        rows = "\n".join(f"{path} {self.captions[i]}"
-                         for path, i in zip(self.paths, self.concept, strict=True))  # fmt: skip
-        found = [self.paths[i].stat() if self.paths[i].is_file() else None for i in ids]
-        return rows + str([x and (x.st_size, x.st_mtime_ns) for x in found])
-
-    def texts(self, ids: np.ndarray) -> list[str]:
-        return [self.captions[self.concept[i]] for i in ids]
+def name_hash(name: str) -> int:
+    """The number that decides whether a picture is held out, of its file's name alone."""
+    return zlib.crc32(os.fsencode(name).decode("utf-8", "replace").encode())
 
 
 def held_out(names: np.ndarray) -> np.ndarray:
     """Places of the pictures that are held out, ascending, by their names' hashes (M,).
 
-    One in twenty, at most MAX_HELD_OUT, those of the smallest: pictures that come later never bring
-    one to them that was trained on before.
+    One in twenty, at most MAX_HELD_OUT, those of the smallest: a picture that was trained on is
+    never held out because others were added.
     """
     chosen = np.flatnonzero(names % 20 == 0)
     return np.sort(chosen[np.argsort(names[chosen], kind="stable")[:MAX_HELD_OUT]])
@@ -533,80 +515,3 @@ def split_rows(rows: list[tuple[Path, str]]) -> tuple[list, list]:
     chosen = {paths[i] for i in held_out(np.array([name_hash(path.name) for path in paths]))}
     test = {path: text for path, text in reversed(rows) if path in chosen}
     return [(path, text) for path, text in rows if path not in chosen], list(test.items())
-
-
-class Mixed(Source):
-    """Several sources as one, their numbers one behind the other; `weights`: passes an epoch."""
-
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
-        self.sources, self.weights, self.image_size = sources, weights, sources[0].image_size
-        self.starts = np.concatenate([[0], np.cumsum([len(source) for source in sources])])
-        self.name = " + ".join(source.name for source in sources)
-        self.held = np.concatenate(
-            [source.held + start for source, start in zip(sources, self.starts, strict=False)]
-        )
-        self.counts = {f"{source.name}: {what}": n
-                       for source in sources for what, n in source.counts.items()}  # fmt: skip
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def where(self, i: int) -> str:
-        ((source, start, _),) = self.parts(np.array([i]))
-        return f"{source.name} {source.where(i - start)}"
-
-    def parts(self, ids: np.ndarray) -> list[tuple[Source, int, np.ndarray]]:
-        """(source, where it starts, places in `ids`) of each source that these ids touch."""
-        number = np.searchsorted(self.starts, ids, "right") - 1
-        return [
-            (self.sources[s], int(self.starts[s]), np.flatnonzero(number == s))
-            for s in np.unique(number)
-        ]
-
-    def read(
-        self, ids: np.ndarray, draws: np.ndarray | None, aspects: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Tensor, list[list[str]]]:
-        ids, bad = np.array(ids), []
-        images = torch.empty(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for source, start, places in self.parts(ids):
-            own = None if draws is None else draws[places]
-            shape = None if aspects is None else aspects[places]  # a copy
-            found, images[places], more = source.read(ids[places] - start, own, shape)
-            ids[places] = found + start
-            if aspects is not None:
-                aspects[places] = shape
-            bad += more
-        return ids, images, bad
-
-    def stamp(self, ids: np.ndarray) -> str:
-        number = np.searchsorted(self.starts, ids, "right") - 1
-        return "\n".join(
-            source.stamp(ids[number == s] - self.starts[s]) for s, source in enumerate(self.sources)
-        )
-
-    def texts(self, ids: np.ndarray) -> list[str]:
-        texts = [""] * len(ids)
-        for source, start, places in self.parts(ids):
-            for place, text in zip(places, source.texts(ids[places] - start), strict=True):
-                texts[place] = text
-        return texts
-
-    def tokens(self, ids: np.ndarray) -> Tensor:
-        tokens = torch.zeros(len(ids), 77, dtype=torch.long)
-        for source, start, places in self.parts(ids):
-            tokens[places] = source.tokens(ids[places] - start)
-        return tokens
-
-
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-
-PICTURE_CAP, CAPTION_CAP = 2**26, 2**20  # bytes of a picture, and of a .txt or .json
-
-
-
-def name_hash(name: str) -> int:
-    """What decides whether a picture is held out: its file's name, wherever it lies."""
-    return zlib.crc32(os.fsencode(name).decode("utf-8", "replace").encode())
