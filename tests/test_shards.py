@@ -475,7 +475,7 @@ def test_windows_keep_reads_near_each_other(folder, monkeypatch):
     train, _ = data.load(str(folder), 16)
     plan = ShardOrder(train, 2, 0, "pretrain")
     shard = [train.index.shard(i) for i in plan.between(0, 0, plan.length)]
-    ends = plan.layout(0)[1].tolist()
+    ends = plan.plan(0)[2].tolist()
     pairs = [set(shard[begin:end]) for begin, end in zip([0, *ends], ends)]
     assert all(len(found) == 2 for found in pairs) and set.union(*pairs) == set(range(6))
     assert len(set(shard[:12])) == 2  # mixed inside
@@ -490,7 +490,7 @@ def test_windows_keep_reads_near_each_other(folder, monkeypatch):
 def test_order_needs_no_memory_of_the_run(folder):
     train, _ = data.load(str(folder), 16)
     check_order_is_pure(partial(ShardOrder, train, 13), 20, (19, 0, 8, 9, 3))
-    with pytest.raises(InputError, match="--tune-batch-size 121 is more than the 1"):
+    with pytest.raises(InputError, match="--tune-batch-size 121 must lie between 2 and the 1"):
         ShardOrder(train, 121, 1, "tune")
 
 
@@ -568,7 +568,7 @@ def test_balanced_sampling_follows_the_power(folder):
 
 def test_word_sampling_keeps_rare_words(folder, tmp_path):
     train, _ = data.load(str(folder), 16)
-    chances = captions.sampling_probabilities("words", train, 0.5, 0.0, "", 1e-3)
+    chances = captions.sampling_probabilities("words", train, {"sampling_share": 0.5}, "", 1e-3)
     assert set(np.unique(chances)) == {0.0, 1.0}
     assert chances.sum() == round((120 - len(train.held)) / 2)
     shares = captions.word_shares(train)
@@ -586,7 +586,8 @@ def test_cluster_files_are_checked(folder, tmp_path):
     np.save(tmp_path / "short.npy", np.arange(7))
     np.save(tmp_path / "floats.npy", np.zeros(120))
     np.savetxt(tmp_path / "good.txt", np.arange(120) % 4, fmt="%d")
-    ask = partial(captions.sampling_probabilities, "clusters", train, 0.5, 0.2)
+    settings = {"sampling_share": 0.5, "sampling_power": 0.2}
+    ask = partial(captions.sampling_probabilities, "clusters", train, settings)
     half = (120 - len(train.held)) / 2
     assert abs(ask(str(tmp_path / "good.txt"), 0).sum() - half) < 1e-6
     for name, words in (("short.npy", "the data have 120"), ("floats.npy", "whole number"),
@@ -605,7 +606,8 @@ def test_clusters_of_a_table_count_its_rows(tmp_path):
     np.save(tmp_path / "rows.npy", np.arange(60) >= 12)  # a boolean is no number
     np.save(tmp_path / "clusters.npy", (np.arange(60) >= 12).astype(int))
     train, test = data.load(str(tmp_path / "my.csv"), 16)
-    ask = partial(captions.sampling_probabilities, "clusters", train, 0.4, 0.0)
+    settings = {"sampling_share": 0.4, "sampling_power": 0.0}
+    ask = partial(captions.sampling_probabilities, "clusters", train, settings)
     chances = ask(str(tmp_path / "clusters.npy"), 0)
     small = np.array([number_of(text) < 12 for text in train.texts(np.arange(len(train)))])
     assert len(test) and abs(chances.sum() - 0.4 * len(train)) < 1e-6
