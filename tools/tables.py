@@ -266,7 +266,7 @@ def training_table(bench: dict) -> str:
     ]  # fmt: skip
     return "\n\n".join(tables) + (
         f"\n\nRandom pairs; pictures and tokens are not counted. Medians of {shared['rounds']} and "
-        f"{estimated['rounds']} rounds (`tools.bench memory`, `processes`, `estimate`); "
+        f"{estimated['rounds']} rounds (`tools.bench memory` and `estimate`, train.py's logs); "
         f"{made_on(memory['machine'])}. Two processes share the two cores."
     )
 
