@@ -1,17 +1,16 @@
-"""Captioned pictures in an exact order: what stands at which step, for every number of processes.
+"""What is trained on: captioned pictures from one of these sources, or several of yours.
 
     emoji            emoji art of seven vendors and its Unicode names; one vendor is held out
-    scenes-center    the same art, small, on photographs: in the centre,
-    scenes-corner    in a corner, where a centred mask should not help,
-    scenes-anywhere  or anywhere
+    scenes-center    the same art, small, on photographs, in the centre
+    scenes-corner    in a corner, where a centred mask should not help
+    scenes-anywhere  anywhere
     PATH or URL      yours: shards, a folder of pictures with equally named .txt files, or a CSV/TSV
 
-    python data.py fetch cc3m|cc12m --list FILE.tsv --out DIR    pictures of a list of URLs
-    python data.py snapshot cc3m|cc12m --out DIR                 the published shards
-    python data.py index DIR                                     where everything lies in them
+    python data.py fetch cc3m|cc12m --list FILE.tsv --out DIR    download the images of a list
+    python data.py snapshot cc3m|cc12m --out DIR                 download the published shards
+    python data.py index DIR                                     index shards
 
-Randomness has an address: `noise(seed, purpose, position)`. Neither workers nor processes nor what
-was read before change what stands at a position, position = step x global batch + index in it.
+nanoglip/sources/order.py says why neither workers nor processes change the order.
 """
 
 import os
@@ -104,24 +103,24 @@ SNAPSHOTS = {  # name: (repository on the hub, training pairs in it)
 
 @dataclass(frozen=True)
 class SnapshotConfig:
-    """Bring a published snapshot's training shards, resumable; index them; check their number."""
+    """Download the training shards of a published snapshot, resumable, and index them."""
 
     name: Annotated[Literal[tuple(SNAPSHOTS)], tyro.conf.Positional]  # cc12m is the paper's own set
     out: Path  # folder for the shards: cc3m takes about 250 GB, cc12m about 1 TB
     processes: int = 0  # that index (0: as many as there are cores)
-    connections: int = 8  # files that are brought at a time
+    connections: int = 8  # files that are downloaded at a time
 
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """Find out where every picture and caption lies in tar shards; a killed build goes on."""
+    """Index where every picture and caption lies in tar shards, resumable."""
 
     location: Annotated[str, tyro.conf.Positional]  # folder, .tar, DIR/x-{0000..0099}.tar, or a URL
     processes: int = 0  # that index (0: as many as there are cores)
 
 
 def snapshot(config: SnapshotConfig) -> dict:
-    """Bring the shards, then index; returns the index's record."""
+    """The record of the index, after downloading the shards and indexing them."""
     cli.check_numbers(config, ("connections",), ("processes",))
     from huggingface_hub import snapshot_download
 
@@ -134,8 +133,7 @@ def snapshot(config: SnapshotConfig) -> dict:
         )  # fmt: skip
     except Exception as error:  # of the hub, of its connections, of the disk
         raise InputError(
-            f"{repository}: {shards.printable_error(error)}; what came is kept: give the same "
-            "command again to go on"
+            f"{repository}: {shards.printable_error(error)}; the same command resumes the download"
         ) from None
     record = index(IndexConfig(str(config.out), config.processes))
     got = sum(record["counts"])
@@ -147,17 +145,17 @@ def snapshot(config: SnapshotConfig) -> dict:
 
 
 def index(config: IndexConfig) -> dict:
-    """Index shards and say what was found; returns the index's record."""
+    """The record of the index of some shards, which is printed in short."""
     cli.check_numbers(config, at_least_0=("processes",))
     location = config.location
     local = not shards.is_remote(location) and not location.endswith(".tar")
     if local and not Path(location).is_dir():
         raise InputError(f"{location}: no such folder; name one with .tar shards")
     record = shards.build(location, config.processes or os.cpu_count() or 1)
-    told = ", ".join(f"{n:,} {why}" for why, n in sorted(record["skipped"].items())) or "nothing"
+    skipped = ", ".join(f"{n:,} {why}" for why, n in sorted(record["skipped"].items()))
     cli.say(
-        f"{location}: {sum(record['counts']):,} pairs in {len(record['counts']):,} shards; passed "
-        f"over: {told}; the index is in {shards.index_folder(location)}"
+        f"{location}: {sum(record['counts']):,} pairs in {len(record['counts']):,} shards; "
+        f"skipped: {skipped or 'nothing'}; the index is in {shards.index_folder(location)}"
     )
     return record
 
@@ -165,18 +163,17 @@ def index(config: IndexConfig) -> dict:
 @cli.guarded
 def main() -> None:
     """fetch, snapshot, index: bad input is one sentence and exit code 2."""
-    command, arguments = sys.argv[1:2], sys.argv[2:]
-    if command == ["fetch"]:
-        from nanoglip.sources import fetch  # img2dataset is slow to import, and lacks Python 3.13
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    commands = {"snapshot": (snapshot, SnapshotConfig), "index": (index, IndexConfig)}
+    if command == "fetch":  # img2dataset is slow to import, and lacks Python 3.13
+        from nanoglip.sources import fetch
 
-        fetch.fetch(tyro.cli(fetch.FetchConfig, args=arguments, prog="data.py fetch"))
-    elif command == ["snapshot"]:
-        snapshot(tyro.cli(SnapshotConfig, args=arguments, prog="data.py snapshot"))
-    elif command == ["index"]:
-        index(tyro.cli(IndexConfig, args=arguments, prog="data.py index"))
-    else:
-        print(__doc__, file=sys.stderr if command != ["--help"] else sys.stdout)
-        sys.exit(0 if command == ["--help"] else 2)
+        commands["fetch"] = fetch.fetch, fetch.FetchConfig
+    if command not in commands:
+        print(__doc__, file=sys.stderr if command != "--help" else sys.stdout)
+        sys.exit(0 if command == "--help" else 2)
+    work, config = commands[command]
+    work(tyro.cli(config, args=sys.argv[2:], prog=f"data.py {command}"))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def test_captions_are_decoded_by_their_mark_or_refused(encoding, tmp_path):
         if known:
             assert [text for _, text in pictures.own_pictures(path)] == ["ein Apfel é"]
         else:
-            with pytest.raises(InputError, match=f"{path}.*no UTF-8"):
+            with pytest.raises(InputError, match=f"{path}.*not UTF-8"):
                 pictures.own_pictures(path)
 
 
@@ -242,14 +242,10 @@ def test_quotes_that_are_closed_may_hold_commas_and_lines(tmp_path):
     assert texts == ['a dog, "Rex", at home', "b"]
 
 
-@pytest.mark.parametrize(("name", "text", "words"), [
-    ("swapped.csv", "path,caption\na dog,a.png\na cat,b.png\n", "swap the two in the first row"),
-    ("tabs.csv", "path\tcaption\na.png\ta dog\n", r"name a file with tabs between columns \.tsv"),
-])  # fmt: skip
-def test_a_table_that_was_mixed_up_is_told(name, text, words, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name}.*{words}"):
-        pictures.own_pictures(tmp_path / name)
+def test_tabs_in_a_csv_are_told(tmp_path):
+    (tmp_path / "tabs.csv").write_text("path\tcaption\na.png\ta dog\n")
+    with pytest.raises(InputError, match=r"tabs\.csv.*name a file with tabs between columns \.tsv"):
+        pictures.own_pictures(tmp_path / "tabs.csv")
 
 
 def test_an_endless_word_costs_what_a_long_one_does(monkeypatch):

@@ -199,7 +199,7 @@ class Source:
         return tokenize(self.texts(ids))
 
     def prompted(self, ids: np.ndarray, draws: np.ndarray) -> list[str]:
-        """Class names of pictures in templates that draws (B,) choose."""
+        """Class names of pictures in templates chosen by draws (B,)."""
 
     def prompts(self) -> dict[str, list[str]]:
         """All class names in each template of evaluation; empty where captions are texts."""
@@ -262,10 +262,8 @@ class Source:
             try:
                 images.append(centred(self.pixels(content), self.image_size))
             except BadPicture as error:
-                raise InputError(
-                    f"{self.where(i)} is held out and was read before, and now cannot be "
-                    f"({error}): look after the data"
-                ) from None
+                message = f"{self.where(i)} is held out and has become unreadable ({error})"
+                raise InputError(f"{message}: repair or remove it") from None
         return torch.stack(images)
 
     def check_readable(self, max_bad: float) -> np.ndarray:
@@ -452,7 +450,7 @@ def own_pictures(path: Path) -> list[tuple[Path, str]]:
         raise InputError(f"{path}: no picture with a row, or an equally named .txt; add some")
     for _, text, where in rows:
         if not text.strip():
-            raise InputError(f"{where}: the caption is empty, or no UTF-8; mend or remove it")
+            raise InputError(f"{where}: the caption is empty or not UTF-8; correct or remove it")
     return [(picture, " ".join(text.split())) for picture, text, _ in rows]
 
 
@@ -462,7 +460,7 @@ def table_rows(path: Path) -> list[tuple[Path, str, str]]:
     torn = re.compile(r"\t" if tabs else rf'({endings})"?\s*(,|$)', re.IGNORECASE | re.MULTILINE)
     csv.field_size_limit(2**24)
     if not (text := text_of(content := read_regular(path, 2**32))) and content:
-        raise InputError(f"{path}: it is no UTF-8, or holds NUL bytes; save it as UTF-8")
+        raise InputError(f"{path}: it is not UTF-8, or holds NUL bytes; save it as UTF-8")
     table = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
     try:
         heading = [name.strip().lower() for name in next(table, [])]
@@ -484,13 +482,7 @@ def table_rows(path: Path) -> list[tuple[Path, str, str]]:
             name, text = (row[k] if k < len(row) else "" for k in (image, caption))
             rows.append((path.parent / name, text, f"{path} row {number}"))
     except csv.Error as error:
-        raise InputError(f"{path} line {table.line_num}: {error}; mend the row") from None
-    kinds = ((x.suffix.lower(), Path(text).suffix.lower()) for x, text, _ in rows)
-    if rows and all(x not in SUFFIXES and other in SUFFIXES for x, other in kinds):
-        raise InputError(
-            f"{path}: '{heading[caption]}' holds pictures' names and '{heading[image]}' none: swap "
-            "the two in the first row"
-        )
+        raise InputError(f"{path} line {table.line_num}: {error}; correct the row") from None
     return rows
 
 
