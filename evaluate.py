@@ -15,7 +15,6 @@ answer), loss.png, masks.png, top5.png and retrieval.png; report.html shows them
 Google's and Twitter's are drawn, whose licences allow it.
 """
 
-import contextlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,14 +26,13 @@ import tyro
 import data
 import glip
 from glip import InputError
-from nanoglip import cli, files, page
+from nanoglip import cli, files, page, results
 from nanoglip.distributed import processes
 from nanoglip.evals import benchmarks, encoder, figures, probe, search, significance
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import hits
 from nanoglip.machine import Device, machine, resolve
 from nanoglip.masks import Masker
-from nanoglip.results import add_run
 from nanoglip.sources.pictures import MAX_BAD, HeldOut, Source
 
 # --- The command line -----------------------------------------------------------------------------
@@ -130,9 +128,9 @@ class Run:
     def known_results(self) -> dict:
         """What results.json holds already, with the record of the training."""
         content = self.content
-        return known_results(self.folder) | {
+        return results.load("results", self.folder) | {
             "name": self.folder.name, "command": content["command"],
-            "config": portable(content["config"]), "steps": content["steps"],
+            "config": results.portable(content["config"]), "steps": content["steps"],
             "world": content["world"], "bf16": content["bf16"],
             "train_seconds": content["seconds"], "trained_on": content["machine"],
         }  # fmt: skip
@@ -140,12 +138,10 @@ class Run:
 
 def run_folder(name: str) -> Path:
     """A run's folder, the latest for ""; raises InputError where no model is in it."""
-    if not name:
-        models = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
-        if not models:
-            raise InputError("runs/ holds no finished run: start one with python train.py")
-        name = models[-1].parent
-    folder = Path(name)
+    models = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
+    if not name and not models:
+        raise InputError("runs/ holds no finished run: start one with python train.py")
+    folder = Path(name or models[-1].parent)
     folder = folder.resolve() if folder.name in ("", "..") else folder  # results have its name
     if not (folder / "model.pt").is_file():
         raise InputError(f"{folder}: no model.pt in it; name the folder of a finished run")
@@ -175,7 +171,7 @@ def open_run(options: EvaluateConfig, on: Device) -> tuple[Run, list[tuple]]:
     names = [name for name, *_ in labelled]
     if len(set(names)) < len(names):
         raise InputError(f"--probe-data: two of {', '.join(names)} have one name: rename one")
-    known_results(folder)
+    results.load("results", folder)
     return Run(folder, content, final, before, masker), labelled
 
 
@@ -196,7 +192,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         pairs = test if own is run.final else before_test
         last = encoder.encode_pairs(own, pairs, mask)  # at last the final model's, without a mask
         ranks[column] = encoder.rank_features(pairs, *last)
-    results = run.known_results() | {
+    record = run.known_results() | {
         "counts": {**train.counts, "training pictures": len(train) - len(train.held),
                    "held-out pictures": len(test.concept), "captions": len(test.captions)},
         "evaluated_on": machine(on.device), "evaluation_bf16": on.bf16, "mask_shares": {},
@@ -204,15 +200,15 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "intervals": {column: encoder.intervals_of(found) for column, found in ranks.items()},
     }  # fmt: skip
     if "masked inference" in ranks:
-        results["mask_shares"] = encoder.mask_shares(run.before, before_test, run.masker)
+        record["mask_shares"] = encoder.mask_shares(run.before, before_test, run.masker)
     if test.flags is not None:
-        results["prompted"] = encoder.prompted(run.final, test, last[0])
+        record["prompted"] = encoder.prompted(run.final, test, last[0])
     if options.linear_probe or labelled:
-        run_probes(run, options, labelled, results)
+        run_probes(run, options, labelled, record)
     if options.robustness and len(test.concept):
-        results["robustness"] = encoder.robustness(run.final, test)
-    text = results_table(results)
-    write_results(run.folder, results, text)
+        record["robustness"] = encoder.robustness(run.final, test)
+    text = results_table(record)
+    save_results(run, record, text)
     asked = json.dumps([test.examples(), test.captions, test.concept.tolist()])
     pairs, model = files.digest([], asked), identity(run.folder, on)
     significance.save_outcomes(run.folder / "outcomes.npz", ranks, pairs, model)
@@ -220,13 +216,13 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         run.folder, run.content["config"], last, test, run.before.model, before_test, run.masker
     )
     publish(run.folder, options, "held-out pairs", text, ["outcomes.npz", *drawn])
-    return results
+    return record
 
 
-def run_probes(run: Run, options: EvaluateConfig, labelled: list, results: dict) -> list[str]:
-    """Probe the final model and add what is found to `results`; returns it as lines."""
+def run_probes(run: Run, options: EvaluateConfig, labelled: list, record: dict) -> list[str]:
+    """Probe the final model and add what is found to `record`; returns it as lines."""
     found = probe.probe_all(run.final, run.folder, labelled, options.linear_probe, options.few_shot)
-    results["linear_probe"] = {**results.get("linear_probe", {}), **found}
+    record["linear_probe"] = {**record.get("linear_probe", {}), **found}
     return probe.probe_lines(found)
 
 
@@ -256,19 +252,19 @@ def run_benchmarks(
         return answers, problems
     where = {"evaluated_on": machine(device), "bf16": on.bf16}
     new = {name: {**entry, **where} for name, entry in new.items()}
-    results, text, lines = run.known_results(), [], []
-    results["benchmarks"] = {**results.get("benchmarks", {}), **new}
+    record, text, lines = run.known_results(), [], []
+    record["benchmarks"] = {**record.get("benchmarks", {}), **new}
     if new:
         text = [benchmarks.sets_table(new, on.precision)]
-        write_results(run.folder, results, text[0])
+        save_results(run, record, text[0])
     try:
         side = run.final.model.config.pixels[0]
         labelled += [probe.open_set(place, side) for place in to_probe]
-        lines = run_probes(run, options, labelled, results)
+        lines = run_probes(run, options, labelled, record)
     except InputError as error:
         problems.append(str(error))
     if lines:
-        write_results(run.folder, results, "\n".join(lines))
+        save_results(run, record, "\n".join(lines))
     if text or lines:
         publish(run.folder, options, "published sets", "\n".join(text + lines), [])
     return answers, problems
@@ -321,24 +317,13 @@ def compare_runs(options: EvaluateConfig) -> list[str]:
     return problems
 
 
-# --- results.json ---------------------------------------------------------------------------------
+# --- Results --------------------------------------------------------------------------------------
 
 
-def known_results(folder: Path) -> dict:
-    """What an earlier evaluation left in results.json; raises InputError for a broken file."""
-    path, content = folder / "results.json", None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not what evaluate.py writes: remove it, or bring a whole one")
-    return content
-
-
-def write_results(folder: Path, results: dict, text: str = "") -> None:
+def save_results(run: Run, record: dict, text: str) -> None:
     """Print results as text, for the folder may be read-only; then write results.json."""
-    if text:
-        cli.say(text)
-    files.write_bytes(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    cli.say(text)
+    results.save("results", record, run.folder)
 
 
 def publish(
@@ -349,27 +334,19 @@ def publish(
     told = ", ".join(["results.json", *written])
     print(f"wrote {told} into {folder}" + f"; see {shown}" * bool(shown))
     if options.publish:
-        add_run(known_results(folder))
+        results.add_run(results.load("results", folder))
         print(f"published {folder.name} in results/runs.jsonl")
 
 
-def portable(config: dict) -> dict:
-    """A run's settings without the folders of this machine."""
-    names = [config["data"]] if isinstance(config["data"], str) else config["data"]
-    names = " ".join(Path(name).name for name in names)
-    paths = {key: Path(config.get(key, "")).name for key in ("out", "clusters", "init")}
-    return {**config, **paths, "data": names}
-
-
-def results_table(results: dict) -> str:
+def results_table(record: dict) -> str:
     """An evaluation on held-out pairs as text."""
-    tables, config = results["held_out"], results["config"]
+    tables, config = record["held_out"], record["config"]
     lines = [
-        f"{results['name']}: {config['model']}, {config['data']}, mask {config['mask']} "
+        f"{record['name']}: {config['model']}, {config['data']}, mask {config['mask']} "
         f"{config['mask_ratio']:.1%}{', A-CLIP' * config['aclip']}, "
         + f"text mask {config['text_mask']}, " * (config["text_mask"] != "none")
-        + f"{'bf16' if results['evaluation_bf16'] else 'fp32'}, seed {config['seed']}; "
-        f"{results['counts']['held-out pictures']:,} held-out pictures"
+        + f"{'bf16' if record['evaluation_bf16'] else 'fp32'}, seed {config['seed']}; "
+        f"{record['counts']['held-out pictures']:,} held-out pictures"
     ]
     if any(tables.values()):
         lines.append(f"{'':30}" + "".join(f"{name:>22}" for name in tables))
@@ -378,18 +355,18 @@ def results_table(results: dict) -> str:
     for metric in next(iter(tables.values()), {}):
         cells = ""
         for column, table in tables.items():
-            low, high = results["intervals"][column][metric]
+            low, high = record["intervals"][column][metric]
             between = f"({100 * low:.1f}-{100 * high:.1f})"
             cells += f"{100 * table[metric]:>8.1f} % {between:>11}"
         lines.append(f"{metric:30}" + cells)
-    shares = results["mask_shares"]
+    shares = record["mask_shares"]
     if shares and shares["visible"] != shares["computed"]:
         computed, visible = (f"{shares[name]:.1%}" for name in ("computed", "visible"))
         lines.append(f"masked inference computes {computed} of the patches and sees {visible}")
-    for prompt, value in results.get("prompted", {}).items():
+    for prompt, value in record.get("prompted", {}).items():
         lines.append(f"{'zero-shot top-1, ' + prompt:40}{100 * value:>8.1f} %")
-    lines += probe.probe_lines(results.get("linear_probe", {}))
-    for name, table in results.get("robustness", {}).items():
+    lines += probe.probe_lines(record.get("linear_probe", {}))
+    for name, table in record.get("robustness", {}).items():
         metric, value = next(iter(table.items()))
         lines.append(f"{metric}, {name:{30 - len(metric)}}{100 * value:>16.1f} %")
     return "\n".join(lines)

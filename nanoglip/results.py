@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from glip import InputError
 from nanoglip import files
 from nanoglip.config import MACHINE, RECIPES, TrainConfig
 
@@ -24,9 +25,13 @@ LEFT_OUT = {"command", "config", "trained_on", "evaluated_on", "intervals"}
 
 
 def load(name: str, folder: Path = FOLDER) -> dict:
-    """The content of NAME.json, {} where there is none."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The content of NAME.json, {} where there is none; raises InputError for a broken file."""
+    path, content = folder / f"{name}.json", None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not what evaluate.py writes: remove it, or bring a whole one")
+    return content
 
 
 def save(name: str, content: dict, folder: Path = FOLDER) -> None:
@@ -90,6 +95,14 @@ def usual(recipe: str) -> dict:
     """A recipe's settings as JSON holds them; `data` is one string, as in results.json."""
     config = json.loads(json.dumps(asdict(TrainConfig(recipe, **RECIPES[recipe]))))
     return {**config, "data": " ".join(config["data"])}
+
+
+def portable(config: dict) -> dict:
+    """A run's settings without the folders of this machine."""
+    names = [config["data"]] if isinstance(config["data"], str) else config["data"]
+    names = " ".join(Path(name).name for name in names)
+    paths = {key: Path(config.get(key, "")).name for key in ("out", "clusters", "init")}
+    return {**config, **paths, "data": names}
 
 
 def rounded(content: object) -> object:

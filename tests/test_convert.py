@@ -612,7 +612,7 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
     gaps = [(p - start[k]).abs().max().item() for k, p in model.state_dict().items()]
     assert 0 < max(gaps) < 1e-2  # two AdamW steps, lr 2e-3, weight decay 1: still where it began
     content = glip.load_checkpoint(run / "model.pt")
-    assert evaluate.portable(content["config"])["init"] == "published"
+    assert results.portable(content["config"])["init"] == "published"
 
 
 @pytest.mark.slow

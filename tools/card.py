@@ -4,8 +4,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
 from glip import SIZES, GLIPConfig
+from nanoglip import results
 from nanoglip.cli import printable
 from nanoglip.files import FOREIGN
 
@@ -42,7 +42,7 @@ def training(content: dict) -> dict[str, str]:
         return {"imported": f"{source['file']}, {source['from']}'s, sha256 {source['sha256']}"}
     if "command" not in content:
         return {}
-    run, machine = evaluate.portable(content["config"]), content["machine"]
+    run, machine = results.portable(content["config"]), content["machine"]
     names = ("data", "vendors", "held_out", "mask", "mask_ratio", "seed", "init")
     hours = sum(content["seconds"].values()) / 3600
     return {name.replace("_", " "): run[name] for name in names} | {
@@ -123,7 +123,7 @@ def plain(text: object) -> str:
 
 def card(to: str, path: Path, content: dict, config: GLIPConfig) -> str:
     """The model card of an export; its results are what evaluate.py wrote beside the model."""
-    written = evaluate.known_results(path.parent) if path.name == "model.pt" else {}
+    written = results.load("results", path.parent) if path.name == "model.pt" else {}
     rows = ["Not evaluated on held-out pairs before the export."]
     if tables := written.get("held_out"):  # absent after an evaluation on published sets only
         names = " | ".join(map(plain, tables))

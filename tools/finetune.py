@@ -41,10 +41,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import evaluate
 import glip
 from glip import GLIP, InputError
-from nanoglip import cli, files
+from nanoglip import cli, files, results
 from nanoglip.cli import check_numbers
 from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
@@ -324,7 +323,7 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     ids = np.sort(np.concatenate([train, valid]))
     config = settled(config, len(ids))
     check(config)
-    evaluate.known_results(run)  # told before the work if it cannot be read
+    results.load("results", run)  # raises before the work
     out = Path(config.out or run / f"finetune-{Path(config.data).resolve().name}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} holds something already: choose another, or remove it")
@@ -356,18 +355,18 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
         print(f"{name:24}" + "".join(f"{100 * share:>10.1f} %" for share in row.values()))
     save(out, model, end, source.captions)
     record = {**asdict(config), "run": run.name, "data": source.name, "out": out.name}
-    results = {
+    result = {
         "name": run.name, "command": command(), "config": record, "bf16": on.bf16,
         "counts": {"classes": len(source.captions), "training pictures": len(ids),
                    "test pictures": len(test)},
         "train_seconds": seconds, "machine": machine(on.device), "fine_tuned": tables,
     }  # fmt: skip
-    evaluate.write_results(out, results)
-    known = evaluate.known_results(run)  # the run's own, which report.py reads once published
+    results.save("results", result, out)
+    known = results.load("results", run)  # the run's own, which --publish reads
     found = {source.name: {**tables[final], "from": out.name}}
-    evaluate.write_results(run, {**known, "fine_tune": {**known.get("fine_tune", {}), **found}})
+    results.save("results", {**known, "fine_tune": {**known.get("fine_tune", {}), **found}}, run)
     print(f"wrote {out}/model.pt, results.json, log.jsonl; {run}/results.json has the accuracy")
-    return results
+    return result
 
 
 def save(out: Path, model: GLIP, weights: dict, classes: list[str]) -> None:

@@ -32,7 +32,7 @@ GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling r
 COLOURS = (GOOD, OTHER, "#009e73", "#cc79a7", "#e69f00")
 
 PANELS = {  # title: names in log.jsonl
-    "loss, and ln(batch), which guessing gives": ("loss", "ln_batch"),
+    "loss (dashed: of guessing)": ("loss", "ln_batch"),
     "held-out pictures, without a mask": (
         "zero-shot top-1", "zero-shot top-5", "image to text R@1", "image to text R@5",
         "text to image R@5",
@@ -91,13 +91,13 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
             if line and (chance or name != "ln_batch"):
                 panels[title][name] = line
     rows = math.ceil(len(panels) / 2) or 1
-    fig = figure(2 * rows, 8, left=0.07, bottom=0.15 / rows, top=1 - 0.15 / rows, hspace=0.4)
+    fig = figure(2 * rows, 8, left=0.08, bottom=0.15 / rows, top=1 - 0.15 / rows, hspace=0.4)
     for place, (title, lines) in enumerate(panels.items(), 1):
         axes = fig.add_subplot(rows, 2, place)
         for (name, line), colour in zip(lines.items(), COLOURS, strict=False):
             look = "--" if name == "ln_batch" else ".-" if len(line) < 20 else "-"
             axes.plot(*zip(*line, strict=True), look, color=colour, label=name)
-        axes.set_ylim(min(0.0, axes.dataLim.y0))
+        axes.axhline(0, color="#dddddd", linewidth=0.8)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=7)
