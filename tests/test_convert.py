@@ -35,6 +35,7 @@ from nanoglip.evals import figures
 from nanoglip.evals.encoder import Encoder, rank_pairs, shares_of
 from nanoglip.evals.metrics import retrieval, zero_shot
 from nanoglip.machine import Device
+from nanoglip.results import portable
 from nanoglip.sources import emoji, pictures
 from nanoglip.sources.order import loader
 from tests.test_model import CAPTIONS, Evil
@@ -612,7 +613,7 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
     gaps = [(p - start[k]).abs().max().item() for k, p in model.state_dict().items()]
     assert 0 < max(gaps) < 1e-2  # two AdamW steps, lr 2e-3, weight decay 1: still where it began
     content = glip.load_checkpoint(run / "model.pt")
-    assert results.portable(content["config"])["init"] == "published"
+    assert portable(content["config"])["init"] == "published"
 
 
 @pytest.mark.slow
