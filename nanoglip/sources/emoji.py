@@ -24,7 +24,7 @@ from glip import InputError
 from nanoglip import files
 from nanoglip.files import write_safely
 from nanoglip.noise import DRAWS, uniform
-from nanoglip.sources.pictures import Source
+from nanoglip.sources.pictures import Source, numbered
 
 VENDORS = ("Appl", "FB", "Goog", "Joy", "Sams", "Twtr", "Wind")
 FREE_ART = ("Goog", "Twtr")  # Apache-2.0 and CC BY 4.0: what published pictures may show
@@ -134,14 +134,13 @@ class Emoji(Source):
         self.publishable = set(vendors) <= set(FREE_ART)
         side = min(NATIVE, int(EMOJI_SHARE * image_size) if self.place else image_size)
         art, pictures, self.counts = decode_emoji(side)
-        sequences = sorted({sequence for sequence, _ in pictures})
+        sequences, number = numbered([sequence for sequence, _ in pictures])
         self.captions = [emoji_name(sequence) for sequence in sequences]
         self.flags = np.array([is_flag(sequence) for sequence in sequences])
         words = [set(re.split(r"[\s-]+", name)) for name in self.captions]
         self.mirrors = ~self.flags & np.array([not SIDED & name for name in words])
-        number = {sequence: i for i, sequence in enumerate(sequences)}
         rows = [i for i, (_, vendor) in enumerate(pictures) if vendor in vendors]
-        self.concept = np.array([number[pictures[i][0]] for i in rows])
+        self.concept = number[rows]
         self.vendor = np.array([VENDORS.index(pictures[i][1]) for i in rows])
         self.held = np.arange(len(rows) if split == "test" else 0)
         self.art = art[rows].transpose(0, 3, 1, 2)                             # (M, 4, side, side)
@@ -150,17 +149,11 @@ class Emoji(Source):
         else:  # on white
             self.art = self.art[:, :3] + (255 - self.art[:, 3:])
 
-    def __len__(self) -> int:
-        return len(self.concept)
-
     def where(self, i: int) -> str:
         return f"{VENDORS[self.vendor[i]]} {self.captions[self.concept[i]]}"
 
     def stamp(self, ids: np.ndarray) -> str:
         return f"{self.name} {self.split} {np.unique(self.vendor)} {self.counts}"
-
-    def texts(self, ids: np.ndarray) -> list[str]:
-        return [self.captions[i] for i in self.concept[ids]]
 
     def prompted(self, ids: np.ndarray, draws: np.ndarray) -> list[str]:
         templates = [TEMPLATES[int(draw * len(TEMPLATES))] for draw in draws]

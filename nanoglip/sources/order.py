@@ -96,7 +96,7 @@ class ConceptOrder(Order):
         widths = [int((sizes > p).sum()) for p in range(sizes.max(initial=0))]
         length = sum(width for width in widths if width >= batch_size)
         what = "distinct captions of the training data, or equal captions would be negatives"
-        super().__init__(batch_size, seed, stage, length, len(concept), sum(sizes > 0), what)
+        super().__init__(batch_size, seed, stage, length, len(concept), (sizes > 0).sum(), what)
         self.last = (-1, np.empty(0, int))
 
     def epoch(self, number: int) -> np.ndarray:

@@ -182,6 +182,9 @@ class Source:
     weights: Sequence[float] = ()  # passes over each of them in an epoch
     publishable = True  # whether figures may show the pictures
 
+    def __len__(self) -> int:
+        return len(self.concept)
+
     def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
         """Encoded pictures; the error in the place of each that cannot be read."""
 
@@ -193,6 +196,7 @@ class Source:
 
     def texts(self, ids: np.ndarray) -> list[str]:
         """Captions of pictures."""
+        return [self.captions[i] for i in self.concept[ids]]
 
     def tokens(self, ids: np.ndarray) -> Tensor:
         """Token ids of captions, (B, T)."""
@@ -411,9 +415,6 @@ class Pictures(Source):
         self.captions, self.concept = numbered([text for _, text in rows])
         self.counts = {"pictures": len(set(self.paths)), "rows": len(rows)}
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
         found = []
         for i in ids:
@@ -431,9 +432,6 @@ class Pictures(Source):
         rows = "\n".join(f"{path} {text}" for path, text in zip(self.paths, texts, strict=True))
         found = [self.paths[i].stat() if self.paths[i].is_file() else None for i in ids]
         return rows + str([x and (x.st_size, x.st_mtime_ns) for x in found])
-
-    def texts(self, ids: np.ndarray) -> list[str]:
-        return [self.captions[self.concept[i]] for i in ids]
 
 
 def own_pictures(path: Path) -> list[tuple[Path, str]]:
