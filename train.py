@@ -24,17 +24,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.optim import Muon
 from torch import Tensor, nn
 
 import data
 import glip
 from glip import GLIP, GLIPConfig, InputError
-from nanoglip import aclip, cli, distributed, estimate, files, losses
-from nanoglip.checkpoint import last_state, restore, same_everywhere
-from nanoglip.config import TrainConfig, check, masker_of, parse, run_name
+from nanoglip import aclip, checkpoint, cli, distributed, estimate, files
+from nanoglip.config import MACHINE, TrainConfig, check, masker_of, parse, run_name
 from nanoglip.files import locked
-from nanoglip.machine import memory_of, use_bf16
+from nanoglip.losses import cached_gradients, contrastive_loss
+from nanoglip.machine import Device, keep_memory, memory_of
 from nanoglip.masks import Masker, momentum_at, settings_of
 from nanoglip.runlog import Report, Stage, cut_log, listening
 from nanoglip.sources import captions
@@ -53,7 +52,7 @@ def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
 
 
 MOST = 2**48  # pairs of a run; the largest published ones have 2**37
-
+FREE = MACHINE | {"max_bad"}  # settings that may differ when a run is resumed
 MUON_SCALE = 2.0  # Muon's learning rate in AdamW's; docs/training.md has the search
 
 
@@ -75,6 +74,8 @@ def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimi
     adamw = torch.optim.AdamW([decayed, *plain], betas=(0.9, config.beta2), eps=1e-6, fused=True)
     if not groups["muon"]:
         return [adamw]
+    from timm.optim import Muon  # slow to import: torchvision and torch._dynamo come with it
+
     inner = {"params": groups["muon"], "scale": MUON_SCALE}
     muon = Muon(
         [inner], weight_decay=config.weight_decay, momentum=0.95, nesterov=True,
@@ -161,36 +162,38 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
 
 
 def run_stage(
-    stage: Stage, model: GLIP, config: TrainConfig, world: int, device: torch.device,
-    report: Report, state: dict,
+    stage: Stage, model: GLIP, config: TrainConfig, world: int, on: Device, report: Report,
+    state: dict,
 ) -> GLIP:  # fmt: skip
-    """Train `model` for one stage, from where `state`, a checkpoint of it, stopped; return it."""
-    network = aclip.AClip(model).to(device) if stage.aclip else model
+    """The model after one stage, resumed where `state`, a checkpoint of the stage, stopped."""
+    network = aclip.AClip(model).to(on.device) if stage.aclip else model
     model.transformer.recompute = model.visual.transformer.recompute = config.recompute
     static = not (config.micro_batch or config.recompute)
-    shared = distributed.spread(network, world, device, config.shard, static)
-    optimizers = make_optimizers(network, config)  # of divided parameters, if they are
+    shared = distributed.wrap(network, world, on.device, config.shard, static)
+    optimizers = make_optimizers(network, config)  # of sharded parameters, if they are
     start = state.get("step", 0)
     if state:
-        restore(state, stage, network, optimizers)
-    if config.compile:
-        compile_network(network)
-    bf16 = use_bf16(config.precision, device)
-    workers = config.workers
-    if workers < 0:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        workers = 0 if config.data[0] in EMBEDDED else max(1, min(8, cores))
-    batches = loader(stage.batches, start, stage.steps, workers, pin=device.type == "cuda")
-    batches = distributed.prefetch(batches, device)
+        checkpoint.restore(state, stage.masker, stage.aclip, network, optimizers)
+    if config.compile:  # not the packing of texts, which has other sizes every time
+        model.visual.compile()
+        model.transformer.compile()
+    pin = on.device.type == "cuda"
+    batches = loader(stage.batches, start, stage.steps, workers_of(config), pin)
     model.train()
     report.begin(stage, network, optimizers, state)
-    for step, batch in enumerate(batches, start):
+    for step, batch in enumerate(distributed.prefetch(batches, on.device), start):
         report.data_arrived(batch)
         stage.masker.before_step(step, stage.steps, model.visual, stage.batches.sample)
         if stage.aclip:
             network.update_teacher(momentum_at(step, stage.steps, config.teacher_momentum))
+            found = aclip_gradients(network, batch, stage.masker, config.crop_scale, on, shared)
+        else:
+            found = compute_gradients(
+                model, batch, stage.masker, config.loss, on, config.micro_batch, shared
+            )
+        if config.shard:
+            distributed.share_scalars(network)
         lr = lr_at(step, stage.steps, stage.warmup, stage.lr)
-        found = compute_gradients(shared, network, batch, stage, config, device, bf16)
         finite = apply_gradients(network, optimizers, lr, config.clip_grad_norm)
         model.clamp_logit_scale()
         report.step(step, *found, lr, finite)
@@ -198,47 +201,58 @@ def run_stage(
     return report.whole_model()
 
 
+def workers_of(config: TrainConfig) -> int:
+    """Data workers of this rank: as asked for, or of the cores that it has."""
+    if config.workers >= 0 or config.data[0] in EMBEDDED:
+        return max(0, config.workers)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, min(8, cores))
+
+
 def compute_gradients(
-    shared: nn.Module, network: nn.Module, batch: Batch, stage: Stage, config: TrainConfig,
-    device: torch.device, bf16: bool,
+    model: GLIP, batch: Batch, masker: Masker, loss: str, on: Device, micro_batch: int = 0,
+    shared: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Backward through a batch; returns the loss, logit_scale, and visible (B, K) or None.
 
-    `shared` is `network` as processes share it.
+    `shared` is `model` as ranks share it. With micro_batch that many pairs' activations exist.
     """
-    images, tokens, noise, views, _ = batch.to_device(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        if config.micro_batch:
-            found = backward_cached(shared, network, images, tokens, noise, stage.masker, config)
-        else:
-            if stage.aclip:
-                loss, scale, visible = aclip.aclip_loss(
-                    shared, network, stage.masker, images, tokens, noise, views, config.crop_scale
-                )
-            else:
-                ids_keep, visible = stage.masker(images, noise, network.visual)
-                image_features, text_features, scale = shared(images, tokens, ids_keep, visible)
-                loss = losses.contrastive_loss(
-                    config.loss, image_features, text_features, scale, network.logit_bias
-                )
-            found = loss.detach(), scale.detach(), visible
-    if not config.micro_batch:
-        loss.backward()
-    if config.shard:
-        distributed.share_scalars(network)
-    return found
+    images, tokens, noise, _, _ = batch.to_device(on.device)
+    shared = model if shared is None else shared
+    with on.autocast():
+        if micro_batch:
+            return backward_cached(shared, model, images, tokens, noise, masker, loss, micro_batch)
+        ids_keep, visible = masker(images, noise, model.visual)
+        image_features, text_features, scale = shared(images, tokens, ids_keep, visible)
+        total = contrastive_loss(loss, image_features, text_features, scale, model.logit_bias)
+    total.backward()
+    return total.detach(), scale.detach(), visible
+
+
+def aclip_gradients(
+    network: aclip.AClip, batch: Batch, masker: Masker, crop_scale: tuple[float, float],
+    on: Device, shared: nn.Module,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """compute_gradients with A-CLIP's two views and its other losses."""
+    images, tokens, noise, views, _ = batch.to_device(on.device)
+    with on.autocast():
+        loss, scale, visible = aclip.aclip_loss(
+            shared, network, masker, images, tokens, noise, views, crop_scale
+        )
+    loss.backward()
+    return loss.detach(), scale.detach(), visible
 
 
 def backward_cached(
     shared: nn.Module, network: GLIP, images: Tensor, tokens: Tensor, noise: Tensor,
-    masker: Masker, config: TrainConfig,
+    masker: Masker, loss: str, micro_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The same gradients with the activations of micro_batch pairs at a time.
 
     GradCache (2101.06983): all features without a graph, their gradients by the loss, then each
     part again with a graph, under the masks that it had.
     """
-    parts = [slice(i, i + config.micro_batch) for i in range(0, len(images), config.micro_batch)]
+    parts = [slice(i, i + micro_batch) for i in range(0, len(images), micro_batch)]
     features, masks = [], []
     with torch.no_grad():
         for part in parts:
@@ -246,14 +260,14 @@ def backward_cached(
             features.append(network(images[part], tokens[part], *masks[-1]))
     image_features, text_features, scales = zip(*features, strict=True)
     everybody = len(images) * (dist.get_world_size() if dist.is_initialized() else 1)
-    loss, grads = losses.cached_gradients(
-        config.loss, torch.cat(image_features), torch.cat(text_features), scales[0],
+    total, grads = cached_gradients(
+        loss, torch.cat(image_features), torch.cat(text_features), scales[0],
         network.logit_bias,
-        estimate.rows_at_once(config.micro_batch, everybody, memory_of(images.device)),
+        estimate.rows_at_once(micro_batch, everybody, memory_of(images.device)),
     )
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
-        with distributed.exchange(shared, last):
+        with distributed.synchronise(shared, last):
             found = shared(images[part], tokens[part], *masks[place])
             surrogate = (found[0] * grads[0][part]).sum() + (found[1] * grads[1][part]).sum()
             surrogate = surrogate + found[2] * grads[2] * float(last)
@@ -261,14 +275,7 @@ def backward_cached(
                 surrogate = surrogate + network.logit_bias * grads[3] * float(last)
             surrogate.backward()
     visible = None if masks[0][1] is None else torch.cat([mask[1] for mask in masks])
-    return loss, scales[0], visible
-
-
-def compile_network(network: nn.Module) -> None:
-    """torch.compile both towers, in place; the packing of texts has other sizes every time."""
-    model = network.model if isinstance(network, aclip.AClip) else network
-    model.visual.compile()
-    model.transformer.compile()
+    return total, scales[0], visible
 
 
 @torch.no_grad()
@@ -283,7 +290,7 @@ def apply_gradients(
     norm = distributed.total_norm(grads)
     finite = norm.isfinite()
     if longest:
-        torch._foreach_mul_(distributed.local(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(distributed.local_shards(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -348,10 +355,12 @@ def train(config: TrainConfig) -> Path:
     data that cannot work, before anything is written, and Stopped when a signal asks for it.
     """
     with (
-        distributed.processes(config.device) as (rank, world, device), listening(),
+        distributed.processes(config.device, config.precision) as (rank, world, on), listening(),
         contextlib.ExitStack() as lock,
     ):  # fmt: skip
         check(config, world)
+        if on.device.type == "cpu":
+            keep_memory()
         out = Path(config.out or Path("runs") / run_name(config))
         check_out(out, config)
         stages = plan(config, rank, world)  # all processes meet here, and then the first writes
@@ -361,11 +370,10 @@ def train(config: TrainConfig) -> Path:
             check_out(out, config)  # what another process may have finished since
 
         distributed.by_first(rank, world, claim)
-        bf16 = use_bf16(config.precision, device)
-        state = last_state(out, config, stages, bf16)
-        same_everywhere(out, state, world)  # and nobody writes before all have read
+        state = checkpoint.latest(out, asdict(config), FREE, stages[0].batches.pairs, on.bf16)
+        checkpoint.check_same(out, state, world)  # and nobody writes before all have read
         torch.manual_seed(config.seed)
-        model = first_model(config, stages[0].model, state).to(device)
+        model = first_model(config, stages[0].model, state).to(on.device)
         if rank == 0:
             text = json.dumps(asdict(config), indent=2)
             files.write_bytes(out / "config.json", text.encode())
@@ -373,18 +381,18 @@ def train(config: TrainConfig) -> Path:
             for torn in out.glob("*.tmp"):  # of a run that was killed while it wrote
                 torn.unlink()
             told = f", going on after {state['stage']} step {state['step']}" if state else ""
-            cli.say(f"{config.model} on {device.type}, writing to {out}{told}")
-        report = Report(config, out, rank, world, device)
+            cli.say(f"{config.model} on {on.device.type}, writing to {out}{told}")
+        report = Report(config, out, rank, world, on)
         if state:
-            report.go_on(state)
+            report.resume(state)
         for stage in stages:
             if state and stage.name != state["stage"]:
                 continue  # done before
             if stage.model.image_size != model.config.image_size:
-                model = resized(model, stage.model.image_size).to(device)
+                model = resized(model, stage.model.image_size).to(on.device)
             if state:
                 model.load_state_dict(state["model"])
-            model = run_stage(stage, model, config, world, device, report, state)
+            model = run_stage(stage, model, config, world, on, report, state)
             state = {}
             if rank == 0:
                 last = stage is stages[-1]
@@ -403,15 +411,15 @@ def overfit(config: TrainConfig) -> None:
         config, batch_size=config.overfit, tune_epochs=0.0, epochs=0.0,
         steps=min(config.steps, 500), warmup=min(config.warmup, 50),
     )  # fmt: skip
-    with distributed.processes(config.device) as (rank, world, device):
+    with distributed.processes(config.device, config.precision) as (rank, world, on):
         check(config, world)
         if world > 1 or config.aclip:
             raise InputError("--overfit looks at CLIP's own loss, in one process: leave others out")
         (stage,) = plan(config, rank, world)
         torch.manual_seed(config.seed)
-        model = first_model(config, stage.model, {}).to(device).train()
+        model = first_model(config, stage.model, {}).to(on.device).train()
         optimizers = make_optimizers(model, config)
-        bf16, guess = use_bf16(config.precision, device), math.log(config.batch_size)
+        guess = math.log(config.batch_size)
         batch = stage.batches[0]
         if len(batch.tokens.unique(dim=0)) < len(batch.tokens):
             raise InputError("captions of the batch are alike: no loss near 0 is possible")
@@ -419,7 +427,9 @@ def overfit(config: TrainConfig) -> None:
             stage.masker.before_step(step, config.steps, model.visual, stage.batches.sample)
             noise = stage.batches.noise("mask", step * config.batch_size, stage.batches.patches)
             batch = batch._replace(noise=noise)
-            loss, scale, _ = compute_gradients(model, model, batch, stage, config, device, bf16)
+            loss, scale, _ = compute_gradients(
+                model, batch, stage.masker, config.loss, on, config.micro_batch
+            )
             lr = lr_at(step, config.steps, config.warmup, config.lr)
             finite = apply_gradients(model, optimizers, lr, config.clip_grad_norm)
             model.clamp_logit_scale()
@@ -431,7 +441,7 @@ def overfit(config: TrainConfig) -> None:
                 print(f"{config.batch_size} pairs are learned by heart: model and loss work")
                 return
         with torch.no_grad():
-            alike = [f @ f.T for f in model(batch.images.to(device), batch.tokens.to(device))[:2]]
+            alike = [f @ f.T for f in model(batch.images.to(on.device), batch.tokens.to(on.device))[:2]]
         alike = [(x.sum() - x.trace()).item() / (len(x) * (len(x) - 1)) for x in alike]
         raise InputError(diagnosis(loss.item(), guess, *alike, config))
 

@@ -1,7 +1,12 @@
-"""nanoglip.checkpoint: to be told."""
+"""Checkpoints of train.py: the one place that knows their content, writes and reads them.
 
+    model.pt, pretrained.pt   the model and RECORD        latest.pt, previous.pt   and RESUME
+
+glip.py has the file format: a version, the model's config and its weights.
+"""
+
+import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +15,59 @@ import torch.distributed as dist
 from torch import nn
 
 import glip
-from glip import InputError
+from glip import GLIP, InputError
 from nanoglip import distributed
 from nanoglip.cli import printable
-from nanoglip.config import MACHINE, TrainConfig, flag_of
-from nanoglip.files import FOREIGN, digest
+from nanoglip.files import FOREIGN, digest, flush_folder, room_for
 from nanoglip.masks import Masker
 from nanoglip.sources.pictures import Source
 
-# Checkpoints, and going on from them
-FREE = MACHINE | {"max_bad"}  # what may differ when a run is resumed
+RECORD = {  # what a checkpoint tells of its training
+    "stage": str, "step": int, "config": dict, "mask": dict, "seconds": dict, "steps": dict,
+    "machine": dict, "command": str, "world": int, "bf16": bool,
+}  # fmt: skip
+RESUME = {  # what resuming needs as well
+    "heads": dict, "optimizers": list, "data_stamp": str, "read": int, "bad": int, "pairs": dict,
+}  # fmt: skip
 
+
+def save(path: Path, model: GLIP, **record: object) -> None:
+    """Write a checkpoint; raises InputError where there is no room, and what was there stays."""
+    wrong = [key for key, kind in RECORD.items() if not isinstance(record.get(key), kind)]
+    if wrong:
+        raise TypeError(f"a checkpoint's record lacks {wrong[0]}")
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            glip.save_checkpoint(path, model, **record)
+        finally:
+            path.with_name(f"{path.name}.{os.getpid()}.tmp").unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def load(path: Path, resume: bool = False) -> dict:
+    """The content of a checkpoint with its training record; InputError for another file."""
+    content = glip.load_checkpoint(path)
+    if content.get("version") != glip.VERSION:
+        raise InputError(
+            f"{path}: its training record is of another version of nanoGLIP: evaluate and resume "
+            "it there, or start a new run from its weights with --init"
+        )
+    for key, kind in (RECORD | RESUME if resume else RECORD).items():
+        if not isinstance(content.get(key), kind):
+            raise InputError(
+                f"{path}: its {key} is missing, or no {kind.__name__}; name a run of train.py"
+            )
+    return content
+
+
+def save_latest(folder: Path, model: GLIP, **record: object) -> None:
+    """Write latest.pt, from which the run is resumed; the one before stays as previous.pt."""
+    save(folder / "next.pt", model, **record)
+    if (folder / "latest.pt").exists():
+        os.replace(folder / "latest.pt", folder / "previous.pt")
+    os.replace(folder / "next.pt", folder / "latest.pt")
+    flush_folder(folder)
 
 
 def stamp_of(pairs: Source) -> str:
@@ -28,43 +75,31 @@ def stamp_of(pairs: Source) -> str:
     return digest([], pairs.stamp(np.arange(0)))[:16]
 
 
-
-STATE = {  # what going on needs of a checkpoint, beside its weights
-    "stage": str, "step": int, "config": dict, "mask": dict, "heads": dict, "optimizers": list,
-    "data_stamp": str, "bf16": bool, "seconds": dict, "steps": dict, "read": int, "bad": int,
-    "pairs": dict,
-}  # fmt: skip
-
-
-
-def last_state(out: Path, config: TrainConfig, stages: list, bf16: bool) -> dict:
+def latest(out: Path, config: dict, free: set[str], pairs: Source, bf16: bool) -> dict:
     """The newest whole checkpoint of an unfinished run in `out`, {} if there is none.
 
-    Raises InputError where it is another run's, naming what differs.
+    Raises InputError where it is another run's, naming what differs; `free` settings may differ.
     """
     names = [name for name in ("latest.pt", "previous.pt") if (out / name).is_file()]
     for name in names:
         try:
-            state = glip.load_checkpoint(out / name) | {"file": out / name}
-            for key, kind in STATE.items():
-                if not isinstance(state.get(key), kind):
-                    raise InputError(f"{out / name}: its {key} is missing, or no {kind.__name__}")
+            state = load(out / name, resume=True) | {"file": out / name}
         except InputError as error:
             print(printable(f"{error}; going back to the checkpoint before"), file=sys.stderr)
             continue
-        now, then = asdict(config), state["config"]
-        for key in sorted(now.keys() - FREE):
-            if key not in then or now[key] != then[key]:
+        then = state["config"]
+        for key in sorted(config.keys() - free):
+            if key not in then or config[key] != then[key]:
                 raise InputError(
-                    f"--out {out} holds another run: its {flag_of(key)} was {then.get(key)}, not "
-                    f"{now[key]}; give that, or choose another --out"
+                    f"--out {out} holds another run: its --{key.replace('_', '-')} was "
+                    f"{then.get(key)}, not {config[key]}; give that, or choose another --out"
                 )
         if state["bf16"] != bf16:
             raise InputError(
                 f"--out {out}: this run multiplies in {'bf16' if state['bf16'] else 'fp32'}, which "
-                "--precision auto does not do here: go on on the kind of device that it began on"
+                "--precision auto does not do here: resume it on the kind of device it began on"
             )
-        if state["data_stamp"] != stamp_of(stages[0].batches.pairs):
+        if state["data_stamp"] != stamp_of(pairs):
             raise InputError(
                 f"--out {out}: the data have changed since this run began; bring them back, or "
                 "choose another --out"
@@ -75,9 +110,8 @@ def last_state(out: Path, config: TrainConfig, stages: list, bf16: bool) -> dict
     return {}
 
 
-
-def same_everywhere(out: Path, state: dict, world: int) -> None:
-    """Raise InputError unless all processes go on from the same step; all call it."""
+def check_same(out: Path, state: dict, world: int) -> None:
+    """Raise InputError unless all ranks resume from the same step; all ranks call it."""
     found = [(state.get("stage"), state.get("step"))] * world
     if world > 1:
         dist.all_gather_object(found, found[0])
@@ -88,22 +122,21 @@ def same_everywhere(out: Path, state: dict, world: int) -> None:
         )
 
 
-
 def restore(
-    state: dict, stage: object, network: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> None:
-    """Put a checkpoint's optimizers, teacher and heads back in place."""
-    model = network.model if stage.aclip else network
+    state: dict, masker: Masker, aclip: bool, network: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+) -> None:  # fmt: skip
+    """Put a checkpoint's optimizers, teacher and A-CLIP's heads back in place."""
+    model = network.model if aclip else network
     try:
-        found = Masker.restored(state["mask"], model.visual)
-        vars(stage.masker).update(vars(found))
-        if stage.aclip:
+        vars(masker).update(vars(Masker.restored(state["mask"], model.visual)))
+        if aclip:
             network.load_state_dict(state["heads"], strict=False)
         for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer.load_state_dict(distributed.divided(content, parameters))
-    except FOREIGN as e:
+            optimizer.load_state_dict(distributed.shard_like(content, parameters))
+    except FOREIGN as error:
         raise InputError(
             f"{state['file']}: its mask, heads or optimizers are not this run's "
-            f"({type(e).__name__}): remove that file to go on from the checkpoint before"
+            f"({type(error).__name__}): remove that file to resume from the checkpoint before"
         ) from None

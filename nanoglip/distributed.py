@@ -1,12 +1,13 @@
-"""Many processes: joining torchrun's, and sharing a step's gradients, or the whole state, by torch.
+"""Several ranks: joining torchrun's, and sharing gradients (DDP) or the whole state (FSDP2).
 
-Without `--shard` every process holds the model and DDP averages the gradients. With it FSDP2
-divides weights, gradients and optimizer among the processes, block by block, and brings a block
-together only while it computes: for towers that one device cannot hold.
+Without `--shard` every rank holds the model and DDP averages the gradients. With it FSDP2 shards
+weights, gradients and optimizer block by block, and gathers a block only while it computes: for
+towers that one device cannot hold.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,28 +19,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from glip import InputError
 from nanoglip import cli
-from nanoglip.machine import pick_device
+from nanoglip.machine import Device, resolve
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
-    """Join torchrun's processes if there are any: (rank, world, device)."""
+def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
+    """(rank, world, device with precision), after joining torchrun's ranks if there are any."""
     rank, local, world = cli.place()
-    device = pick_device(device)
-    if device.type == "cuda":
+    on = resolve(device, precision)
+    if on.device.type == "cuda":
         there = torch.cuda.device_count()
         if local >= there:
             raise InputError(f"{there} GPUs here: give torchrun --nproc_per_node {there} at most")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        on = replace(on, device=torch.device("cuda", local))
+        torch.cuda.set_device(on.device)
     if world > 1:  # the others wait while the first decodes, checks pictures or evaluates
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if on.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     leave = world > 1  # not after an error, so that others do not fail before it is told
     try:
-        yield rank, world, device
+        yield rank, world, on
     except BaseException as error:
         leave = leave and isinstance(error, cli.Stopped)
         raise
@@ -49,7 +50,7 @@ def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
 
 
 def by_first(rank: int, world: int, work: Callable[[], T]) -> T | None:
-    """What `work` gives on the first process, None on the others; its InputError is for all."""
+    """The result of `work` on rank 0, None on the others; all ranks raise its InputError."""
     found, problem = None, [None]
     if rank == 0:
         try:
@@ -63,10 +64,10 @@ def by_first(rank: int, world: int, work: Callable[[], T]) -> T | None:
     return found
 
 
-def spread(
+def wrap(
     network: nn.Module, world: int, device: torch.device, shard: bool, static_graph: bool
 ) -> nn.Module:
-    """What the loop calls in the place of `network`; with `shard` its parameters are divided."""
+    """The network as ranks share it: in DDP, or with `shard` in FSDP2."""
     if shard:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -118,8 +119,8 @@ def wait_for_copy(batch: tuple, copied: object, stream: object) -> tuple:
 
 
 @contextlib.contextmanager
-def exchange(network: nn.Module, wanted: bool) -> Iterator[None]:
-    """Whether the gradients of a backward pass are shared at once, or kept to add more to them."""
+def synchronise(network: nn.Module, wanted: bool) -> Iterator[None]:
+    """All-reduce the gradients of a backward pass, or keep them to accumulate more."""
     if isinstance(network, DistributedDataParallel) and not wanted:
         with network.no_sync():
             yield
@@ -130,20 +131,20 @@ def exchange(network: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def share_scalars(network: nn.Module) -> None:
-    """Average the gradients that FSDP2 leaves alone."""
+    """Average the gradients that FSDP2 does not."""
     for p in network.parameters():
         if p.grad is not None and not isinstance(p, DTensor):
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
 
 
-def local(tensors: list[Tensor]) -> list[Tensor]:
-    """What this process holds of each."""
+def local_shards(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's shard of each tensor."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
-    """Length of all gradients together, divided ones or not."""
+    """Norm of all gradients together, sharded or not."""
     shares = [g for g in grads if isinstance(g, DTensor)]
     if not shares:
         return torch.nn.utils.get_total_norm(grads)
@@ -152,17 +153,17 @@ def total_norm(grads: list[Tensor]) -> Tensor:
     return torch.stack([*norms, *(g.norm() for g in alone)]).norm()
 
 
-def whole(tree: object) -> object:
-    """Dicts and lists with every divided tensor made whole; all processes call it together."""
+def gather_full(tree: object) -> object:
+    """Dicts and lists with every sharded tensor gathered; all ranks call it together."""
     if isinstance(tree, DTensor):
         return tree.full_tensor().cpu()
     if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    return [whole(value) for value in tree] if isinstance(tree, list) else tree
+        return {key: gather_full(value) for key, value in tree.items()}
+    return [gather_full(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def divided(state: dict, parameters: list[nn.Parameter]) -> dict:
-    """The reverse for the state of an optimizer: each tensor is divided like its parameter."""
+def shard_like(state: dict, parameters: list[nn.Parameter]) -> dict:
+    """An optimizer's state with each tensor sharded like its parameter: gather_full's inverse."""
     for place, p in enumerate(parameters):
         found = state["state"].get(place, {})
         for key, value in found.items():

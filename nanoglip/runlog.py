@@ -26,15 +26,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import glip
 from glip import GLIP, GLIPConfig, InputError
-from nanoglip import distributed, files, page
-from nanoglip.checkpoint import stamp_of
+from nanoglip import checkpoint, distributed, files, page
 from nanoglip.cli import Stopped, say
 from nanoglip.config import RECIPES, TrainConfig
 from nanoglip.evals.encoder import quick
-from nanoglip.files import flush_folder, prune
-from nanoglip.machine import machine, resolve, use_bf16
+from nanoglip.files import prune
+from nanoglip.machine import Device, machine
 from nanoglip.masks import Masker
 from nanoglip.sources.order import Batch, Batches
 from nanoglip.sources.pictures import HeldOut
@@ -55,6 +53,7 @@ class Stage:
     model: GLIPConfig
     batches: Batches
     held_out: HeldOut
+
 
 asked_to_stop = []  # signals that came
 
@@ -109,17 +108,17 @@ class Report:
     """Progress bar, log.jsonl and evaluations; only the first process shows and writes."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, rank: int, world: int, device: torch.device
+        self, config: TrainConfig, out: Path, rank: int, world: int, on: Device
     ) -> None:
-        self.config, self.out, self.rank, self.world, self.device = config, out, rank, world, device
+        self.config, self.out, self.rank, self.world, self.on = config, out, rank, world, on
         self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
         self.read, self.bad, self.quarantined, self.news, self.told = 0, 0, set(), [], 0
         self.chance = config.loss == "clip" and not config.aclip  # guessing loses ln(batch)
         self.board, self.pairs = None, {}  # TensorBoard's writer; pairs on the page
-        self.machine = machine(device)
-        self.first_bad = torch.full((), -1, device=device)  # the first step that was not finite
+        self.machine = machine(on.device)
+        self.first_bad = torch.full((), -1, device=on.device)  # the first step that was not finite
 
-    def go_on(self, state: dict) -> None:
+    def resume(self, state: dict) -> None:
         """Take up the counts of a checkpoint."""
         self.seconds, self.steps = state["seconds"], state["steps"]
         self.pairs = {name: rows for name, rows in state["pairs"].items() if isinstance(rows, list)}
@@ -216,7 +215,7 @@ class Report:
             self.begun = time.perf_counter() - self.seconds[self.stage.name]
         if model is not None:
             self.seconds[self.stage.name] = time.perf_counter() - self.begun
-            self.save_last(model, done)
+            self.save_latest(model, done)
         if stop and not last:
             self.bar.close()
             if self.world > 1:
@@ -244,10 +243,10 @@ class Report:
         """The model, put together from all processes if they share it."""
         if not self.config.shard:
             return self.model
-        weights = distributed.whole(self.model.state_dict())
+        weights = distributed.gather_full(self.model.state_dict())
         model = GLIP(self.model.config)
         model.load_state_dict(weights)
-        return model.to(self.device)
+        return model.to(self.on.device)
 
     def log(
         self, step: int, loss: float, bad: int, scale: Tensor, visible: Tensor | None, lr: float
@@ -312,7 +311,7 @@ class Report:
 
     def evaluate(self, model: GLIP, step: int) -> None:
         """Evaluate the full picture on the held-out pairs."""
-        result = quick(model, self.stage.held_out, resolve(self.device, self.config.precision))
+        result = quick(model, self.stage.held_out, self.on)
         self.write(stage=self.stage.name, step=step, **result)
         self.bar.write(
             f"{self.stage.name} step {step}: "
@@ -320,20 +319,23 @@ class Report:
         )
         self.model.train()
 
-    def save(self, name: str, model: GLIP, step: int, **state: object) -> None:
-        """Write a checkpoint that tells what made it."""
-        glip.save_checkpoint(
-            self.out / name, model, stage=self.stage.name, step=step,
-            mask=self.stage.masker.state(), config=asdict(self.config),
-            seconds=dict(self.seconds), steps=dict(self.steps),
-            machine=self.machine, command=command(), world=self.world,
-            bf16=use_bf16(self.config.precision, self.device), **state,
-        )  # fmt: skip
+    def record(self, step: int) -> dict:
+        """What a checkpoint tells of the training."""
+        return {
+            "stage": self.stage.name, "step": step, "mask": self.stage.masker.state(),
+            "config": asdict(self.config), "seconds": dict(self.seconds),
+            "steps": dict(self.steps), "machine": self.machine, "command": command(),
+            "world": self.world, "bf16": self.on.bf16,
+        }  # fmt: skip
 
-    def save_last(self, model: GLIP, step: int) -> None:
-        """Write latest.pt, all that going on needs; the one before stays as previous.pt."""
-        optimizers = [distributed.whole(optimizer.state_dict()) for optimizer in self.optimizers]
-        bad = torch.tensor(self.bad, device=self.device)
+    def save(self, name: str, model: GLIP, step: int) -> None:
+        """Write a finished stage's model."""
+        checkpoint.save(self.out / name, model, **self.record(step))
+
+    def save_latest(self, model: GLIP, step: int) -> None:
+        """Write latest.pt, all that resuming needs, and the page."""
+        optimizers = [distributed.gather_full(x.state_dict()) for x in self.optimizers]
+        bad = torch.tensor(self.bad, device=self.on.device)
         if self.world > 1:
             dist.all_reduce(bad)
         self.saved = time.perf_counter()
@@ -342,15 +344,11 @@ class Report:
         heads = {}
         if self.stage.aclip:
             heads = {k: v for k, v in self.network.state_dict().items() if k[:6] != "model."}
-        self.save(
-            "next.pt", model, step, heads=heads, optimizers=optimizers,
-            data_stamp=stamp_of(self.stage.batches.pairs), read=self.read * self.world,
-            bad=int(bad), pairs=dict(self.pairs),
+        checkpoint.save_latest(
+            self.out, model, **self.record(step), heads=heads, optimizers=optimizers,
+            data_stamp=checkpoint.stamp_of(self.stage.batches.pairs),
+            read=self.read * self.world, bad=int(bad), pairs=dict(self.pairs),
         )  # fmt: skip
-        if (self.out / "latest.pt").exists():
-            os.replace(self.out / "latest.pt", self.out / "previous.pt")
-        os.replace(self.out / "next.pt", self.out / "latest.pt")
-        flush_folder(self.out)
         self.write_page(model, step)
         self.saved = time.perf_counter()
 
@@ -358,7 +356,7 @@ class Report:
     def write_page(self, model: GLIP, step: int) -> None:
         """Write report.html, with some pairs of the last batch under their masks."""
         images, tokens, noise = (x[:SHOWN] for x in self.batch[:3])
-        keep = self.stage.masker(images.to(self.device), noise.to(self.device), model.visual)
+        keep = self.stage.masker(images.to(self.on.device), noise.to(self.on.device), model.visual)
         self.pairs[self.stage.name] = page.samples(images, tokens, keep, self.stage.model.grid)
         where = f"{self.stage.name}, step {step:,} of {self.stage.steps:,}"
         recipe = self.config.recipe
