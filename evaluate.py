@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 import data
 import glip
 from glip import InputError
-from nanoglip import cli, files, page, results
+from nanoglip import checkpoint, cli, files, page, results
 from nanoglip.distributed import processes
 from nanoglip.evals import benchmarks, encoder, figures, probe, search, significance
 from nanoglip.evals.encoder import Encoder
@@ -89,7 +88,7 @@ def run_command(options: EvaluateConfig) -> None:
         model = glip.load_model(folder / "model.pt")[0].to(on.device)
         search.use(Encoder(model, on), folder, options)
     elif sets:
-        with processes(options.device) as among:
+        with processes(options.device, options.precision) as among:
             _, problems = run_benchmarks(options, *among)
     else:
         run_evaluation(options)
@@ -154,15 +153,10 @@ def open_run(options: EvaluateConfig, on: Device) -> tuple[Run, list[tuple]]:
     Raises InputError for everything that can be wrong before something is computed.
     """
     folder = run_folder(options.run)
-    content = masked = glip.load_checkpoint(folder / "model.pt")
-    record = {"config", "mask", "steps", "stage", "seconds", "machine", "command", "world", "bf16"}
-    settings = {"data", "vendors", "held_out", "mask", "mask_ratio", "seed", "out", "model",
-                "aclip", "text_mask"}  # fmt: skip
-    if record - content.keys() or settings - content["config"].keys():
-        raise InputError(f"{folder}/model.pt holds no full training record; name a run of train.py")
+    content = masked = checkpoint.load(folder / "model.pt")
     before = final = Encoder(glip.build(content).to(on.device), on)
     if content["stage"] == "tune" and (folder / "pretrained.pt").is_file():
-        masked = glip.load_checkpoint(folder / "pretrained.pt")
+        masked = checkpoint.load(folder / "pretrained.pt")
         before = Encoder(glip.build(masked).to(on.device), on)
     masker = Masker.restored(masked["mask"], before.model.visual)
     if options.few_shot and not (options.linear_probe or options.probe_data):
@@ -227,7 +221,7 @@ def run_probes(run: Run, options: EvaluateConfig, labelled: list, record: dict) 
 
 
 def run_benchmarks(
-    options: EvaluateConfig, rank: int, world: int, device: torch.device
+    options: EvaluateConfig, rank: int, world: int, on: Device
 ) -> tuple[dict[str, dict], list[str]]:
     """Evaluate on published sets, on all processes; returns the answers and what is wrong.
 
@@ -245,12 +239,11 @@ def run_benchmarks(
         to_probe = [place for place in own if benchmarks.set_name(Path(place)) in benchmarks.PROBED
                     and (Path(place) / "train/nshards.txt").exists() and not options.other
                     and place not in options.probe_data]  # fmt: skip
-    on = resolve(device, options.precision)
     run, labelled = open_run(options, on)
     new, answers, problems = benchmarks.evaluate_sets(run.columns(), places, captioned, rank, world)
     if rank:
         return answers, problems
-    where = {"evaluated_on": machine(device), "bf16": on.bf16}
+    where = {"evaluated_on": machine(on.device), "bf16": on.bf16}
     new = {name: {**entry, **where} for name, entry in new.items()}
     record, text, lines = run.known_results(), [], []
     record["benchmarks"] = {**record.get("benchmarks", {}), **new}
@@ -292,7 +285,7 @@ def compare_runs(options: EvaluateConfig) -> list[str]:
     """Say which differences of two runs are real; returns what is wrong with published sets."""
     runs, problems = (run_folder(options.run), run_folder(options.other)), []
     if options.names_sets():
-        with processes(options.device) as among:
+        with processes(options.device, options.precision) as among:
             (a, problems), (b, _) = (run_benchmarks(replace(options, run=str(run)), *among)
                                      for run in runs)  # fmt: skip
         if not a:  # all sets are broken, or another rank has the answers

@@ -290,7 +290,8 @@ def apply_gradients(
     norm = distributed.total_norm(grads)
     finite = norm.isfinite()
     if longest:
-        torch._foreach_mul_(distributed.local_shards(grads), (longest / (norm + 1e-6)).clamp(max=1.0))
+        shorter = (longest / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(distributed.local_shards(grads), shorter)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -441,7 +442,8 @@ def overfit(config: TrainConfig) -> None:
                 print(f"{config.batch_size} pairs are learned by heart: model and loss work")
                 return
         with torch.no_grad():
-            alike = [f @ f.T for f in model(batch.images.to(on.device), batch.tokens.to(on.device))[:2]]
+            features = model(batch.images.to(on.device), batch.tokens)[:2]
+            alike = [f @ f.T for f in features]
         alike = [(x.sum() - x.trace()).item() / (len(x) * (len(x) - 1)) for x in alike]
         raise InputError(diagnosis(loss.item(), guess, *alike, config))
 

@@ -35,7 +35,7 @@ import glip
 from glip import GLIPConfig, InputError
 from nanoglip import aclip
 from nanoglip.config import TrainConfig, masker_of
-from nanoglip.machine import memory_of, pick_device, use_bf16
+from nanoglip.machine import memory_of, resolve
 from nanoglip.sources.emoji import EMBEDDED
 
 GPUS = {
@@ -99,8 +99,8 @@ def named(text: str, precision: str, width: int) -> Machine:
     """`h100x8` or `here`, measured for towers of a width; InputError for one that is not known."""
     count = count_of(text)
     if text.lower() == "here":
-        device = pick_device("auto")
-        bf16 = use_bf16(precision, device)
+        on = resolve("auto", precision)
+        device, bf16 = on.device, on.bf16
         products, memory_rate = rates(device, bf16, width)
         fp32 = rates(device, False, width)[0] if bf16 else products
         return Machine(f"{device.type} (measured)", products, fp32, memory_rate,

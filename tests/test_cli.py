@@ -148,7 +148,7 @@ def test_a_half_set_environment_is_told(monkeypatch, changed, found):
         assert cli.place() == found
         return
     with pytest.raises(InputError, match=f"{found} tells of no process: start .* torchrun"), \
-            distributed.processes("cpu"):  # fmt: skip
+            distributed.processes("cpu", "fp32"):  # fmt: skip
         raise AssertionError
 
 
@@ -162,11 +162,11 @@ def main():
     rank = cli.place()[0]
     if when == "before" and str(rank) in who:
         raise InputError(f"wrong on {rank}")
-    import parallel
-    with parallel.processes("cpu") as (rank, world, device):
+    from nanoglip import distributed
+    with distributed.processes("cpu", "fp32") as (rank, world, on):
         if str(rank) in who:
             raise InputError(f"wrong on {rank}")
-        parallel.dist.barrier()
+        distributed.dist.barrier()
         time.sleep(60)
 main()
 """

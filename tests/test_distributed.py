@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from glip import GLIP, GLIPConfig
 from nanoglip import distributed, losses, masks
 from nanoglip.aclip import VIEW_DRAWS, AClip
 from nanoglip.config import TrainConfig
+from nanoglip.machine import Device
 from nanoglip.masks import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.order import Batch
@@ -46,10 +47,11 @@ def prepared(
     torch.manual_seed(0)
     model = GLIP(replace(TINY, siglip=loss == "siglip")).to(dtype)
     teacher = GLIP(TINY).to(dtype).visual.requires_grad_(False)
-    masker = Masker(
-        {EMBEDDINGS: "cluster", FULL: "attentive"}.get(name, name), 0.5, min_mask_ratio=0.25,
-        threshold=0.02, teacher=teacher, embedding_weight=0.5 if name == EMBEDDINGS else 0.0,
-    )  # fmt: skip
+    mask = {EMBEDDINGS: "cluster", FULL: "attentive"}.get(name, name)
+    weight = 0.5 if name == EMBEDDINGS else 0.0
+    settings = {"min_mask_ratio": 0.25, "embedding_weight": weight} if mask == "cluster" else {}
+    masker = Masker(mask, 0.5, **settings)
+    masker.threshold, masker.teacher = 0.02, teacher
     share = BATCH // world
     rows = slice(rank * share, (rank + 1) * share)
     images = torch.from_numpy(uniform(SEED, "images", 0, BATCH, 3 * 32 * 32)).to(dtype)
@@ -60,21 +62,23 @@ def prepared(
     draws = torch.from_numpy(uniform(SEED, "crops", rank * share, share, VIEW_DRAWS + 1))
     draws = draws.to(dtype) + torch.tensor([0] * VIEW_DRAWS + [0.5])  # the last: width / height
     network = AClip(model).to(dtype) if name == FULL else model
-    shared = distributed.spread(network, world, CPU, bool(shard), not micro)
-    stage = SimpleNamespace(aclip=name == FULL, masker=masker)
-    config = TrainConfig(
-        loss=loss, micro_batch=micro, shard=bool(shard), optimizer="adamw"
-    )  # fmt: skip
-    batch = Batch(images, tokens[rows], noise, draws, [])
-    return network, (shared, network, batch, stage, config, CPU, False)
+    shared = distributed.wrap(network, world, CPU, bool(shard), not micro)
+    batch, on = Batch(images, tokens[rows], noise, draws, []), Device(CPU, False)
+    if name == FULL:
+        step = partial(train.aclip_gradients, network, batch, masker, (0.5, 1.0), on, shared)
+    else:
+        step = partial(train.compute_gradients, model, batch, masker, loss, on, micro, shared)
+    return network, step
 
 
 def gradients(rank: int, world: int, case: tuple) -> tuple[float, dict]:
     """Loss and gradients of a process's share of the batch, in float64, by the loop's code."""
-    network, settings = prepared(rank, world, case)
-    loss, _, visible = train.compute_gradients(*settings)
+    network, step = prepared(rank, world, case)
+    loss, _, visible = step()
+    if "shard" in case:
+        distributed.share_scalars(network)
     assert visible is None or 0.1 < visible.double().mean() < 0.9
-    return loss.item(), distributed.whole(
+    return loss.item(), distributed.gather_full(
         {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     )
 
@@ -84,12 +88,12 @@ def trained(rank: int, world: int, micro: int, cut: int) -> dict:
     state = None
     for step in range(2):
         if step in (0, cut):
-            network, settings = prepared(rank, world, ("gaussian", "clip", micro), torch.float32)
-            optimizers = train.make_optimizers(network, settings[4])
+            network, compute = prepared(rank, world, ("gaussian", "clip", micro), torch.float32)
+            optimizers = train.make_optimizers(network, TrainConfig(optimizer="adamw"))
         if state:
             network.load_state_dict(state["model"])
             optimizers[0].load_state_dict(state["optimizer"])
-        train.compute_gradients(*settings)
+        compute()
         train.apply_gradients(network, optimizers, 1e-2, 0.0)
         state = {"model": network.state_dict(), "optimizer": optimizers[0].state_dict()}
         state = copy.deepcopy(state)

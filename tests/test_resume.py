@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(tmp_path, straight):
     content = (out / "latest.pt").read_bytes()
     (out / "latest.pt").write_bytes(content[: len(content) // 2])
     told = finish(out, BASE)
-    assert "latest.pt: not a readable nanoGLIP checkpoint" in told and "going back" in told
+    assert "latest.pt: not a whole checkpoint of nanoGLIP" in told and "going back" in told
     assert differences(straight, out) == []
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json", "log.jsonl", "model.pt", "pretrained.pt", "report.html"
@@ -78,7 +78,7 @@ def cut_run(tmp_path_factory):
     """(a run that ended behind its second checkpoint, its settings, its stages)."""
     out = tmp_path_factory.mktemp("cut") / "run"
     config = parse([*BASE, "--out", str(out)])
-    save, left = runlog.Report.save_last, [1, 2]
+    save, left = runlog.Report.save_latest, [1, 2]
 
     def save_and_stop(*arguments):
         save(*arguments)
@@ -87,7 +87,7 @@ def cut_run(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runlog.Report, "save_last", save_and_stop)
+        patch.setattr(runlog.Report, "save_latest", save_and_stop)
         train.train(config)
     return out, config, train.plan(config, 0, 1)
 
@@ -97,6 +97,11 @@ def unfinished(cut_run, tmp_path):
     """cut_run, in a folder of this test alone."""
     shutil.copytree(cut_run[0], tmp_path / "run")
     return tmp_path / "run", replace(cut_run[1], out=str(tmp_path / "run")), cut_run[2]
+
+
+def latest(out, config, stages, bf16):
+    pairs = stages[0].batches.pairs
+    return checkpoint.latest(out, asdict(config), train.FREE, pairs, bf16)
 
 
 def changed(path, **values):
@@ -129,24 +134,26 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_torch_takes_for_whole_falls_back_too(unfinished, capsys, damage):
     out, config, stages = unfinished
-    assert checkpoint.last_state(out, config, stages, False)["step"] == 2
+    assert latest(out, config, stages, False)["step"] == 2
     DAMAGE[damage](out / "latest.pt")
-    assert checkpoint.last_state(out, config, stages, False)["step"] == 1
+    assert latest(out, config, stages, False)["step"] == 1
     told = capsys.readouterr().err
     assert "latest.pt: " in told and "going back to the checkpoint before" in told
     DAMAGE[damage](out / "previous.pt")
     with pytest.raises(InputError, match="no checkpoint in it is whole"):
-        checkpoint.last_state(out, config, stages, False)
+        latest(out, config, stages, False)
 
 
 def test_a_state_that_does_not_fit_is_told(unfinished):
     out, config, stages = unfinished
-    good = checkpoint.last_state(out, config, stages, False)
+    good = latest(out, config, stages, False)
     model = train.first_model(config, stages[0].model, good)
     for wrong in ({"mask": {}}, {"optimizers": []}, {"optimizers": [1, 2]}):
         with pytest.raises(InputError, match=r"latest\.pt: its mask, heads or optimizers are not"):
-            checkpoint.restore(good | wrong, stages[0], model, train.make_optimizers(model, config))
-    checkpoint.restore(good, stages[0], model, train.make_optimizers(model, config))
+            optimizers = train.make_optimizers(model, config)
+            checkpoint.restore(good | wrong, stages[0].masker, False, model, optimizers)
+    optimizers = train.make_optimizers(model, config)
+    checkpoint.restore(good, stages[0].masker, False, model, optimizers)
 
 
 def test_foreign_lines_and_html_do_not_come_along(unfinished, capsys):
@@ -211,9 +218,9 @@ def test_what_may_not_differ_is_told_by_name(unfinished):
         ({"seed": 1}, "its --seed was 0, not 1"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
-            checkpoint.last_state(out, replace(config, **other), stages, False)
+            latest(out, replace(config, **other), stages, False)
     with pytest.raises(InputError, match="multiplies in fp32"):
-        checkpoint.last_state(out, config, stages, True)
+        latest(out, config, stages, True)
     with pytest.raises(InputError, match="leave --resume out"):
         train.train(replace(config, resume="never"))
     changed(out / "latest.pt", data_stamp="other")

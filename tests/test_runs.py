@@ -242,8 +242,9 @@ def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
 
 
 REUSED = """
-import resource, torch, parallel
-parallel.keep_memory()
+import resource, torch
+from nanoglip.machine import keep_memory
+keep_memory()
 for i in range(5):  # a page less each time: one of the same size may not fit, once it is aligned
     torch.ones(int(2.5 * 2**30) - 4096 * i, dtype=torch.uint8)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)

@@ -38,7 +38,7 @@ from nanoglip.config import TrainConfig, masker_of, parse
 from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import classification
-from nanoglip.machine import Device, machine, pick_device, use_bf16
+from nanoglip.machine import Device, machine, pick_device, resolve
 from nanoglip.results import save_bench
 from nanoglip.sources import shards
 from nanoglip.sources.emoji import Emoji, photographs
@@ -226,16 +226,16 @@ def make_step(flags: str, batch: int) -> tuple[Callable[[], object], TrainConfig
     config, device = parse([*flags.split(), "--batch-size", str(batch)]), torch.device("cpu")
     torch.manual_seed(0)
     model = glip.GLIP(GLIPConfig.named(config.model)).train()
-    optimizers, bf16 = train.make_optimizers(model, config), use_bf16("auto", device)
+    optimizers = train.make_optimizers(model, config)
     images = torch.randint(0, 256, (batch, 3, *model.config.pixels), dtype=torch.uint8)
     tokens = torch.randint(1, 40_000, (batch, TEXT))
     tokens[:, -1] = glip.END
     noise = torch.rand(batch, math.prod(model.config.grid))
     pairs = Batch(images, tokens, noise, torch.zeros(batch, 0), [])
-    stage = argparse.Namespace(aclip=False, masker=masker_of(config))
+    masker, on = masker_of(config), resolve("cpu", "auto")
 
     def step() -> None:
-        train.compute_gradients(model, model, pairs, stage, config, device, bf16)
+        train.compute_gradients(model, pairs, masker, config.loss, on, config.micro_batch)
         train.apply_gradients(model, optimizers, 1e-3, 0.0)
 
     return step, config

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import glip
 from glip import GLIP, GLIPConfig, InputError
-from nanoglip import cli, files
+from nanoglip import checkpoint, cli, files
 from nanoglip.config import TrainConfig
 from nanoglip.machine import machine
 from nanoglip.masks import Masker
@@ -430,10 +430,10 @@ def export(options: Export) -> None:
     """`convert.py export`."""
     check_new(options.out)
     path = weights_in(options.run, "model.pt")
-    checkpoint = glip.load_checkpoint(path)
-    model = glip.build(checkpoint).eval()
+    content = glip.load_checkpoint(path)
+    model = glip.build(content).eval()
     contents = EXPORTS[options.to](model)
-    contents["README.md"] = card(options.to, path, checkpoint, model.config).encode()
+    contents["README.md"] = card(options.to, path, content, model.config).encode()
     for name, content in contents.items():
         files.write_bytes(options.out / name, content)
     print(f"wrote {options.out}: {', '.join(contents)}")
@@ -457,9 +457,7 @@ def import_(options: Import) -> None:
         mask="none", mask_ratio=0.0, steps=0, tune_epochs=0.0, model=architecture(config),
         context_length=config.context_length,
     )  # fmt: skip
-    with files.room_for(options.out):
-        options.out.mkdir(parents=True, exist_ok=True)
-    glip.save_checkpoint(
+    checkpoint.save(
         options.out / "model.pt", model, stage="import", step=0, steps={}, seconds={}, world=1,
         bf16=False, mask=Masker().state(), config=asdict(record),
         machine=machine(torch.device("cpu")),
