@@ -223,7 +223,7 @@ TEXT = 24  # tokens of the captions
 
 def make_step(flags: str, batch: int) -> tuple[Callable[[], object], TrainConfig]:
     """A training step on random pairs, and its settings."""
-    config, device = parse([*flags.split(), "--batch-size", str(batch)]), torch.device("cpu")
+    config = parse([*flags.split(), "--batch-size", str(batch)])
     torch.manual_seed(0)
     model = glip.GLIP(GLIPConfig.named(config.model)).train()
     optimizers = train.make_optimizers(model, config)
