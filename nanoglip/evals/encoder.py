@@ -115,7 +115,7 @@ def quick(model: GLIP, pairs: HeldOut, on: Device) -> dict[str, float]:
 def prompted(encoder: Encoder, pairs: HeldOut, images: Tensor) -> dict[str, float]:
     """Zero-shot top-1 of image_features (M, E), by the prompt that all names are put in."""
     found = {}
-    for prompt, names in pairs.prompts().items():
+    for prompt, names in pairs.prompts.items():
         ranks = zero_shot(images, encoder.texts(names), pairs.concept, pairs.flags)
         found[prompt] = shares_of(ranks)["zero-shot top-1"]
     return found
