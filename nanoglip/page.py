@@ -31,16 +31,11 @@ FIGURES = {  # of an evaluation
 }
 
 
-def base64_of(png: bytes) -> str:
-    """Bytes as text."""
-    return base64.b64encode(png).decode()
-
-
-def as_png(image: Tensor) -> bytes:
-    """A picture (3, H, W), bytes, as PNG."""
+def as_png(image: Tensor) -> str:
+    """A picture (3, H, W), bytes, as PNG in base64."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return file.getvalue()
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def shown(pngs: list[str], caption: str) -> str:
@@ -61,8 +56,7 @@ def samples(
     masked = figures.grey_out(images, figures.seen_patches(kept, len(images), grid))
     rows = []
     for *both, row, length in zip(images, masked, tokens, glip.lengths(tokens), strict=True):
-        pngs = [base64_of(as_png(image)) for image in both]
-        rows.append([*pngs, decode_tokens(row[1 : length - 1].tolist())])
+        rows.append([*map(as_png, both), decode_tokens(row[1 : length - 1].tolist())])
     return rows
 
 
@@ -75,7 +69,8 @@ def write(
     Settings that differ from the `usual` ones are bold; `chance` as in figures.draw_curves; `where`
     says how far the run is; `pairs` are samples() of each stage.
     """
-    name, curves = html.escape(out.name), figures.to_png(figures.draw_curves(out, chance))
+    curves = base64.b64encode(figures.to_png(figures.draw_curves(out, chance))).decode()
+    name = html.escape(out.name)
     made = "{device}, {cores} cores of {cpu}, commit {commit}".format(**machine)
     batches = "".join(
         f"<h2>{html.escape(stage)}: pairs of the last batch, and what the mask left of them</h2>"
@@ -90,7 +85,7 @@ def write(
     text = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
 <style>{STYLE}</style><h1>{name}</h1><p>{html.escape(where)}. {html.escape(made)}.</p>
 <p><code>{html.escape(command)}</code></p>
-<h2>Curves</h2>{shown([base64_of(curves)], "Over the step; tuning follows pre-training")}
+<h2>Curves</h2>{shown([curves], "Over the step; tuning follows pre-training")}
 {batches}
 <h2>Settings (bold: not the recipe's)</h2><table>{table}</table></html>
 """
@@ -105,8 +100,9 @@ def add_results(out: Path, what: str, tables: str, pictures: list[str]) -> Path 
     path = out / "report.html"
     if not path.is_file():
         return None
-    drawn = "".join(shown([base64_of((out / name).read_bytes())], caption)
-                    for name, caption in FIGURES.items() if name in pictures)  # fmt: skip
+    pngs = {name: base64.b64encode((out / name).read_bytes()).decode() for name in pictures
+            if name in FIGURES}  # fmt: skip
+    drawn = "".join(shown([png], FIGURES[name]) for name, png in pngs.items())
     start, end = f'<section title="{what}">', "</section>\n"
     old = re.compile(re.escape(start) + ".*?" + end, re.DOTALL)
     added = f"{start}<h2>Evaluation: {what}</h2><pre>{html.escape(tables)}</pre>{drawn}{end}"

@@ -148,7 +148,7 @@ def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "
                           for block in blocks])                                # (M, R, C)
         for cell, image in zip(column, grey_out(many[picks].cpu(), seen[picks]), strict=False):
             show(cell, image)
-        heat = column[-1].imshow(seen.float().mean(0), cmap="viridis", vmin=0, vmax=1)
+        heat = column[-1].imshow(seen.float().mean(0).numpy(), cmap="viridis", vmin=0, vmax=1)
         column[-1].set(xticks=[], yticks=[])
     axes[-1, 0].set_ylabel("share kept", fontsize=8)
     fig.colorbar(heat, ax=axes[-1, :], shrink=0.9, pad=0.01).ax.tick_params(labelsize=6)
