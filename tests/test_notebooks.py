@@ -1,6 +1,5 @@
 """Notebooks run from top to bottom, exercises can be solved, and nothing is copied from scripts."""
 
-
 import ast
 import base64
 import io
@@ -18,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 BOOKS = sorted(FOLDER.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+ALWAYS = ("02_model", "07_tables", "08_your_data")  # towers; results; data, training, evaluation
 
 
 def code_of(path):
@@ -34,7 +34,7 @@ def printed(cell):
 
 @pytest.fixture(scope="module")
 def kernel():
-    """One for all notebooks: to import torch anew takes longer than many a lesson."""
+    """One kernel for all notebooks, which then import torch once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGLIP_QUICK", "1")
         manager, client = start_new_kernel(kernel_name="python3", cwd=str(FOLDER))
@@ -53,7 +53,10 @@ torch.manual_seed(0)
 """  # what one notebook leaves to the next: what it imported
 
 
-@every_notebook
+@pytest.mark.parametrize("path", [
+    pytest.param(path, marks=getattr(pytest.mark, "slow" if path.stem in ALWAYS else "proof"),
+                 id=path.stem) for path in BOOKS
+])  # fmt: skip
 def test_notebook_runs_and_its_exercises_can_be_solved(path, kernel):
     """All cells with small sizes, exercises unsolved; then each solution with its check again."""
     book = nbformat.read(path, as_version=4)
@@ -93,8 +96,8 @@ def test_committed_outputs_are_those_of_a_whole_run_and_name_no_machine(path):
 @every_notebook
 def test_notebook_is_thin(path):
     """Short functions, no training loop, no copy of the scripts; sizes alone depend on `quick`."""
-    scripts = {line.strip() for script in ROOT.glob("*.py")
-               for line in script.read_text().splitlines()}  # fmt: skip
+    sources = (*ROOT.glob("*.py"), *ROOT.glob("nanoglip/**/*.py"))
+    scripts = {line.strip() for script in sources for line in script.read_text().splitlines()}  # fmt: skip
     for cell in code_of(path):
         tree = ast.parse(cell.source)
         for node in ast.walk(tree):
