@@ -97,7 +97,7 @@ def test_committed_outputs_are_those_of_a_whole_run_and_name_no_machine(path):
 def test_notebook_is_thin(path):
     """Short functions, no training loop, no copy of the scripts; sizes alone depend on `quick`."""
     sources = (*ROOT.glob("*.py"), *ROOT.glob("nanoglip/**/*.py"))
-    scripts = {line.strip() for script in sources for line in script.read_text().splitlines()}  # fmt: skip
+    scripts = {line.strip() for script in sources for line in script.read_text().splitlines()}
     for cell in code_of(path):
         tree = ast.parse(cell.source)
         for node in ast.walk(tree):

@@ -110,7 +110,8 @@ def step_seconds(mask: str, ratio: float, threads: int, steps: int) -> tuple[lis
     model = glip.build(content).to(on.device)
     masker = Masker.restored(content["mask"], model.visual)
     size, patches = model.config.pixels, model.config.grid[0] * model.config.grid[1]
-    images = torch.randint(0, 256, (parse(words).batch_size, 3, *size), dtype=torch.uint8)
+    batch = content["config"]["batch_size"]
+    images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
     for _ in range(steps):
         noise = torch.rand(len(images), patches)
         start = time.perf_counter()
