@@ -1,13 +1,12 @@
-"""Fetch the pictures of a list of URLs with img2dataset, guarded: `python data.py fetch`.
+"""Fetch the pictures of a list of URLs with img2dataset, behind a guard: `python data.py fetch`.
 
-img2dataset reads, resizes, packs and distributes; what it does to a URL is replaced by Guard:
-http(s) only, public addresses only (checked where the connection is made, so after every
-redirect), an honest user agent, opt-outs honoured in every form, caps on bytes and pixels, one
-deadline for all of a URL, and no picture that is not whole. Its workers are spawned and see nothing
-that is changed in the parent; the guard is a part of the Downloader that is sent to them.
+img2dataset reads the list, resizes, packs and runs the workers. Its download of a URL is replaced
+by Guard: http and https only, public addresses only (checked at each connection, hence after each
+redirect), an honest user agent, opt-outs in every form, limits on bytes and pixels, one deadline
+for a URL with its redirects and retries, and no torn picture.
 
 Writes to DIR: 00000.tar, 00000.parquet (a row for each URL, with its status), 00000_stats.json
-(last: a shard without it is unfinished and made anew), list-0.parquet, and fetch.json.
+(written last: a shard without it is fetched again), list-0.parquet, and fetch.json.
 """
 
 import contextlib
@@ -22,81 +21,48 @@ import re
 import shutil
 import socket
 import ssl
-import sys
 import threading
 import time
-import urllib.request
-import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from email.message import Message
-from functools import lru_cache, partial
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote, urljoin, urlsplit
 
 import idna
-import img2dataset.downloader
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
-from img2dataset import distributor
-from img2dataset.reader import Reader
-from img2dataset.resizer import Resizer
-from img2dataset.writer import WebDatasetSampleWriter
 from PIL import Image
 
 from glip import InputError
+from nanoglip import files
 from nanoglip.cli import check_numbers
-from nanoglip.files import locked, open_regular, write_bytes, write_safely
 from nanoglip.sources import pictures
-from nanoglip.sources.pictures import (
-    FORMATS,
-    LICENCE,
-    TOO_LARGE,
-    BadPicture,
-    check_pixels,
-    check_scans,
-)
-from nanoglip.sources.shards import end_with_parent, printable_error, whole_stats
+from nanoglip.sources.shards import end_with_parent, error_line, finished_shards
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # img2dataset's dependencies call home: not from here,
+# --- What may be used -----------------------------------------------------------------------------
 
-os.environ["WANDB_MODE"] = "disabled"  # nor from the workers, which inherit this
-
-os.environ["WANDB_ERROR_REPORTING"] = "false"
-
-os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would take any python3
-
-if importlib.util.find_spec("imghdr") is None:
-    raise InputError("img2dataset needs Python 3.12 or older: fetch with one, train with any")
-
-# --- The guard: what may be asked for, and what may come in ---------------------------------------
-
-BODY_CAP = 2**25  # bytes of a picture as it is served
-
-OURS = {"*", "nanoglip", "img2dataset"}  # names under which opt-outs concern us
-
+BODY_CAP = 2**25  # bytes of a response's body
+OURS = {"*", "nanoglip", "img2dataset"}  # crawlers whose opt-outs concern us
 OPT_OUTS = {"noai", "noimageai", "noml", "noindex", "noimageindex", "none"}
-
-DIRECTIVES = OPT_OUTS | {  # what may stand behind the name of a crawler
+DIRECTIVES = OPT_OUTS | {  # what may follow the name of a crawler
     "all", "index", "follow", "nofollow", "noarchive", "nocache", "nosnippet", "notranslate",
     "noodp", "indexifembedded", "max-snippet", "max-image-preview", "max-video-preview",
     "unavailable_after", "archive",
 }  # fmt: skip
-
 AGENT = "nanoGLIP/1.0 (image-text research; img2dataset 1.47.0{})"
-
-WEB = re.compile(r"(?is)(https?://(?:[^/?#@]*@)?)([^/?#:]*)(.*)")  # until its host, host, rest
-
-
-CLOSED = [ipaddress.ip_network(x) for x in ("192.88.99.0/24", "3fff::/20", "5f00::/16")]
-
-CHECKS_AT_ONCE = threading.Semaphore(4)  # pictures that are decoded: each may take 256 MB
+WEB = re.compile(r"(?is)(https?://(?:[^/?#@]*@)?)([^/?#:]*)(.*)")  # up to the host, host, rest
+# Networks that are not public, which ipaddress does not know in all versions.
+CLOSED = [*map(ipaddress.ip_network, ("192.88.99.0/24", "3fff::/20", "5f00::/16", "fec0::/10"))]
+CHECKS_AT_ONCE = threading.Semaphore(4)  # pictures being decoded: each may take 256 MB
 
 
 class Refused(Exception):
-    """A URL that is not fetched, for the reason that it tells; `again` if it may work later."""
+    """A URL that is not used, with the reason; `again`: whether a later try may succeed."""
 
     def __init__(self, reason: str, again: bool = False) -> None:
         super().__init__(reason)
@@ -104,7 +70,7 @@ class Refused(Exception):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is in the open Internet, also where it wraps another one."""
+    """Whether an IP address is public, and also the IPv4 address that it may contain."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if found.version == 6:
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
@@ -112,19 +78,15 @@ def is_public(address: str) -> bool:
             inner = ipaddress.ip_address(int(found) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    closed = (
-        found.is_private, found.is_loopback, found.is_link_local, found.is_multicast,
-        found.is_reserved, found.is_unspecified, getattr(found, "is_site_local", False),
-        *(found in net for net in CLOSED if net.version == found.version),
-    )  # fmt: skip
-    return found.is_global and not any(closed)
+    closed = found.is_multicast or found.is_reserved or any(found in net for net in CLOSED)
+    return found.is_global and not closed
 
 
 def opted_out(headers: Message) -> bool:
-    """Whether response headers ask not to be used: X-Robots-Tag in all its forms, TDM's, AIPREF's.
+    """Whether response headers forbid our use: X-Robots-Tag, TDM-Reservation or Content-Usage.
 
-    A name, a colon and a directive aim at one crawler from there on; other colons stand in values.
-    In doubt it is an opt-out: of TDM-Reservation's values only 0 is not.
+    In X-Robots-Tag a name, a colon and a directive address one crawler from there on; other colons
+    belong to values. In doubt it is an opt-out: of TDM-Reservation's values only 0 is not.
     """
     for header in headers.get_all("X-Robots-Tag", []):
         agent = "*"
@@ -135,15 +97,15 @@ def opted_out(headers: Message) -> bool:
                 agent, piece = name.strip().partition("/")[0], rest
             if agent in OURS and OPT_OUTS & set(re.findall(r"[\w-]+", piece)):
                 return True
-    usage, tdm = (re.sub(r"[\s\"']", "", ",".join(headers.get_all(name, [])).lower())
-                  for name in ("Content-Usage", "TDM-Reservation"))  # fmt: skip
+    usage, reservation = (re.sub(r"[\s\"']", "", ",".join(headers.get_all(name, [])).lower())
+                          for name in ("Content-Usage", "TDM-Reservation"))  # fmt: skip
     if {"train-ai=n", "bots=n"} & set(re.split("[,;]", usage)):
         return True
-    return any(value.partition(";")[0] != "0" for value in tdm.split(",") if value)
+    return any(value.partition(";")[0] != "0" for value in reservation.split(",") if value)
 
 
 def ascii_url(url: str) -> str:
-    """A URL as it is asked for: an international host by IDNA, the rest percent-encoded."""
+    """A URL in ASCII: an international host by IDNA, the rest percent-encoded. Raises Refused."""
     found = WEB.match(url.strip())
     if not found:
         raise Refused("not http or https")
@@ -152,144 +114,47 @@ def ascii_url(url: str) -> str:
         host = host if host.isascii() else idna.encode(host, uts46=True).decode()
     except UnicodeError:
         raise Refused("unknown host") from None
-    return urllib.parse.quote(start + host + rest, safe="%/:=&?~#+!$,;'@()*[]")
+    return quote(start + host + rest, "%/:=&?~#+!$,;'@()*[]", errors="surrogateescape")
 
 
-class Watch:
-    """Connections of one URL, all cut when its time is over."""
-
-    def __init__(self, seconds: float, allowed: frozenset[str]) -> None:
-        self.allowed, self.sockets, self.over = allowed, [], False
-        self.end = time.monotonic() + seconds
-        self.timer = threading.Timer(seconds, self.cut)
-        self.timer.daemon = True
-        self.timer.start()
-
-    def cut(self) -> None:
-        self.over = True
-        for open_socket in self.sockets:
-            try:
-                open_socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-
-    def addresses(self, host: str, port: int) -> list[tuple]:
-        """Look a host up, for no longer than there is time: a resolver cannot be interrupted."""
-        found = []
-
-        def look_up() -> None:
-            with contextlib.suppress(OSError, UnicodeError):
-                found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-
-        thread = threading.Thread(target=look_up, daemon=True)
-        thread.start()
-        thread.join(max(0.0, self.end - time.monotonic()))
-        if thread.is_alive() or self.over:
-            raise Refused("timed out", again=True)
-        if not found:
-            raise Refused("unknown host")
-        return found
-
-    def connect(self, host: str, port: int) -> socket.socket:
-        """Connect to a public address of a host, or to an allowed HOST:PORT."""
-        found = self.addresses(host, port)
-        if f"{host}:{port}" not in self.allowed and not all(is_public(x[4][0]) for x in found):
-            raise Refused("private address")
-        for family, kind, protocol, _, address in found:
-            connection = socket.socket(family, kind, protocol)
-            connection.settimeout(max(0.01, self.end - time.monotonic()))
-            self.sockets.append(connection)
-            if self.over:
-                raise Refused("timed out", again=True)
-            try:
-                connection.connect(address)
-            except OSError:
-                connection.close()
-                continue
-            return connection
-        raise Refused("cannot connect", again=True)
+def check_picture(content: bytes) -> None:
+    """Raise Refused for bytes that are no picture, too large a one, or a torn one."""
+    if content[:4] == b"\x89PNG":
+        content = pictures.without_texts(content)  # for which Pillow has limits
+    try:
+        pictures.check_scans(content)
+        with Image.open(io.BytesIO(content), formats=pictures.FORMATS) as image, CHECKS_AT_ONCE:
+            pictures.check_pixels(*image.size)
+            image.draft("RGB", (64, 64))  # a JPEG is read whole and decoded at an eighth
+            image.load()
+    except Exception as error:  # Pillow raises many kinds for hostile bytes
+        reasons = {"BadPicture": str(error), "DecompressionBombError": pictures.TOO_LARGE,
+                   "UnidentifiedImageError": "not a picture"}  # fmt: skip
+        raise Refused(reasons.get(type(error).__name__, "torn picture")) from None
 
 
-class Plain(http.client.HTTPConnection):
-    """http:// through a watch."""
+# --- Connections ----------------------------------------------------------------------------------
 
-    def __init__(self, *args: object, watch: Watch, **settings: object) -> None:
-        super().__init__(*args, **settings)
-        self.watch = watch
-
-    def connect(self) -> None:
-        self.sock = self.watch.connect(self.host, self.port)
-
-
-class Secure(http.client.HTTPSConnection):
-    """https:// through a watch."""
-
-    def __init__(self, *args: object, watch: Watch, **settings: object) -> None:
-        super().__init__(*args, **settings)
-        self.watch = watch
-
-    def connect(self) -> None:
-        raw = self.watch.connect(self.host, self.port)
-        self.sock = self._context.wrap_socket(
-            raw, server_hostname=self.host, do_handshake_on_connect=False
-        )
-        self.watch.sockets.append(self.sock)
-        self.sock.do_handshake()
-
-
-class Through(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """urllib's handler of both, with watched connections. Proxies are not used: they would hide
-    whom we talk to."""
-
-    def __init__(self, watch: Watch) -> None:
-        urllib.request.HTTPSHandler.__init__(self, context=tls())
-        self.watch = watch
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(Plain, watch=self.watch), request)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(Secure, watch=self.watch), request, context=self._context)
-
-
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows, but reads nothing of a redirect's body, and honours its opt-outs."""
-
-    def http_error_302(
-        self, request: object, response: object, code: int, message: str, headers: Message
-    ) -> object:
-        response.close()
-        if opted_out(headers):
-            raise Refused("opted out")
-        return super().http_error_302(request, response, code, message, headers)
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-@lru_cache
-def tls() -> ssl.SSLContext:
-    """One for a process: to read the certificates anew for each URL would take days."""
-    return ssl.create_default_context()
+TLS = ssl.create_default_context()  # reads the certificates, once in a process
+Row = tuple[int, str]  # (key, URL), or (number of a shard, file of its list)
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What may be done with a URL, and how long."""
+    """img2dataset's download of a URL, under our rules."""
 
-    timeout: float  # seconds for all of a URL: connections, redirects, body
+    timeout: float  # seconds for a URL in all: connections, redirects, body, retries
     retries: int
     contact: str
     allowed: frozenset[str]  # HOST:PORTs that may have a private address
 
-    def download(
-        self, row: tuple[int, str], **settings: object
-    ) -> tuple[int, io.BytesIO | None, str | None]:
-        """img2dataset's (key, url) -> (key, stream, error); `settings` are its own, ours count."""
+    def download(self, row: Row, **settings: object) -> tuple[int, io.BytesIO | None, str | None]:
+        """(key, url) -> (key, stream, error); img2dataset's own `settings` are ignored."""
         key, url = row
         end = time.monotonic() + self.timeout
         for turn in range(self.retries + 1):
             try:
-                return key, io.BytesIO(self.fetched(url, end - time.monotonic())), None
+                return key, io.BytesIO(self.picture(url or "", end)), None
             except Refused as refused:
                 reason, pause = str(refused), 0.25 * 2**turn
                 if not refused.again or time.monotonic() + pause >= end:
@@ -297,102 +162,128 @@ class Guard:
                 time.sleep(pause)
         return key, None, reason
 
-    def fetched(self, url: str, seconds: float) -> bytes:
-        """A URL's picture, whole and of bearable size. Raises Refused."""
-        url, watch = ascii_url(url or ""), Watch(seconds, self.allowed)
+    def picture(self, url: str, end: float) -> bytes:
+        """The content of a URL, a whole picture, before the clock shows `end`. Raises Refused."""
+        connections, found = Connections(end, self.allowed), Future()
+        agent = AGENT.format(f"; {self.contact}" if self.contact else "")
+
+        def work() -> None:
+            try:
+                found.set_result(connections.follow(url, agent))
+            except Exception as error:
+                found.set_exception(error)
+
+        # In a thread that can be left behind: getaddrinfo cannot be interrupted.
+        threading.Thread(target=work, daemon=True).start()
         try:
-            content = self.body(url, watch)
+            content = found.result(max(0.0, end - time.monotonic()))
         except Refused:
             raise
-        except urllib.error.HTTPError as error:
-            again = error.code in (408, 425, 429) or error.code >= 500
-            raise Refused(f"HTTP {error.code}", again) from None
-        except Exception as error:  # whatever a hostile server can make http.client or ssl raise
-            if watch.over:
-                raise Refused("timed out", again=True) from None
-            inner = getattr(error, "reason", error)
-            again = isinstance(inner, OSError | http.client.HTTPException)
-            raise Refused(type(inner if again else error).__name__, again) from None
+        except TimeoutError:
+            raise Refused("timed out", again=True) from None
+        except Exception as error:  # a hostile server can make http.client and ssl raise many
+            again = isinstance(error, OSError | http.client.HTTPException)
+            raise Refused(type(error).__name__, again) from None
         finally:
-            watch.timer.cancel()
-            for open_socket in watch.sockets:
-                open_socket.close()
+            connections.close()
         check_picture(content)
         return content
 
-    def body(self, url: str, watch: Watch) -> bytes:
-        """Follow redirects, honour opt-outs, read at most BODY_CAP bytes."""
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            Through(watch), urllib.request.HTTPDefaultErrorHandler(),
-            Redirects(), urllib.request.HTTPErrorProcessor(),
-            urllib.request.UnknownHandler(),
-        ):  # fmt: skip
-            opener.add_handler(handler)
-        contact = f"; {self.contact}" * bool(self.contact)
-        request = urllib.request.Request(url, headers={"User-Agent": AGENT.format(contact)})
-        with opener.open(request, timeout=self.timeout) as response:
+
+class Connections:
+    """The connections of one URL, to public addresses only, until the clock shows `end`."""
+
+    def __init__(self, end: float, allowed: frozenset[str]) -> None:
+        self.end, self.allowed, self.sockets = end, allowed, []
+
+    def close(self) -> None:
+        """Close all, and interrupt a thread that reads from one."""
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+    def connect(self, host: str, port: int, secure: bool) -> socket.socket:
+        """A connection to a public address of a host, or to an allowed HOST:PORT."""
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise Refused("unknown host") from None
+        if f"{host}:{port}" not in self.allowed and not all(is_public(x[4][0]) for x in found):
+            raise Refused("private address")
+        for *_, (address, *_) in found:
+            with contextlib.suppress(OSError):
+                seconds = max(0.0, self.end - time.monotonic())
+                sock = socket.create_connection((address, port), seconds)
+                break
+        else:
+            raise Refused("cannot connect", again=True)
+        if secure:
+            sock = TLS.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        self.sockets.append(sock)
+        if secure:
+            sock.do_handshake()
+        return sock
+
+    def request(self, url: str, agent: str) -> http.client.HTTPResponse:
+        """The response to a GET. No proxy is used: it would hide the address."""
+        parts = urlsplit(url)
+        secure = parts.scheme == "https"
+        host, port = parts.hostname or "", parts.port or (443 if secure else 80)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"Host": parts.netloc.rpartition("@")[2], "User-Agent": agent}
+        connection = http.client.HTTPConnection(host, port)
+        connection.sock = self.connect(host, port, secure)
+        connection.request("GET", target, headers=headers | {"Connection": "close"})
+        return connection.getresponse()
+
+    def follow(self, url: str, agent: str) -> bytes:
+        """The body behind a URL and its redirects, none of which opts out. Raises Refused."""
+        for _ in range(11):
+            url = ascii_url(url)
+            response = self.request(url, agent)
+            redirected = response.status in (301, 302, 303, 307, 308)
+            location = response.headers.get("Location") if redirected else None
+            if not (location or 200 <= response.status < 300):
+                again = response.status in (408, 425, 429) or response.status >= 500
+                raise Refused(f"HTTP {response.status}", again)
             if opted_out(response.headers):
                 raise Refused("opted out")
-            length = response.headers.get("Content-Length", "")
-            if length.isdigit() and int(length) > BODY_CAP:
-                raise Refused(f"over {BODY_CAP:,} bytes")
-            content = bytearray()
-            while chunk := response.read1(2**16):
-                content += chunk
-                if watch.over:
-                    raise Refused("timed out", again=True)
-                if len(content) > BODY_CAP:
-                    raise Refused(f"over {BODY_CAP:,} bytes")
-            if watch.over:
-                raise Refused("timed out", again=True)
-            if length.isdigit() and len(content) < int(length):
-                raise Refused("cut short", again=True)
-        return bytes(content)
+            if not location:
+                return read_body(response)
+            url = urljoin(url, location.encode("latin-1").decode(errors="surrogateescape"))
+        raise Refused("too many redirects")
 
 
-def check_picture(content: bytes) -> None:
-    """Refuse what is no picture, a bomb by its header, or torn. Raises Refused."""
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            check_pixels(*image.size)
-            check_scans(content)
-            image.draft("RGB", (64, 64))  # all of a JPEG is read, a part of it is computed
-            with CHECKS_AT_ONCE:
-                image.load()
-    except BadPicture as error:
-        raise Refused(str(error)) from None
-    except Exception as error:  # Pillow raises many kinds for hostile bytes
-        plain = pictures.without_texts(content) if "MAX_TEXT" in str(error) else content
-        if len(plain) < len(content):
-            return check_picture(plain)
-        known = {"UnidentifiedImageError": "not a picture", "DecompressionBombError": TOO_LARGE}
-        raise Refused(known.get(type(error).__name__, "torn picture")) from None
+def read_body(response: http.client.HTTPResponse) -> bytes:
+    """A response's body, at most BODY_CAP bytes. Raises Refused."""
+    size, content = response.length or 0, bytearray()  # 0: unknown
+    while max(size, len(content)) <= BODY_CAP and (chunk := response.read1(2**16)):
+        content += chunk
+    if max(size, len(content)) > BODY_CAP:
+        raise Refused(f"over {BODY_CAP:,} bytes")
+    if len(content) < size:
+        raise Refused("cut short", again=True)
+    return bytes(content)
 
 
-class GuardedDownloader(img2dataset.downloader.Downloader):
-    """img2dataset's work on a shard, in whatever process it is sent to, through a guard."""
+def download_shard(guard: Guard, downloader: Callable, row: Row) -> tuple[bool, Row]:
+    """The outcome of img2dataset's Downloader for a shard, in a spawned worker."""
+    import img2dataset.downloader
 
-    def __init__(self, guard: Guard, **settings: object) -> None:
-        super().__init__(**settings)
-        self.guard = guard
-
-    def __call__(self, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
-        end_with_parent()
-        img2dataset.downloader.download_image_with_retry = self.guard.download
-        return super().__call__(row)
+    end_with_parent()
+    img2dataset.downloader.download_image_with_retry = guard.download  # no setting replaces it
+    return downloader(row)
 
 
 # --- The list -------------------------------------------------------------------------------------
 
 COLUMNS = {"cc3m": "caption, then URL", "cc12m": "URL, then caption"}
 
-LOOKED_AT = 200  # rows from which the columns are told
 
-
-def lines_of(path: Path) -> Iterator[list[str]]:
-    """A TSV's rows; quotes mean nothing in these lists."""
-    with open_regular(path) as file:
+def rows_of(path: Path) -> Iterator[list[str]]:
+    """The rows of a TSV in which quotes have no meaning."""
+    with files.open_regular(path) as file:
         for line in io.TextIOWrapper(file, "utf-8-sig", "replace", newline="\n"):
             yield line.rstrip("\r\n").split("\t")
 
@@ -400,44 +291,35 @@ def lines_of(path: Path) -> Iterator[list[str]]:
 def url_column(path: Path, name: str) -> int:
     """Which of the first two columns holds the URLs. Raises InputError where none or both do."""
     try:
-        rows = [row for row, _ in zip(lines_of(path), range(LOOKED_AT), strict=False)]
+        rows = list(islice(rows_of(path), 200))
     except OSError as error:
         raise InputError(f"--list {path}: cannot be read ({error.strerror})") from None
-    urls = re.compile(r"\s*https?://\S+\s*", re.IGNORECASE)
-    alike = [sum(len(row) > 1 and bool(urls.fullmatch(row[c])) for row in rows) for c in (0, 1)]
-    found = [c for c in (0, 1) if alike[c] >= 0.9 * len(rows) > 0]
+    url = re.compile(r"\s*https?://\S+\s*", re.IGNORECASE)
+    counts = [sum(len(row) > 1 and bool(url.fullmatch(row[c])) for row in rows) for c in (0, 1)]
+    found = [c for c in (0, 1) if counts[c] >= 0.9 * len(rows) > 0]
     if len(found) != 1:
         raise InputError(
-            f"--list {path}: of the first {len(rows)} rows, {alike[0]} have a URL in the first "
-            f"column and {alike[1]} in the second; {name}'s list is a TSV with {COLUMNS[name]}"
+            f"--list {path}: of the first {len(rows)} rows, {counts[0]} have a URL in the first "
+            f"column and {counts[1]} in the second; {name}'s list is a TSV with {COLUMNS[name]}"
         )
     return found[0]
 
 
 def write_list(path: Path, rows: Iterator[tuple[str, str]]) -> int:
-    """Write (url, caption) rows as parquet, which img2dataset need not guess at; their count."""
-    schema, counted = pa.schema([("url", pa.string()), ("caption", pa.string())]), 0
+    """Write (url, caption) rows as parquet, 100,000 at a time; returns their number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
 
     def fill(file: io.BufferedWriter) -> None:
-        nonlocal counted
         with pq.ParquetWriter(file, schema) as writer:
-            block = []
+            while block := list(islice(rows, 100_000)):
+                urls, captions = zip(*block, strict=True)
+                writer.write_table(pa.table({"url": urls, "caption": captions}, schema))
 
-            def flush() -> None:
-                urls, texts = [list(x) for x in zip(*block, strict=True)] or ([], [])
-                writer.write_table(pa.table({"url": urls, "caption": texts}, schema))
-                block.clear()
-
-            for row in rows:
-                block.append(row)
-                counted += 1
-                if len(block) == 100_000:
-                    flush()
-            if block:
-                flush()
-
-    write_safely(path, fill)
-    return counted
+    files.write_safely(path, fill)
+    return pq.read_metadata(path).num_rows
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -445,76 +327,60 @@ def write_list(path: Path, rows: Iterator[tuple[str, str]]) -> int:
 
 @dataclass(frozen=True)
 class FetchConfig:
-    """Fetch the pictures of a list of URLs into tar shards; a killed fetch goes on where it was."""
+    """Fetch the pictures of a list of URLs into tar shards; the same command resumes."""
 
     name: Annotated[Literal["cc3m", "cc12m"], tyro.conf.Positional]  # whose list it is
     list: Path  # the official list: a TSV of URLs and captions
     out: Path  # folder of the shards
-    retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # once more, what failed
-    processes: int = 0  # (0: as many as there are cores)
-    threads: int = 64  # of each process
-    timeout: float = 20.0  # seconds for all of a URL
-    retries: int = 2  # more tries where a URL may work later
-    contact: str = ""  # a mail address or page for the user agent, so that owners can reach you
-    distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing"  # img2dataset's
-    shard_size: int = 10_000  # URLs of a shard
+    retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # of a finished fetch
+    processes: int = 0  # (0: one per core)
+    threads: int = 64  # per process
+    timeout: float = 20.0  # seconds for a URL, retries included
+    retries: int = 2  # further tries where a URL may work later
+    contact: str = ""  # a mail address or page in the user agent, so that owners can reach you
+    shard_size: int = 10_000  # URLs per shard
     allow_host: tuple[str, ...] = ()  # HOST:PORTs that may have a private address
 
 
 def fetch(config: FetchConfig) -> dict:
-    """Everything that `python data.py fetch` does; returns what it reports."""
+    """What `python data.py fetch` reports: expected and fetched pairs, and why the rest failed."""
     check_numbers(config, ("threads", "timeout", "shard_size"), ("retries", "processes"))
-    if config.timeout > threading.TIMEOUT_MAX:
-        raise InputError(f"--timeout {config.timeout:g} is longer than a timer can wait: give less")
     if not (config.contact.isascii() and config.contact.isprintable()):
         raise InputError("--contact has to fit into a header: give ASCII letters in one line")
-    if config.distributor != "multiprocessing" and not importlib.util.find_spec(config.distributor):
-        raise InputError(f"--distributor {config.distributor}: pip install {config.distributor}")
+    if importlib.util.find_spec("imghdr") is None:
+        raise InputError("img2dataset needs Python 3.12 or older: fetch with one, train with any")
     column = url_column(config.list, config.name)
-    with locked(config.out, "fetching into"):
+    with files.locked(config.out, "fetching into"):
         plan = open_plan(config, column)
-        going_on = bool(unfinished(config, plan))  # then what failed is not asked for yet again
+        if config.retry_failed and not unfinished(config, plan):
+            add_round(config, plan)
         for number in range(len(plan["rounds"])):
             run_round(config, plan, number)
-        retrying = going_on and len(plan["rounds"]) > 1
-        if config.retry_failed and not retrying and not unfinished(config, plan):
-            add_round(config, plan)
-            run_round(config, plan, len(plan["rounds"]) - 1)
         return report(config, plan)
 
 
 def open_plan(config: FetchConfig, column: int) -> dict:
-    """The content of fetch.json: which lists are fetched into which shards."""
+    """The content of fetch.json, written at the first start: the lists and their shards."""
     path = config.out / "fetch.json"
-    with open(config.list, "rb") as file:
-        check = zlib.crc32(file.read(2**20))
-    about = {"name": config.name, "bytes": config.list.stat().st_size, "crc": check,
-             "shard_size": config.shard_size}  # fmt: skip
+    about = files.digest([config.list], f"{config.name} {config.shard_size}")
     if path.is_file():
         try:
             plan = json.loads(path.read_text())
             known, _ = plan["about"], plan["left_out"].items()
-            rounds = [(shards_of_round(config, r), r["given_up"].items()) for r in plan["rounds"]]
-        except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError):
+            rounds = rounds_of(config, plan)
+        except (OSError, *files.FOREIGN):
             rounds = []
         if not rounds:
-            raise InputError(
-                f"{path} is damaged: put a copy of it back, or choose another --out; finished "
-                "shards can still be indexed and trained on"
-            )
+            raise InputError(f"{path} is damaged: restore a copy, or choose another --out")
         if known != about:
-            raise InputError(
-                f"{config.out} holds a fetch of another list, or of another --shard-size: give the "
-                "same again, or choose another --out"
-            )
+            raise InputError(f"{config.out} is of another list or --shard-size: choose another")
         return plan
-    if config.out.is_dir() and any(config.out.glob("*.tar")):
+    if any(config.out.glob("*.tar")):
         raise InputError(f"{config.out} holds shards that are not of a fetch: choose another --out")
-    config.out.mkdir(parents=True, exist_ok=True)
     left_out = Counter()
 
-    def rows() -> Iterator[tuple[str, str]]:
-        for row in lines_of(config.list):
+    def pairs() -> Iterator[tuple[str, str]]:
+        for row in rows_of(config.list):
             if len(row) < 2 or not WEB.match(row[column].strip()):
                 left_out["rows without a URL"] += 1
             elif not row[1 - column].strip():
@@ -522,127 +388,107 @@ def open_plan(config: FetchConfig, column: int) -> dict:
             else:
                 yield row[column].strip(), " ".join(row[1 - column].split())
 
-    count = write_list(config.out / "list-0.parquet", rows())
-    plan = {"about": about, "rounds": [{"start": 0, "rows": count, "given_up": {}}],
-            "left_out": dict(left_out)}  # fmt: skip
-    write_bytes(path, json.dumps(plan).encode())
+    count = write_list(config.out / "list-0.parquet", pairs())
+    plan = {"about": about, "rounds": [{"start": 0, "rows": count}], "left_out": left_out}
+    files.write_bytes(path, json.dumps(plan).encode())
     return plan
 
 
-def shards_of_round(config: FetchConfig, a_round: dict) -> range:
-    """Numbers of the shards that a round writes."""
-    start = a_round["start"]
-    return range(start, start + math.ceil(a_round["rows"] / config.shard_size))
-
-
-def finished(config: FetchConfig) -> dict[int, dict]:
-    """Number -> statistics of each finished shard; one whose tar was deleted is not."""
-    numbers = (re.match("[0-9]{5,9}(?=_stats.json$)", p.name) for p in whole_stats(config.out))
-    return {int(n[0]): json.loads((config.out / f"{n[0]}_stats.json").read_text())
-            for n in numbers if n and (config.out / f"{n[0]}.tar").is_file()}  # fmt: skip
+def rounds_of(config: FetchConfig, plan: dict) -> list[range]:
+    """Numbers of the shards that each round writes."""
+    return [range(r["start"], r["start"] + math.ceil(r["rows"] / config.shard_size))
+            for r in plan["rounds"]]  # fmt: skip
 
 
 def unfinished(config: FetchConfig, plan: dict) -> list[int]:
-    """Numbers of the shards that are still to be made."""
-    done = finished(config)
-    return [n for r in plan["rounds"] for n in shards_of_round(config, r) if n not in done]
+    """Numbers of the shards that are still to be fetched."""
+    done = finished_shards(config.out)
+    return [n for numbers in rounds_of(config, plan) for n in numbers if f"{n:05}" not in done]
 
 
 def add_round(config: FetchConfig, plan: dict) -> None:
-    """Plan what the last round failed to fetch once more, into shards of its own.
+    """Plan shards for what failed in the last round, except opt-outs."""
+    import pyarrow.parquet as pq
 
-    Who opted out is not asked again.
-    """
-    last, given_up = plan["rounds"][-1], Counter(plan["rounds"][-1]["given_up"])
+    last = rounds_of(config, plan)[-1]
 
-    def rows() -> Iterator[tuple[str, str]]:
-        for number in shards_of_round(config, last):
-            path, names = config.out / f"{number:05}.parquet", ("url", "caption", "status")
+    def failed() -> Iterator[tuple[str, str]]:
+        for number in last:
+            path, names = config.out / f"{number:05}.parquet", ["status", "error_message"]
             try:
-                table = pq.read_table(path)
-                columns = [table[name].to_pylist() for name in (*names, "error_message")]
+                rows = pq.read_table(path, columns=["url", "caption", *names]).to_pylist()
             except (OSError, LookupError, ValueError) as error:  # pyarrow's are among these
-                raise InputError(
-                    f"{path} cannot be read ({printable_error(error)}): remove {number:05}.tar, "
-                    "and the same command fetches this shard anew"
-                ) from None
-            for url, caption, status, why in zip(*columns, strict=True):
-                if why == "opted out":
-                    given_up[why] += 1
-                elif status != "success":
-                    yield url, caption
+                again = f"remove {number:05}.tar, and the same command fetches this shard again"
+                raise InputError(f"{path} cannot be read ({error_line(error)}): {again}") from None
+            yield from ((row["url"], row["caption"]) for row in rows
+                        if row["status"] != "success" and row["error_message"] != "opted out")
 
-    name = config.out / f"list-{len(plan['rounds'])}.parquet"
-    count, start = write_list(name, rows()), shards_of_round(config, last).stop
-    if not count:
-        print("nothing failed that may be asked for again")
-        name.unlink()
-        return
-    plan["rounds"].append({"start": start, "rows": count, "given_up": dict(given_up)})
-    write_bytes(config.out / "fetch.json", json.dumps(plan).encode())
+    count = write_list(config.out / f"list-{len(plan['rounds'])}.parquet", failed())
+    plan["rounds"].append({"start": last.stop, "rows": count})
+    files.write_bytes(config.out / "fetch.json", json.dumps(plan).encode())
 
 
 def run_round(config: FetchConfig, plan: dict, number: int) -> None:
-    """Fetch what a round still lacks."""
-    a_round, done = plan["rounds"][number], finished(config)
-    if all(n in done for n in shards_of_round(config, a_round)):
+    """Fetch the shards that a round still lacks."""
+    numbers = rounds_of(config, plan)[number]
+    done = {*numbers}.difference(unfinished(config, plan))
+    if len(done) == len(numbers):
         return
+    # img2dataset's dependencies would call home, in workers too.
+    os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled",
+                   "WANDB_ERROR_REPORTING": "false"}  # fmt: skip
+    from img2dataset.distributor import multiprocessing_distributor
+    from img2dataset.downloader import Downloader
+    from img2dataset.reader import Reader
+    from img2dataset.resizer import Resizer
+    from img2dataset.writer import WebDatasetSampleWriter
+
     scratch = config.out / "_tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    allowed = frozenset(config.allow_host)
-    guard = Guard(config.timeout, config.retries, config.contact, allowed)
-    reader = Reader(
-        url_list=str(config.out / f"list-{number}.parquet"), input_format="parquet", url_col="url",
-        caption_col="caption", verify_hash_col=None, verify_hash_type=None,
-        save_additional_columns=None, number_sample_per_shard=config.shard_size,
-        done_shards=set(done), tmp_path=str(scratch), start_shard_id=a_round["start"],
+    reader = Reader(  # no hashes, no other columns
+        str(config.out / f"list-{number}.parquet"), "parquet", "url", "caption", None, None, None,
+        config.shard_size, done, str(scratch), numbers.start,
     )  # fmt: skip
-    # Padding to a square would put white borders where a centred mask does not look.
-    resizer = Resizer(
-        image_size=256, resize_mode="keep_ratio", resize_only_if_bigger=True,
-        upscale_interpolation="lanczos", downscale_interpolation="area", encode_quality=95,
-        encode_format="jpg", skip_reencode=False, disable_all_reencoding=False, min_image_size=0,
-        max_image_area=float("inf"), max_aspect_ratio=float("inf"), blurrer=None,
+    # No padding to a square: a centred mask would treat a white border as content.
+    resizer = Resizer(image_size=256, resize_mode="keep_ratio", resize_only_if_bigger=True)
+    downloader = Downloader(
+        sample_writer_class=WebDatasetSampleWriter, resizer=resizer, thread_count=config.threads,
+        save_caption=True, extract_exif=False, output_folder=str(config.out.resolve()),
+        column_list=reader.column_list, timeout=config.timeout, oom_shard_count=5,
+        number_sample_per_shard=config.shard_size, compute_hash=None, verify_hash_type=None,
+        encode_format="jpg", retries=0, user_agent_token=None, disallowed_header_directives=None,
     )  # fmt: skip
-    downloader = GuardedDownloader(
-        guard, sample_writer_class=WebDatasetSampleWriter, resizer=resizer,
-        thread_count=config.threads, save_caption=True, extract_exif=False,
-        output_folder=str(config.out.resolve()), column_list=reader.column_list,
-        timeout=config.timeout, number_sample_per_shard=config.shard_size, oom_shard_count=5,
-        compute_hash=None, verify_hash_type=None, encode_format="jpg", retries=0,
-        user_agent_token="nanoglip", disallowed_header_directives=sorted(OPT_OUTS),
-    )  # fmt: skip
-    run = getattr(distributor, f"{config.distributor}_distributor")
+    seconds = min(config.timeout, 1e6)  # a socket cannot wait longer
+    allowed = frozenset(map(str.lower, config.allow_host))
+    guard = Guard(seconds, config.retries, config.contact, allowed)
+    work = partial(download_shard, guard, downloader)
+    workers = config.processes or os.cpu_count() or 1
     try:
-        run(config.processes or os.cpu_count() or 1, downloader, reader, 1000, 1)
-    except Exception as error:  # of Spark, of Ray, of the disk
-        raise InputError(
-            f"--distributor {config.distributor}: {printable_error(error)}; finished shards are "
-            "kept: give the same command again to go on"
-        ) from None
+        multiprocessing_distributor(workers, work, reader, None, 1)
+    except Exception as error:  # of the list, of the disk
+        again = "finished shards are kept, and the same command resumes"
+        raise InputError(f"{config.out}: {error_line(error)}; {again}") from None
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 def report(config: FetchConfig, plan: dict) -> dict:
-    """Print and return: expected, got, share, why the rest failed, the licence."""
-    done = finished(config)
-    missing = unfinished(config, plan)
-    last = plan["rounds"][-1]
+    """What was expected and fetched, and why the rest failed; printed with the licence."""
+    done, missing = finished_shards(config.out), unfinished(config, plan)
     expected = plan["rounds"][0]["rows"]
     got = sum(stats["successes"] for stats in done.values())
-    reasons = Counter(last["given_up"])
-    for number in shards_of_round(config, last):
-        reasons.update(done.get(number, {}).get("status_dict", {}))
+    reasons = Counter()
+    for number in rounds_of(config, plan)[-1]:
+        reasons.update(done.get(f"{number:05}", {}).get("status_dict", {}))
+    # Opt-outs are not in a later round.
+    reasons["opted out"] = sum(x["status_dict"].get("opted out", 0) for x in done.values())
     del reasons["success"]
-    share = got / max(1, expected)
+    reasons, share = +reasons, got / max(1, expected)
     print(f"{config.name}: expected {expected:,} pairs, got {got:,} ({share:.1%})")
     for why, n in [*plan["left_out"].items(), *reasons.most_common(12)]:
         print(f"  {n:>10,}  {why}")
-    print(f"{LICENCE}\nState the share beside every result.")
+    print(f"{pictures.LICENCE}\nState the share beside every result.")
     if missing:
-        raise InputError(
-            f"{len(missing)} shards are unfinished, the first is {missing[0]:05}: give the same "
-            "command again to go on"
-        )
+        first = f"{len(missing)} shards are unfinished, the first is {missing[0]:05}"
+        raise InputError(f"{first}: the same command resumes")
     return {"expected": expected, "got": got, "share": share, "reasons": dict(reasons)}

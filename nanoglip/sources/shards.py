@@ -1,15 +1,15 @@
 """Tar shards of captioned pictures, indexed once, then read by address and never extracted.
 
-    00000.tar, 00001.tar, ...    members KEY.jpg|jpeg|png|webp and KEY.txt or KEY.json: WebDataset's
-    index/                       made by `python data.py index DIR`: where each picture lies, and
-                                 each caption's tokens
+    00000.tar, 00001.tar, ...    WebDataset's members: KEY.jpg|jpeg|png|webp, KEY.txt or KEY.json
+    index/                       made by `python data.py index DIR`: the address of each picture
+                                 and the tokens of each caption
 
 Shards are named by a folder, a single .tar, or a pattern such as DIR/train-{0000..2175}.tar, on
-disk or behind any URL that fsspec reads (s3://, gs://, http://). The index is mapped into memory,
-so that all workers and processes share one copy: 15 bytes a sample, and 2 for each of its tokens.
+disk or behind any URL that fsspec reads (s3://, gs://, http://). The index is memory-mapped, so
+that workers and processes share one copy: 15 bytes a sample, and 2 for each of its tokens.
 
-Nothing in a shard is trusted. Headers alone say what is a picture or a caption; everything else is
-passed over and counted; names are keys, never paths; nothing is unpickled or written anywhere.
+Shards are not trusted: headers alone decide what is a picture or a caption, everything else is
+skipped and counted, names are keys and never paths, and nothing is unpickled or extracted.
 """
 
 import contextlib
@@ -24,224 +24,183 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import torch
-from fsspec.core import url_to_fs
 from torch import Tensor
 from tqdm import tqdm
 
 import glip
 from glip import InputError, encode
 from nanoglip import files
-from nanoglip.cli import printable, say
-from nanoglip.files import (
-    digest,
-    locked,
-    open_regular,
-    read_regular,
-    room_for,
-    text_of,
-    write_bytes,
-    write_safely,
-)
-from nanoglip.sources.pictures import (
-    CAPTION_CAP,
-    PICTURE_CAP,
-    PICTURES,
-    Source,
-    held_out,
-    name_hash,
-)
+from nanoglip.cli import say
+from nanoglip.sources import pictures
 from nanoglip.text import decode_tokens
 
-LONGEST = 254  # tokens of a caption that are kept, start and end token aside
-
-BLOCK = 512  # bytes: a tar's members begin at multiples of it
-
 VERSION = 2
-
+STALE = "the shard is not what was indexed: give python data.py index again"
+LONGEST = 254  # tokens of a caption that are kept, without start and end token
+BLOCK = 512  # bytes: a tar's members begin at multiples of it
 ARRAYS = {"addresses": "<u4", "checks": "<u2", "names": "<u4", "tokens": "<u2", "lengths": "u1"}
 
-PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
-
-# --- Tars, read as untrusted bytes ----------------------------------------------------------------
+# --- Reading a tar --------------------------------------------------------------------------------
 
 
 def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset, size, crc) of the plain files in a tar of `length` bytes, by their headers.
+    """(name, offset, size, crc of the header) of the plain files in a tar of `length` bytes.
 
-    Each header's checksum is verified. After a broken one, or a hole of zeros, the next good one is
-    looked for, so that damage costs what it hits and no more; what is passed over is counted by
-    reason in `skipped`. `crc` is the header's.
+    tarfile stops at damage. Here each header's checksum is verified, and after a broken one or a
+    hole of zeros the next good one is searched. What is skipped is counted by reason in `skipped`.
     """
-    offset, name, lost, empty = 0, "", False, 0
+    offset, name, lost, zeros = 0, "", False, 0
     while offset + BLOCK <= length:
         file.seek(offset)
         block = file.read(BLOCK)
         offset += BLOCK
+        given, name = name, ""  # a long name is for the next header only
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
         except tarfile.EOFHeaderError:
-            empty += 1
-            if empty > 99 and hasattr(file, "raw"):  # a sparse file can have many gigabytes of them
+            zeros += 1
+            if zeros > 99 and hasattr(file, "raw"):  # a sparse file can have gigabytes of them
                 try:
                     offset = max(offset, file.seek(offset, getattr(os, "SEEK_DATA", 0)) & -BLOCK)
                 except OSError:
                     break
             continue
         except (tarfile.HeaderError, ValueError, OverflowError):
-            skipped["hole" if empty else "broken header"] += not lost
-            lost, empty, name = True, 0, ""
+            skipped["hole" if zeros else "broken header"] += not lost
+            lost, zeros = True, 0
             continue
-        skipped["hole"] += empty > 0
-        if header.size < 0 or offset + header.size > length:
+        skipped["hole"] += zeros > 0
+        lost, zeros = not 0 <= header.size <= length - offset, 0
+        if lost:
             skipped["torn"] += 1
-            lost, empty, name = True, 0, ""
             continue
-        lost, empty = False, 0
-        if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # the next one's long name
-            name = long_name(file.read(min(header.size, CAPTION_CAP)), header.type)
-        elif header.type in PLAIN and not (name := name or header.name).endswith("/"):
-            yield name, offset, header.size, zlib.crc32(block)
-            name = ""
-        else:  # links, devices, folders, sparse files
-            skipped["not a plain file"] += header.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE)
-            name = ""
+        if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            name = long_name(file.read(min(header.size, pictures.CAPTION_CAP)), header.type)
+        elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            yield given or header.name, offset, header.size, zlib.crc32(block)
+        elif header.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE):  # links, devices, sparse files
+            skipped["not a plain file"] += 1
         if header.type not in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE):
             offset += -(-header.size // BLOCK) * BLOCK
-    if offset < length and length - offset < BLOCK:
-        skipped["torn"] += 1
-
-
-def check_of(crc: int, content: bytes) -> int:
-    """16 bits that tell a picture with this crc of its header from others, by its last bytes."""
-    return zlib.crc32(content[-BLOCK:], crc) & 0xFFFF
+    skipped["torn"] += 0 < length - offset < BLOCK
 
 
 def long_name(content: bytes, kind: bytes) -> str:
-    """The name that a GNU or pax header gives to the member behind it; "" if none."""
+    """The name that a GNU or pax header gives to the next member; "" if none."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return content.rstrip(b"\0").decode("utf-8", "replace")
     found = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", content)
     return found[1].decode("utf-8", "replace") if found else ""
 
 
-def scan(location: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """A shard's samples as ARRAYS, and what is passed over; its captions are tokenised.
+def check_of(crc: int, content: bytes) -> int:
+    """16 bits of a header's crc and a picture's last bytes, to recognise the picture by."""
+    return zlib.crc32(content[-BLOCK:], crc) & 0xFFFF
 
-    `addresses` (M, 2) are (offset / 512, bytes) of pictures, `checks` (M,) tell each with its
-    header from others, `names` (M,) are hashed, `tokens` stand end to end, `lengths` (M,) of them.
-    Samples stand in the order of their keys, for fetched shards hold them in order of arrival.
+
+def scan(location: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """A shard's samples as ARRAYS, in the order of their keys, and what was skipped by reason.
+
+    `addresses` (M, 2): (offset / 512, bytes) of the pictures; `checks` (M,) recognise each with its
+    header; `names` (M,): hashes; `tokens`: end to end, `lengths` (M,) of each caption.
     """
     skipped, found = Counter(), {}
-    with reading_ahead(location) as file:
+    ahead = {"block_size": 2**22, "cache_type": "readahead"}
+    with (filesystem(location).open(location, "rb", **ahead) if is_remote(location)
+          else files.open_regular(location)) as file:  # fmt: skip
         length = file.seek(0, os.SEEK_END)
         for name, offset, size, crc in members(file, length, skipped):
             folder, _, base = name.rpartition("/")
             key, dot, suffix = base.partition(".")
             suffix = (dot + suffix).lower()
-            kind = "picture" if suffix in PICTURES else suffix
+            kind = "picture" if suffix in pictures.PICTURES else suffix
+            most = pictures.PICTURE_CAP if kind == "picture" else pictures.CAPTION_CAP
             record = found.setdefault(f"{folder}/{key}", {})
             if kind not in ("picture", ".txt", ".json"):
-                count(skipped, f"members {printable(suffix)[:20] or 'without a suffix'}")
+                skipped["neither picture nor caption"] += 1
             elif kind in record:
                 skipped["twice the same key"] += 1
-            elif not 0 < size <= (PICTURE_CAP if kind == "picture" else CAPTION_CAP):
+            elif not 0 < size <= most:
                 skipped[f"{kind.strip('.')} empty or too large"] += 1
             elif kind == "picture":
                 file.seek(offset + max(0, size - BLOCK))
                 check = check_of(crc, file.read(min(size, BLOCK)))
-                record[kind] = ((offset // BLOCK, size), check, name_hash(base))
+                record[kind] = ((offset // BLOCK, size), check, pictures.name_hash(base))
             elif ".txt" not in record:
                 file.seek(offset)
                 record[kind] = file.read(size)
                 if kind == ".txt":
                     record.pop(".json", None)  # not needed, and a shard has many
-    pictures, tokens, lengths = [], [], []
-    for key in sorted(found):
-        record = found[key]
+    samples, captions = [], []
+    for _, record in sorted(found.items()):
         caption = caption_of(record)
-        if "picture" not in record or not caption:
-            if record:
-                skipped["no picture" if "picture" not in record else "no caption"] += 1
-            continue
-        ids = encode(caption)[:LONGEST]
-        pictures.append(record["picture"])
-        tokens.extend(ids)
-        lengths.append(len(ids))
-    found = (*(zip(*pictures, strict=True) if pictures else ([], [], [])), tokens, lengths)
-    arrays = {name: np.array(x, ARRAYS[name]) for name, x in zip(ARRAYS, found, strict=True)}
+        if "picture" in record and caption:
+            samples.append(record["picture"])
+            captions.append(encode(caption)[:LONGEST])
+        elif record:
+            skipped["no caption" if "picture" in record else "no picture"] += 1
+    columns = list(zip(*samples, strict=True)) or [(), (), ()]
+    columns += [[token for ids in captions for token in ids], [*map(len, captions)]]
+    arrays = {name: np.array(x, ARRAYS[name]) for name, x in zip(ARRAYS, columns, strict=True)}
     return arrays, {why: n for why, n in skipped.items() if n}
-
-
-def count(skipped: Counter, why: str, n: int = 1) -> None:
-    """Count what is passed over, by 50 reasons at most: a tar can hold any number of suffixes."""
-    skipped[why if why in skipped or len(skipped) < 50 else "others"] += n
 
 
 def caption_of(record: dict[str, bytes]) -> str:
     """A sample's caption: its .txt, else `caption` in its .json; "" if it has none."""
-    caption = text_of(record.get(".txt", b""))
+    caption = files.text_of(record.get(".txt", b""))
     if ".txt" not in record and ".json" in record:
         try:
-            content = json.loads(record[".json"])
-        except (ValueError, RecursionError):
-            content = None
-        caption = content.get("caption") if isinstance(content, dict) else ""
+            caption = json.loads(record[".json"])["caption"]
+        except files.FOREIGN:
+            caption = ""
     return " ".join(caption.split()) if isinstance(caption, str) else ""
 
 
-# --- Where shards are, on disk or behind a URL ----------------------------------------------------
+# --- Finding shards, on disk or behind a URL ------------------------------------------------------
+
+PAUSES = (0.2, 0.8, 3.2)  # seconds before each further try of what the network may have failed
+TIMES = ("ETag", "etag", "Last-Modified", "LastModified", "updated", "mtime")  # of file systems
 
 
 def is_remote(location: str) -> bool:
-    """Whether fsspec has to fetch it."""
+    """Whether a location is read by fsspec."""
     return "://" in location
 
 
-def reading_ahead(location: str) -> BinaryIO:
-    """Open a shard that is read from front to back."""
-    if not is_remote(location):
-        return open_regular(location)
-    fs = filesystem(location, os.getpid())
-    return fs.open(location, "rb", block_size=2**22, cache_type="readahead")
+def filesystem(location: str) -> Any:
+    """fsspec's access to a location, which it keeps for each process."""
+    from fsspec.core import url_to_fs
 
-
-@lru_cache(maxsize=8)
-def filesystem(root: str, process: int) -> fsspec.AbstractFileSystem:
-    """fsspec's access to a location: one in each process, for connections do not survive a fork."""
     try:
-        return url_to_fs(root)[0]
+        return url_to_fs(location)[0]
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"{root}: {printable_error(error)}; install what fsspec needs for this kind of URL "
+            f"{location}: {error_line(error)}; install what fsspec needs for this kind of URL "
             "(s3fs for s3://, gcsfs for gs://)"
         ) from None
 
 
-def printable_error(error: BaseException) -> str:
-    """An error of a library in one line, without addresses in memory."""
+def error_line(error: BaseException) -> str:
+    """A library's error in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def with_retries(call: Callable[[], object], tries: int = 4) -> object:
-    """Call; on an error of the network wait 0.2, 0.8, 3.2 s and try again, then raise it."""
-    for turn in range(tries):
+def with_retries(call: Callable[[], object]) -> object:
+    """The result of a call, which is repeated where the network may have failed."""
+    for pause in PAUSES:
         try:
             return call()
         except FileNotFoundError:
             raise
         except Exception:  # each file system of fsspec has errors of its own
-            if turn == tries - 1:
-                raise
-            time.sleep(0.2 * 4**turn)
-    return None
+            time.sleep(pause)
+    return call()
 
 
 def expand(pattern: str) -> list[str]:
@@ -255,83 +214,74 @@ def expand(pattern: str) -> list[str]:
 
 
 def shards_of(location: str) -> list[str]:
-    """The finished shards of a folder, pattern or file, in order of their names.
+    """The finished shards of a folder, pattern or file, sorted. Raises InputError without any.
 
-    img2dataset writes NAME_stats.json last: where any shard has one, one without is unfinished, and
-    named. Raises InputError where there is none at all.
+    img2dataset writes NAME_stats.json last: where any shard has one, those without are unfinished.
     """
-    if location.endswith(".tar"):
-        found, finished, fetched = expand(location), set(), False
-    elif is_remote(location):
-        root, fs = location.rstrip("/"), filesystem(location, os.getpid())
+    names, finished, root = set(), set(), location.rstrip("/")
+    if is_remote(location) and not location.endswith(".tar"):
+        fs = filesystem(location)
         try:
             listed = with_retries(lambda: fs.ls(root, detail=False))
         except Exception as error:
             raise InputError(
-                f"{location}: cannot be listed ({printable_error(error)}); name the shards, as "
+                f"{location}: cannot be listed ({error_line(error)}); name the shards, as "
                 "URL/{00000..00099}.tar"
             ) from None
-        names = sorted({str(x).rstrip("/").rpartition("/")[2] for x in listed})
-        found = [f"{root}/{name}" for name in names if name.endswith(".tar")]
-        finished = {n.removesuffix("_stats.json") for n in names if n.endswith("_stats.json")}
-        fetched = bool(finished) or "fetch.json" in names
-    else:
-        found = sorted(str(path) for path in Path(location).glob("*.tar"))
-        finished = {p.name.removesuffix("_stats.json") for p in whole_stats(Path(location))}
-        fetched = bool(finished) or (Path(location) / "fetch.json").exists()
-    torn = [path for path in found if fetched and Path(path).stem not in finished]
+        names = {str(path).rstrip("/").rpartition("/")[2] for path in listed}
+        finished = {name.removesuffix("_stats.json") for name in names} - names
+    elif not location.endswith(".tar"):
+        names = {path.name for path in Path(location).glob("*")}
+        finished = finished_shards(Path(location)).keys()
+    tars = sorted(name for name in names if name.endswith(".tar"))
+    torn = [name for name in tars if (finished or "fetch.json" in names)
+            and name.removesuffix(".tar") not in finished]  # fmt: skip
     if torn:
-        say(f"{location}: left out, unfinished (no _stats.json yet): "
-            f"{', '.join(Path(path).name for path in torn)}")  # fmt: skip
-    found = [path for path in found if path not in torn]
+        say(f"{location}: left out, unfinished (no _stats.json yet): {', '.join(torn)}")
+    found = [f"{root}/{name}" for name in tars if name not in torn]
+    if location.endswith(".tar"):
+        found = expand(location)
     if not found:
         raise InputError(f"{location}: no finished .tar shard; name a folder of shards")
-    names = Counter(path.rpartition("/")[2] for path in found)
-    if len(names) < len(found):
-        raise InputError(
-            f"{location}: {names.most_common(1)[0][0]} is there in several folders; give each "
-            "folder to --data by itself"
-        )
+    name, times = Counter(path.rpartition("/")[2] for path in found).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{location}: {name} is there in several folders; give each to --data")
     return found
 
 
-def whole_stats(folder: Path) -> Iterator[Path]:
-    """img2dataset's NAME_stats.json files, without one that a kill left half written."""
-    for path in folder.glob("*_stats.json"):
-        try:
-            content = json.loads(read_regular(path, 2**24))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(content, dict) and isinstance(content.get("successes"), int):
-            yield path
-
-
-TIMES = ("ETag", "etag", "Last-Modified", "LastModified", "updated", "mtime")  # of file systems
+def finished_shards(folder: Path) -> dict[str, dict]:
+    """Name -> img2dataset's statistics of each shard that was written to its end."""
+    found = {}
+    for tar in folder.glob("*.tar"):
+        path = tar.with_name(f"{tar.stem}_stats.json")
+        with contextlib.suppress(OSError, *files.FOREIGN):  # none, or half of one after a kill
+            stats = json.loads(files.read_regular(path, 2**24))
+            if stats["successes"] >= 0:
+                found[tar.stem] = stats
+    return found
 
 
 def fingerprint(path: str) -> list:
-    """[name, bytes, time or ETag] of a shard; raises InputError for one that is not there."""
+    """[name, bytes, time or ETag] of a shard. Raises InputError if it cannot be opened."""
     try:
         if is_remote(path):
-            info = with_retries(lambda: filesystem(path, os.getpid()).info(path))
-            size, time = int(info["size"]), next((info[k] for k in TIMES if info.get(k)), "")
+            info = with_retries(lambda: filesystem(path).info(path))
+            size, changed = int(info["size"]), next((info[k] for k in TIMES if info.get(k)), "")
         else:
-            with open_regular(path) as file:
-                size, time = (found := os.fstat(file.fileno())).st_size, found.st_mtime_ns
-        return [path.rpartition("/")[2], size, str(time)]
+            with files.open_regular(path) as file:
+                size, changed = (stat := os.fstat(file.fileno())).st_size, stat.st_mtime_ns
+        return [path.rpartition("/")[2], size, str(changed)]
     except Exception as error:
         raise InputError(
-            f"{path}: cannot be opened ({printable_error(error)}); check the name"
+            f"{path}: cannot be opened ({error_line(error)}); check the name"
         ) from None
 
 
-# ------------------------------------------------------------------------------------------------
-# Building the index: a part for each shard, kept until all are there, so that a kill loses little
-# ------------------------------------------------------------------------------------------------
+# --- Building the index ---------------------------------------------------------------------------
 
 
 def index_folder(location: str) -> Path:
-    """Beside the shards of a folder that can be written to; in the cache for all others."""
+    """DIR/index for a folder that can be written to; in the cache for everything else."""
     folder = Path(location)
     if not is_remote(location) and folder.is_dir():
         home = folder / "index"
@@ -341,43 +291,40 @@ def index_folder(location: str) -> Path:
 
 
 def build(location: str, workers: int) -> dict:
-    """Index shards, `workers` of them at a time; returns the content of index.json.
+    """The content of index.json; shards are indexed by `workers` processes where it is outdated.
 
-    Parts that an earlier, killed build left are used again; an index that is true already is kept.
+    Each shard's part is kept until all are there, so that a killed build resumes.
     """
+    from concurrent.futures import ProcessPoolExecutor
+
     home, paths = index_folder(location), shards_of(location)
-    with locked(home, "indexing"):
-        parts = home / "parts"
+    with files.locked(home, "indexing"):
         prints = [fingerprint(path) for path in tqdm(paths, "looking at shards", leave=False)]
         record = read_record(home)
         if record and record["shards"] == prints:
             say(f"{location}: the index is up to date")
             return record
-        with room_for(home / "index.json"):  # it vouches for the rest, which now changes
+        with files.room_for(home / "index.json"):  # the arrays that it describes change now
             (home / "index.json").unlink(missing_ok=True)
-            parts.mkdir(parents=True, exist_ok=True)
-        names = [f"{digest([], json.dumps(x))[:32]}.npz" for x in prints]
-        todo = [i for i, name in enumerate(names) if not is_whole(parts / name)]
-        jobs = [(paths[i], parts / names[i]) for i in todo]
-        done = len(names) - len(todo)
-        show = {"desc": f"indexing {location}", "unit": " shards", "initial": done}
-        if workers < 2 or len(jobs) < 2:
-            for job in tqdm(jobs, total=len(names), **show):
-                build_part(*job)
-        else:
-            spawn = multiprocessing.get_context("spawn")  # a fork would copy locked threads
-            with ProcessPoolExecutor(min(workers, len(jobs)), spawn, end_with_parent) as pool:
-                waiting = [pool.submit(build_part, *job) for job in jobs]
-                for job in tqdm(as_completed(waiting), total=len(names), **show):
-                    job.result()
-        record = join(home, prints, [parts / name for name in names])
-        shutil.rmtree(parts)
+            (home / "parts").mkdir(parents=True, exist_ok=True)
+        parts = [home / f"parts/{files.digest([], json.dumps(x))[:32]}.npz" for x in prints]
+        jobs = [job for job in zip(paths, parts, strict=True) if not is_complete(job[1])]
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy locked threads
+        parallel = min(workers, len(jobs)) > 1
+        pool = ProcessPoolExecutor(workers, spawn, end_with_parent) if parallel else None
+        with pool or contextlib.nullcontext():
+            done = (pool.map if pool else map)(build_part, jobs)
+            bar = {"initial": len(parts) - len(jobs), "total": len(parts), "unit": " shards"}
+            for _ in tqdm(done, f"indexing {location}", **bar):
+                pass
+        record = join(home, prints, parts)
+        shutil.rmtree(home / "parts")
         return record
 
 
 @lru_cache  # one watch for a process
 def end_with_parent() -> None:
-    """End this process when its parent is gone, or two would write what the next start writes."""
+    """End this process with its parent: a restarted parent would write the same files."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -388,21 +335,21 @@ def end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def build_part(location: str, part: Path) -> None:
-    """Scan one shard and keep what was found."""
+def build_part(job: tuple[str, Path]) -> None:
+    """Scan one shard and save what was found."""
+    location, part = job
     try:
         arrays, skipped = with_retries(lambda: scan(location))
     except Exception as error:
         raise InputError(
-            f"{location}: cannot be read ({printable_error(error)}); what was indexed is kept: "
-            "give the same command again to go on"
+            f"{location}: cannot be read ({error_line(error)}); the same command resumes"
         ) from None
     skipped = np.frombuffer(json.dumps(skipped).encode(), np.uint8)
-    write_safely(part, lambda file: np.savez(file, **arrays, skipped=skipped))
+    files.write_safely(part, lambda file: np.savez(file, **arrays, skipped=skipped))
 
 
-def is_whole(part: Path) -> bool:
-    """Whether a part that an earlier build left can be used."""
+def is_complete(part: Path) -> bool:
+    """Whether an earlier build's part can be used."""
     with contextlib.suppress(Exception), np.load(part) as content:  # numpy raises many kinds
         json.loads(content["skipped"].tobytes())
         return [content[name].dtype for name in ARRAYS] == [*ARRAYS.values()]
@@ -410,75 +357,69 @@ def is_whole(part: Path) -> bool:
 
 
 def join(home: Path, prints: list, parts: Sequence[Path]) -> dict:
-    """Put the parts together, in order; index.json is written last."""
-    counts, skipped = [], Counter()
+    """The content of index.json, written after the arrays that are joined from the parts."""
+
+    def column(name: str) -> Iterator[np.ndarray]:
+        for part in parts:
+            with np.load(part) as content:
+                yield content[name]
+
     for name in ARRAYS:
-
-        def pour(file: BinaryIO, name: str = name) -> None:
-            for part in parts:
-                with np.load(part) as content:
-                    file.write(content[name].tobytes())
-                    if name == "lengths":
-                        counts.append(len(content[name]))
-                        for why, n in json.loads(content["skipped"].tobytes()).items():
-                            count(skipped, why, n)
-
-        write_safely(home / f"{name}.bin", pour)
-    record = {"version": VERSION, "shards": prints, "counts": counts, "skipped": dict(skipped)}
-    record["digest"] = digest_of(home, counts, record["skipped"])
-    write_bytes(home / "index.json", json.dumps(record).encode())
+        pieces = column(name)
+        files.write_safely(home / f"{name}.bin", lambda file, x=pieces: file.writelines(x))
+    skipped = Counter()
+    for content in column("skipped"):
+        skipped.update(json.loads(content.tobytes()))
+    counts = [len(lengths) for lengths in column("lengths")]
+    record = {"version": VERSION, "shards": prints, "counts": counts, "skipped": skipped}
+    record["digest"] = digest_of(home, record)
+    files.write_bytes(home / "index.json", json.dumps(record).encode())
     return record
 
 
-def digest_of(home: Path, counts: list[int], skipped: dict[str, int]) -> str:
-    """A checksum of all that an index holds but the shards' times."""
-    return digest((home / f"{name}.bin" for name in ARRAYS), json.dumps([counts, skipped]))
+def digest_of(home: Path, record: dict) -> str:
+    """A digest of all that an index holds but the shards' times."""
+    text = json.dumps([record["counts"], record["skipped"]])
+    return files.digest((home / f"{name}.bin" for name in ARRAYS), text)
 
 
 def read_record(home: Path) -> dict | None:
-    """The content of index.json; None where it or what it stands for is not what was written."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        record = json.loads(read_regular(home / "index.json", 2**30))
-        kinds = [[*map(type, row)] for row in record["shards"]]
-        told = [record["version"], kinds, digest_of(home, record["counts"], record["skipped"])]
-        if told == [VERSION, [[str, int, str]] * len(record["counts"]), record["digest"]]:
+    """The content of index.json; None where it, or an array that it describes, has changed."""
+    with contextlib.suppress(OSError, *files.FOREIGN):
+        record = json.loads(files.read_regular(home / "index.json", 2**30))
+        types = [[*map(type, row)] for row in record["shards"]]
+        sound = record["version"] == VERSION and types == [[str, int, str]] * len(record["counts"])
+        if sound and record["digest"] == digest_of(home, record):
             return record
     return None
 
 
-# --- Reading --------------------------------------------------------------------------------------
+# --- The source -----------------------------------------------------------------------------------
 
 
-STALE = "the shard is not what was indexed: give python data.py index again"
+class Shards(pictures.Source):
+    """Indexed shards, as one source; sample numbers run over all of them.
 
-
-class Index:
-    """Indexed shards: sample i's encoded picture and its caption's tokens, i running over shards.
-
-    `counts` (S,): samples of each shard; `starts` (S + 1,): where each shard's begin.
     Raises InputError for an index that is missing or does not fit the shards.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, image_size: int) -> None:
         home, again = index_folder(location), f"python data.py index {location}"
         record = read_record(home)
         if record is None:
-            raise InputError(f"{location} has no index of this version that is whole: {again}")
+            raise InputError(f"{location} has no complete index of this version: {again}")
         paths = {path.rpartition("/")[2]: path for path in shards_of(location)}
-        for row in record["shards"][:: -1 if is_remote(location) else 1]:
-            name = row[0]
-            if name not in paths or fingerprint(paths[name]) != row:
+        rows = record["shards"]
+        first = len(rows) - 1 if is_remote(location) else 0  # others that changed show when read
+        for i, (name, *_) in enumerate(rows):
+            if name not in paths or (i >= first and fingerprint(paths[name]) != rows[i]):
                 raise InputError(f"{location}: {name} is not what was indexed: {again}")
-            if is_remote(location):
-                break  # one request, for the last; a wrong one elsewhere shows in decoding
-        new = len(paths) - len(record["shards"])
-        if new:
+        if new := len(paths) - len(rows):
             say(f"{location}: {new} shards are not in the index and are left out; {again}")
-        self.location, self.skipped, self.digest = location, record["skipped"], record["digest"]
-        self.paths = [paths[name] for name, _, _ in record["shards"]]
-        self.counts = np.array(record["counts"])
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        total = int(self.starts[-1])
+        self.name, self.image_size, self.digest = location, image_size, record["digest"]
+        self.paths = [paths[name] for name, *_ in rows]
+        self.shard_starts = np.cumsum([0, *record["counts"]])
+        total = int(self.shard_starts[-1])
         if not total:
             raise InputError(f"{location}: no shard holds a picture with a caption")
         self.lengths = mapped(home, "lengths", total)
@@ -486,125 +427,98 @@ class Index:
         sums = np.add.reduceat(self.lengths, np.arange(0, total, 64), dtype=np.int64)
         self.begins = np.concatenate([[0], np.cumsum(sums)])
         self.addresses = mapped(home, "addresses", 2 * total).reshape(-1, 2)
-        self.checks, self.names = (mapped(home, name, total) for name in ("checks", "names"))
-        self.tokens = mapped(home, "tokens", int(self.begins[-1]))
+        self.checks = mapped(home, "checks", total)
+        self.all_tokens = mapped(home, "tokens", int(self.begins[-1]))
+        self.held = pictures.held_out(mapped(home, "names", total))
+        skipped = {f"left out: {why}": n for why, n in record["skipped"].items()}
+        self.counts = {"pictures": total, "shards": len(rows), **skipped}
 
     def __reduce__(self) -> tuple:
-        return Index, (self.location,)  # a spawned worker maps the files itself
+        # A spawned worker maps the files itself.
+        return Shards, (self.name, self.image_size), {"crop_scale": self.crop_scale}
 
     def __len__(self) -> int:
         return len(self.addresses)
 
     def shard(self, i: int) -> int:
         """The number of the shard that holds sample i."""
-        return int(np.searchsorted(self.starts, i, "right")) - 1
+        return int(np.searchsorted(self.shard_starts, i, "right")) - 1
 
     def where(self, i: int) -> str:
-        """Where sample i's picture lies, for people."""
         block, size = self.addresses[i].tolist()
         return f"{self.paths[self.shard(i)].rpartition('/')[2]} bytes {block * BLOCK}+{size}"
+
+    def stamp(self, ids: np.ndarray) -> str:
+        return f"{self.name} {self.digest}"
 
     def caption(self, i: int) -> np.ndarray:
         """The token ids of sample i's caption, without start and end."""
         block = i // 64
         begin = int(self.begins[block] + self.lengths[block * 64 : i].sum(dtype=np.int64))
-        return self.tokens[begin : begin + int(self.lengths[i])]
+        return self.all_tokens[begin : begin + int(self.lengths[i])]
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        return [decode_tokens(self.caption(i)) for i in ids]
+
+    def tokens(self, ids: np.ndarray) -> Tensor:
+        tokens = np.zeros((len(ids), 77), np.int64)
+        for row, i in zip(tokens, ids, strict=True):
+            caption = self.caption(i)[:75]
+            row[0], row[1 : 1 + len(caption)], row[1 + len(caption)] = glip.START, caption, glip.END
+        return torch.from_numpy(tokens)
 
     def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
-        """The encoded pictures of samples; the error for each that cannot be read.
-
-        The header in front of each is read along: with the picture's end it tells a shard that is
-        no longer the one that was indexed.
-        """
-        found = self.fetched(ids) if is_remote(self.location) else self.opened(ids)
+        # Each is read with the header in front of it, so that a shard that changed is noticed.
+        found = self.read_remote(ids) if is_remote(self.name) else self.read_local(ids)
         for k, (i, content) in enumerate(zip(ids, found, strict=True)):
             if isinstance(content, bytes):
-                crc, content = zlib.crc32(content[:BLOCK]), content[BLOCK:]
-                found[k] = content if check_of(crc, content) == self.checks[i] else OSError(STALE)
+                same = check_of(zlib.crc32(content[:BLOCK]), content[BLOCK:]) == self.checks[i]
+                found[k] = content[BLOCK:] if same else OSError(STALE)
         return found
 
-    def opened(self, ids: np.ndarray) -> list[bytes | Exception]:
+    def read_local(self, ids: np.ndarray) -> list[bytes | Exception]:
         """Headers and pictures from disk."""
         found = []
         for i, (block, size) in zip(ids, self.addresses[ids].tolist(), strict=True):
             try:
                 file = opened(self.paths[self.shard(i)])
-                content = os.pread(file.fileno(), BLOCK + size, (block - 1) * BLOCK)
+                found.append(os.pread(file.fileno(), BLOCK + size, (block - 1) * BLOCK))
             except OSError as error:
-                content = error
-            if isinstance(content, bytes) and len(content) != BLOCK + size:
-                content = OSError("the shard was cut short")
-            found.append(content)
+                found.append(error)
         return found
 
-    def fetched(self, ids: np.ndarray) -> list[bytes | Exception]:
-        """The same from behind a URL: all ranges at once, what failed up to three times more."""
-        fs = filesystem(self.location, os.getpid())
-        begins = (self.addresses[ids, 0].astype(int) - 1) * BLOCK
-        ends = begins + BLOCK + self.addresses[ids, 1]
+    def read_remote(
+        self, ids: np.ndarray, pauses: Sequence[float] = PAUSES
+    ) -> list[bytes | Exception]:
+        """The same from behind a URL, all at once; what failed is asked for again."""
+        fs = filesystem(self.name)
         paths = [fs._strip_protocol(self.paths[self.shard(i)]) for i in ids]
-        found = [OSError("not read")] * len(ids)
-        for turn in range(4):
-            todo = [k for k, content in enumerate(found) if isinstance(content, Exception)]
-            if not todo:
-                break
-            time.sleep(0.2 * 4 ** (turn - 1) if turn else 0)
-            ranges = [[x[k] for k in todo] for x in (paths, begins.tolist(), ends.tolist())]
-            try:
-                contents = fs.cat_ranges(*ranges, on_error="return")
-            except Exception as error:  # some file systems raise all the same
-                contents = [error] * len(todo)
-            for k, content in zip(todo, contents, strict=True):
-                if isinstance(content, bytes) and len(content) != ends[k] - begins[k]:
-                    content = OSError("the server sent another range than asked for")
+        begins = (self.addresses[ids, 0].astype(int) - 1) * BLOCK
+        sizes = BLOCK + self.addresses[ids, 1].astype(int)
+        try:
+            ends = (begins + sizes).tolist()
+            found = fs.cat_ranges(paths, begins.tolist(), ends, on_error="return")
+        except Exception as error:  # some file systems raise all the same
+            found = [error] * len(ids)
+        failed = [k for k, content in enumerate(found)
+                  if isinstance(content, Exception) or len(content) != sizes[k]]  # fmt: skip
+        if failed and pauses:
+            time.sleep(pauses[0])
+            again = self.read_remote(ids[failed], pauses[1:])
+            for k, content in zip(failed, again, strict=True):
                 found[k] = content
         return found
 
 
 def mapped(home: Path, name: str, count: int) -> np.ndarray:
-    """One of an index's ARRAYS, (count,), in shared memory."""
-    # Seen as a plain array, for memmap's own class makes every look at an item slow.
-    kind = ARRAYS[name]
+    """One of an index's ARRAYS, (count,), memory-mapped."""
     if not count:
-        return np.empty(0, kind)
-    return np.memmap(home / f"{name}.bin", kind, "r", shape=count).view(np.ndarray)
+        return np.empty(0, ARRAYS[name])
+    found = np.memmap(home / f"{name}.bin", ARRAYS[name], "r", shape=count)
+    return found.view(np.ndarray)  # memmap's own class makes each access to an item slow
 
 
 @lru_cache(maxsize=64)  # shards that are open at a time: a window of them and some more
 def opened(path: str) -> BinaryIO:
-    """A shard, left open; read by offset, so that a fork may share it."""
+    """A shard, left open; read by offset, so that forked processes may share it."""
     return open(path, "rb", buffering=0)
-
-
-# Shards, and several sources as one
-class Shards(Source):
-    """Indexed shards."""
-
-    def __init__(self, location: str, image_size: int) -> None:
-        self.name, self.image_size, self.index = location, image_size, Index(location)
-        self.shard_starts, total = self.index.starts, len(self.index)
-        self.held = held_out(self.index.names)
-        left_out = {f"left out: {why}": n for why, n in self.index.skipped.items()}
-        self.counts = {"pictures": total, "shards": len(self.index.counts), **left_out}
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
-        return self.index.encoded(ids)
-
-    def where(self, i: int) -> str:
-        return self.index.where(i)
-
-    def stamp(self, ids: np.ndarray) -> str:
-        return f"{self.name} {self.index.digest}"
-
-    def texts(self, ids: np.ndarray) -> list[str]:
-        return [decode_tokens(self.index.caption(i)) for i in ids]
-
-    def tokens(self, ids: np.ndarray) -> Tensor:
-        captions = [self.index.caption(i)[:75] for i in ids]
-        tokens = np.zeros((len(ids), 77), np.int64)
-        for row, caption in zip(tokens, captions, strict=True):
-            row[0], row[1 : 1 + len(caption)], row[1 + len(caption)] = glip.START, caption, glip.END
-        return torch.from_numpy(tokens)
