@@ -133,7 +133,7 @@ def snapshot(config: SnapshotConfig) -> dict:
         )  # fmt: skip
     except Exception as error:  # of the hub, of its connections, of the disk
         raise InputError(
-            f"{repository}: {shards.printable_error(error)}; the same command resumes the download"
+            f"{repository}: {shards.error_line(error)}; the same command resumes the download"
         ) from None
     record = index(IndexConfig(str(config.out), config.processes))
     got = sum(record["counts"])

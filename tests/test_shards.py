@@ -101,8 +101,8 @@ def cache(tmp_path, monkeypatch):
 
 def test_the_index_has_every_pair(folder):
     """Against webdataset's own reading of the same shards."""
-    index = shards.Index(str(folder))
-    assert len(index) == 120 and index.counts.tolist() == [20] * 6 and index.skipped == {}
+    source = shards.Shards(str(folder), 16)
+    assert len(source) == 120 and source.shard_starts.tolist() == list(range(0, 121, 20))
     files = [str(path) for path in sorted(folder.glob("*.tar"))]
     wanted = {}
     for sample in webdataset.WebDataset(files, shardshuffle=False):
@@ -110,10 +110,10 @@ def test_the_index_has_every_pair(folder):
         wanted[number_of(sample["txt"].decode())] = (content, sample["txt"].decode())
     for i in range(120):  # by key, for members stand in order of arrival
         content, text = wanted[i]
-        assert index.encoded(np.array([i])) == [content]
-        assert tuple(index.caption(i)) == glip.encode(text)
-        assert glip.encode(decode_tokens(index.caption(i))) == glip.encode(text)
-        assert index.shard(i) == i // 20 and f"{i // 20:05}.tar" in index.where(i)
+        assert source.encoded(np.array([i])) == [content]
+        assert tuple(source.caption(i)) == glip.encode(text)
+        assert glip.encode(decode_tokens(source.caption(i))) == glip.encode(text)
+        assert source.shard(i) == i // 20 and f"{i // 20:05}.tar" in source.where(i)
 
 
 def test_captions_come_from_text_or_json_and_are_cut(tmp_path):
@@ -129,48 +129,48 @@ def test_captions_come_from_text_or_json_and_are_cut(tmp_path):
                 add(tar, f"deep/{key}.jpg", picture(1)) if suffix == ".txt" or key != "a" else None
             add(tar, f"deep/{key}{suffix}", content)
     record = shards.build(str(tmp_path), 1)
-    index = shards.Index(str(tmp_path))
-    texts = [decode_tokens(index.caption(i)) for i in range(len(index))]
+    source = shards.Shards(str(tmp_path), 16)
+    texts = [decode_tokens(source.caption(i)) for i in range(len(source))]
     assert texts == ["in text", "in json", "word " * 253 + "word", "a long name"]
-    assert record["skipped"] == {"no caption": 3, "no picture": 1, "members .npy": 1}
+    assert record["skipped"] == {"no caption": 3, "no picture": 1, "neither picture nor caption": 1}
 
 
 def test_an_index_is_kept_rebuilt_or_refused(tmp_path, capsys):
     folder = make_shards(tmp_path / "own", 2, 5)
-    with pytest.raises(InputError, match=r"has no index .*: python data\.py index"):
-        shards.Index(str(folder))
+    with pytest.raises(InputError, match=r"has no complete index .*: python data\.py index"):
+        shards.Shards(str(folder), 16)
     shards.build(str(folder), 1)
     made = (folder / "index/index.json").stat().st_mtime_ns
     shards.build(str(folder), 1)
     assert "up to date" in capsys.readouterr().out
     assert (folder / "index/index.json").stat().st_mtime_ns == made
     shutil.copy(make_shards(tmp_path / "more", 3, 5) / "00002.tar", folder)  # one came
-    assert len(shards.Index(str(folder))) == 10
+    assert len(shards.Shards(str(folder), 16)) == 10
     assert "1 shards are not in the index" in capsys.readouterr().out
     shards.build(str(folder), 1)
-    assert len(shards.Index(str(folder))) == 15
+    assert len(shards.Shards(str(folder), 16)) == 15
     make_shards(folder, 1, 6)
     with pytest.raises(InputError, match=r"00000\.tar is not what was indexed"):
-        shards.Index(str(folder))
+        shards.Shards(str(folder), 16)
     shards.build(str(folder), 1)
-    assert len(shards.Index(str(folder))) == 16
+    assert len(shards.Shards(str(folder), 16)) == 16
     record = json.loads((folder / "index/index.json").read_text())
     for wrong in ({"version": 0}, {"counts": ["5"] * 3}, {"shards": 7}, {"counts": [6, 5, 6]},
                   {"skipped": []}, {"shards": [[7, 7, 7]] * 3}):  # fmt: skip
         (folder / "index/index.json").write_text(json.dumps(record | wrong))
-        with pytest.raises(InputError, match="has no index of this version that is whole"):
-            shards.Index(str(folder))
+        with pytest.raises(InputError, match="has no complete index of this version"):
+            shards.Shards(str(folder), 16)
     for name, content in (("index.json", b"[1, 2"), ("tokens.bin", b""), ("names.bin", b"7" * 9)):
         shards.build(str(folder), 1)  # the remedy that the sentence names
-        assert len(shards.Index(str(folder))) == 16
+        assert len(shards.Shards(str(folder), 16)) == 16
         (folder / "index" / name).write_bytes(content)
-        with pytest.raises(InputError, match="has no index of this version that is whole"):
-            shards.Index(str(folder))
+        with pytest.raises(InputError, match="has no complete index of this version"):
+            shards.Shards(str(folder), 16)
     shards.build(str(folder), 1)
     tokens = np.fromfile(folder / "index/tokens.bin", "<u2")
     (tokens | 2**15).tofile(folder / "index/tokens.bin")  # past the vocabulary
-    with pytest.raises(InputError, match="has no index of this version that is whole"):
-        shards.Index(str(folder))
+    with pytest.raises(InputError, match="has no complete index of this version"):
+        shards.Shards(str(folder), 16)
 
 
 def test_unfinished_shards_are_named(tmp_path, capsys):
@@ -179,7 +179,7 @@ def test_unfinished_shards_are_named(tmp_path, capsys):
     (folder / "00002_stats.json").unlink()
     shards.build(str(folder), 1)
     assert "unfinished (no _stats.json yet): 00001.tar, 00002.tar" in capsys.readouterr().out
-    assert len(shards.Index(str(folder))) == 4
+    assert len(shards.Shards(str(folder), 16)) == 4
     with pytest.raises(InputError, match=r"no finished \.tar shard"):
         shards.build(str(tmp_path), 1)
 
@@ -190,8 +190,8 @@ def test_patterns_name_shards(folder, tmp_path):
     ]
     location = f"{folder}/{{00001..00003}}.tar"
     shards.build(location, 1)
-    index = shards.Index(location)
-    assert len(index) == 60 and number_of(decode_tokens(index.caption(0))) == 20
+    source = shards.Shards(location, 16)
+    assert len(source) == 60 and number_of(decode_tokens(source.caption(0))) == 20
     with pytest.raises(InputError, match=r"00006\.tar: cannot be opened"):
         shards.build(f"{folder}/0000{{5..9}}.tar", 1)
 
@@ -274,8 +274,8 @@ def test_hostile_members_are_passed_over_and_counted(tmp_path):
     assert {p.parent.name for p in new} <= {"own", "index"} and not Path("/tmp/owned").exists()
     assert record["counts"] == [5]
     assert record["skipped"] == {
-        "not a plain file": 4, "members .pkl": 1, "no picture": 2, "twice the same key": 1,
-        "picture empty or too large": 1, "members .?[2j": 1,
+        "not a plain file": 4, "neither picture nor caption": 2, "no picture": 2,
+        "twice the same key": 1, "picture empty or too large": 1,
     }  # fmt: skip
     train, _ = data.load(str(folder), 16, max_bad=1.0)
     ids, _, _, bad = train.read(np.arange(5), uniform(0, "x", 0, 5, DRAWS))
@@ -294,9 +294,8 @@ def test_damage_costs_what_it_hits_and_no_more(tmp_path):
     whole.write_bytes(content)
     record = shards.build(str(tmp_path / "a"), 1)
     assert record["counts"] == [10] and record["skipped"] == {"broken header": 1}
-    index = shards.Index(str(tmp_path / "a"))  # the caption was lost, and taken from the .json
-    texts = [decode_tokens(index.caption(i)) for i in range(10)]
-    assert texts.count("not this one") == 1
+    texts = shards.Shards(str(tmp_path / "a"), 16).texts(range(10))
+    assert texts.count("not this one") == 1  # the caption was lost, and taken from the .json
     cut = make_shards(tmp_path / "b", 1, 10) / "00000.tar"
     cut.write_bytes(cut.read_bytes()[: members[16].offset_data + 3])
     record = shards.build(str(tmp_path / "b"), 1)
@@ -325,7 +324,7 @@ def test_a_hole_loses_no_more_than_itself(tmp_path):
 def test_a_shard_of_the_same_size_that_changed_gives_no_wrong_pairs(tmp_path):
     folder = make_shards(tmp_path / "own", 1, 20)
     shards.build(str(folder), 1)
-    tar, index = folder / "00000.tar", shards.Index(str(folder))
+    tar, source = folder / "00000.tar", shards.Shards(str(folder), 16)
     content = tar.read_bytes()
     with tarfile.open(tar) as file:
         first, second = (m for m in file.getmembers()[:6] if m.name.endswith("g"))
@@ -335,11 +334,11 @@ def test_a_shard_of_the_same_size_that_changed_gives_no_wrong_pairs(tmp_path):
     ]
     tar.write_bytes(swapped)
     shards.opened.cache_clear()
-    found = index.encoded(np.arange(20))
+    found = source.encoded(np.arange(20))
     assert sum(isinstance(x, OSError) and "not what was indexed" in str(x) for x in found) == 1
     tar.unlink()
     shards.opened.cache_clear()
-    assert all(isinstance(x, OSError) for x in index.encoded(np.arange(20)))
+    assert all(isinstance(x, OSError) for x in source.encoded(np.arange(20)))
 
 
 def test_more_shards_never_hold_out_what_was_trained_on(tmp_path, monkeypatch):
@@ -398,7 +397,7 @@ def fuzz(folder, rounds):
         count = sum(record["counts"])
         if not count:
             with pytest.raises(InputError, match="no shard holds a picture"):
-                shards.Index(str(own))
+                shards.Shards(str(own), 16)
             continue
         source = shards.Shards(str(own), 16)
         readable = 0
@@ -464,8 +463,8 @@ def test_ranks_and_workers_share_exactly_the_epoch(folder, world, workers, monke
 def test_starting_late_reads_nothing_before(folder, monkeypatch):
     train, _ = data.load(str(folder), 16)
     plan, read = make_order(train, 10, 0, "pretrain"), []
-    original = train.index.encoded
-    monkeypatch.setattr(train.index, "encoded", lambda ids: read.extend(ids) or original(ids))
+    original = train.encoded
+    monkeypatch.setattr(train, "encoded", lambda ids: read.extend(ids) or original(ids))
     list(loader(Batches(train, plan, NANO, 0, 1), 8, 10, 0, False))
     assert read == [i for step in (8, 9) for i in plan.batch(step)]
 
@@ -474,7 +473,7 @@ def test_windows_keep_reads_near_each_other(folder, monkeypatch):
     monkeypatch.setattr(order, "WINDOW", 2)
     train, _ = data.load(str(folder), 16)
     plan = ShardOrder(train, 2, 0, "pretrain")
-    shard = [train.index.shard(i) for i in plan.between(0, 0, plan.length)]
+    shard = [train.shard(i) for i in plan.between(0, 0, plan.length)]
     ends = plan.plan(0)[2].tolist()
     pairs = [set(shard[begin:end]) for begin, end in zip([0, *ends], ends)]
     assert all(len(found) == 2 for found in pairs) and set.union(*pairs) == set(range(6))
@@ -626,7 +625,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self):
         path = Path(self.translate_path(self.path))
-        if path.is_dir():
+        if path.is_dir() or not path.exists():
             return super().do_GET()
         content, status = path.read_bytes(), 200
         asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -672,9 +671,9 @@ def test_shards_behind_a_url_are_the_same(folder, server, monkeypatch):
     location = f"{server}/{{00000..00005}}.tar"
     Ranges.faults += ["error", "drop", "short"]
     shards.build(location, 1)
-    local, remote = shards.Index(str(folder)), shards.Index(location)
+    local, remote = shards.Shards(str(folder), 16), shards.Shards(location, 16)
     assert np.array_equal(local.addresses, remote.addresses)
-    assert np.array_equal(local.tokens, remote.tokens)
+    assert np.array_equal(local.all_tokens, remote.all_tokens)
     ids = np.array([3, 119, 50, 3, 77])
     assert remote.encoded(ids) == local.encoded(ids)
     Ranges.faults += ["error", "drop", "short", "error", "drop", "short"]
@@ -707,14 +706,14 @@ def test_other_file_systems_take_no_options_of_https(folder):
     fsspec.register_implementation("bucket", Bucket, clobber=True)
     location = f"bucket://{folder}/{{00000..00005}}.tar"
     shards.build(location, 1)
-    local, remote = shards.Index(str(folder)), shards.Index(location)
-    assert np.array_equal(local.tokens, remote.tokens)
+    local, remote = shards.Shards(str(folder), 16), shards.Shards(location, 16)
+    assert np.array_equal(local.all_tokens, remote.all_tokens)
     assert remote.encoded(np.arange(120)) == local.encoded(np.arange(120))
 
 
 def test_a_listing_behind_a_url(folder, server):
     shards.build(server, 1)
-    assert len(shards.Index(server)) == 120
+    assert len(shards.Shards(server, 16)) == 120
     with pytest.raises(InputError, match=r"nosuch.*cannot be listed|no finished \.tar"):
         shards.build(f"{server}/nosuch", 1)
     with pytest.raises(InputError, match="install what fsspec needs"):
@@ -755,10 +754,10 @@ def memory_growth(folder, reads):
 
 def spoil(folder, numbers):
     """Break the pictures of some samples where they lie, and index them anew."""
-    index = shards.Index(str(folder))
+    source = shards.Shards(str(folder), 16)
     for i in numbers:
-        block, size = index.addresses[i].tolist()
-        with open(index.paths[index.shard(i)], "r+b") as file:
+        block, size = source.addresses[i].tolist()
+        with open(source.paths[source.shard(i)], "r+b") as file:
             file.seek(block * 512)
             file.write(b"<html>" + bytes(size - 6))
     shards.build(str(folder), 1)
@@ -787,8 +786,8 @@ def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch
     assert re.search(rf"^{len(bad)} pictures could not be read: .*JPEG.* \({len(bad)}\); ",
                      done.stdout, re.MULTILINE), done.stdout  # fmt: skip
     lines = [json.loads(x) for x in (tmp_path / "all/quarantine.jsonl").read_text().splitlines()]
-    index = shards.Index(str(folder))
-    assert sorted(line["where"] for line in lines) == sorted(index.where(i) for i in bad)
+    source = shards.Shards(str(folder), 16)
+    assert sorted(line["where"] for line in lines) == sorted(source.where(i) for i in bad)
     assert all(set(line) == {"data", "where", "why"} and "JPEG" in line["why"] for line in lines)
     log = [json.loads(x) for x in (tmp_path / "all/log.jsonl").read_text().splitlines()]
     assert [r["bad"] for r in log if "bad" in r][-1] >= 3 * len(bad) - 3  # once an epoch, or more

@@ -281,28 +281,28 @@ def download_shard(guard: Guard, downloader: Callable, row: Row) -> tuple[bool, 
 COLUMNS = {"cc3m": "caption, then URL", "cc12m": "URL, then caption"}
 
 
-def rows_of(path: Path) -> Iterator[list[str]]:
-    """The rows of a TSV in which quotes have no meaning."""
+def pairs_of(path: Path, name: str) -> Iterator[tuple[str, str]]:
+    """(URL, caption) of each row of a TSV; "" for what it lacks. Quotes have no meaning in it."""
     with files.open_regular(path) as file:
         for line in io.TextIOWrapper(file, "utf-8-sig", "replace", newline="\n"):
-            yield line.rstrip("\r\n").split("\t")
+            url, caption = (" ".join(x.split()) for x in [*line.split("\t"), ""][:2])
+            if not WEB.match(url) or (name == "cc3m" and WEB.match(caption)):
+                url, caption = caption, url
+            yield (url, caption) if WEB.match(url) else ("", caption or url)
 
 
-def url_column(path: Path, name: str) -> int:
-    """Which of the first two columns holds the URLs. Raises InputError where none or both do."""
+def check_list(path: Path, name: str) -> None:
+    """Raise InputError for a list whose first 200 rows are hardly any pairs."""
     try:
-        rows = list(islice(rows_of(path), 200))
+        rows = list(islice(pairs_of(path, name), 200))
     except OSError as error:
         raise InputError(f"--list {path}: cannot be read ({error.strerror})") from None
-    url = re.compile(r"\s*https?://\S+\s*", re.IGNORECASE)
-    counts = [sum(len(row) > 1 and bool(url.fullmatch(row[c])) for row in rows) for c in (0, 1)]
-    found = [c for c in (0, 1) if counts[c] >= 0.9 * len(rows) > 0]
-    if len(found) != 1:
+    pairs = sum(bool(url and caption) for url, caption in rows)
+    if not rows or pairs < 0.9 * len(rows):
         raise InputError(
-            f"--list {path}: of the first {len(rows)} rows, {counts[0]} have a URL in the first "
-            f"column and {counts[1]} in the second; {name}'s list is a TSV with {COLUMNS[name]}"
+            f"--list {path}: {pairs} of the first {len(rows)} rows have a URL and a caption; "
+            f"{name}'s list is a TSV with {COLUMNS[name]}"
         )
-    return found[0]
 
 
 def write_list(path: Path, rows: Iterator[tuple[str, str]]) -> int:
@@ -349,9 +349,9 @@ def fetch(config: FetchConfig) -> dict:
         raise InputError("--contact has to fit into a header: give ASCII letters in one line")
     if importlib.util.find_spec("imghdr") is None:
         raise InputError("img2dataset needs Python 3.12 or older: fetch with one, train with any")
-    column = url_column(config.list, config.name)
+    check_list(config.list, config.name)
     with files.locked(config.out, "fetching into"):
-        plan = open_plan(config, column)
+        plan = open_plan(config)
         if config.retry_failed and not unfinished(config, plan):
             add_round(config, plan)
         for number in range(len(plan["rounds"])):
@@ -359,7 +359,7 @@ def fetch(config: FetchConfig) -> dict:
         return report(config, plan)
 
 
-def open_plan(config: FetchConfig, column: int) -> dict:
+def open_plan(config: FetchConfig) -> dict:
     """The content of fetch.json, written at the first start: the lists and their shards."""
     path = config.out / "fetch.json"
     about = files.digest([config.list], f"{config.name} {config.shard_size}")
@@ -380,13 +380,11 @@ def open_plan(config: FetchConfig, column: int) -> dict:
     left_out = Counter()
 
     def pairs() -> Iterator[tuple[str, str]]:
-        for row in rows_of(config.list):
-            if len(row) < 2 or not WEB.match(row[column].strip()):
-                left_out["rows without a URL"] += 1
-            elif not row[1 - column].strip():
-                left_out["rows without a caption"] += 1
+        for url, caption in pairs_of(config.list, config.name):
+            if url and caption:
+                yield url, caption
             else:
-                yield row[column].strip(), " ".join(row[1 - column].split())
+                left_out["rows without a caption" if url else "rows without a URL"] += 1
 
     count = write_list(config.out / "list-0.parquet", pairs())
     plan = {"about": about, "rounds": [{"start": 0, "rows": count}], "left_out": left_out}

@@ -1,12 +1,11 @@
 """Tar shards of captioned pictures, indexed once, then read by address and never extracted.
 
     00000.tar, 00001.tar, ...    WebDataset's members: KEY.jpg|jpeg|png|webp, KEY.txt or KEY.json
-    index/                       made by `python data.py index DIR`: the address of each picture
-                                 and the tokens of each caption
+    index/                       by `python data.py index DIR`: addresses of pictures, tokens
 
 Shards are named by a folder, a single .tar, or a pattern such as DIR/train-{0000..2175}.tar, on
 disk or behind any URL that fsspec reads (s3://, gs://, http://). The index is memory-mapped, so
-that workers and processes share one copy: 15 bytes a sample, and 2 for each of its tokens.
+that all processes share one copy: 15 bytes a sample, and 2 for each of its tokens.
 
 Shards are not trusted: headers alone decide what is a picture or a caption, everything else is
 skipped and counted, names are keys and never paths, and nothing is unpickled or extracted.
@@ -41,9 +40,10 @@ from nanoglip.sources import pictures
 from nanoglip.text import decode_tokens
 
 VERSION = 2
-STALE = "the shard is not what was indexed: give python data.py index again"
 LONGEST = 254  # tokens of a caption that are kept, without start and end token
 BLOCK = 512  # bytes: a tar's members begin at multiples of it
+PAX_PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]*)(?:\n|$)")
+CAPS = {"picture": pictures.PICTURE_CAP} | dict.fromkeys((".txt", ".json"), pictures.CAPTION_CAP)
 ARRAYS = {"addresses": "<u4", "checks": "<u2", "names": "<u4", "tokens": "<u2", "lengths": "u1"}
 
 # --- Reading a tar --------------------------------------------------------------------------------
@@ -81,7 +81,9 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
             skipped["torn"] += 1
             continue
         if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            name = long_name(file.read(min(header.size, pictures.CAPTION_CAP)), header.type)
+            content = file.read(min(header.size, pictures.CAPTION_CAP)).rstrip(b"\0")
+            found = PAX_PATH.search(content) if header.type == tarfile.XHDTYPE else [0, content]
+            name = found[1].decode("utf-8", "replace") if found else ""
         elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             yield given or header.name, offset, header.size, zlib.crc32(block)
         elif header.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE):  # links, devices, sparse files
@@ -89,14 +91,6 @@ def members(file: BinaryIO, length: int, skipped: Counter) -> Iterator[tuple[str
         if header.type not in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE):
             offset += -(-header.size // BLOCK) * BLOCK
     skipped["torn"] += 0 < length - offset < BLOCK
-
-
-def long_name(content: bytes, kind: bytes) -> str:
-    """The name that a GNU or pax header gives to the next member; "" if none."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return content.rstrip(b"\0").decode("utf-8", "replace")
-    found = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", content)
-    return found[1].decode("utf-8", "replace") if found else ""
 
 
 def check_of(crc: int, content: bytes) -> int:
@@ -120,13 +114,12 @@ def scan(location: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
             key, dot, suffix = base.partition(".")
             suffix = (dot + suffix).lower()
             kind = "picture" if suffix in pictures.PICTURES else suffix
-            most = pictures.PICTURE_CAP if kind == "picture" else pictures.CAPTION_CAP
             record = found.setdefault(f"{folder}/{key}", {})
-            if kind not in ("picture", ".txt", ".json"):
+            if kind not in CAPS:
                 skipped["neither picture nor caption"] += 1
             elif kind in record:
                 skipped["twice the same key"] += 1
-            elif not 0 < size <= most:
+            elif not 0 < size <= CAPS[kind]:
                 skipped[f"{kind.strip('.')} empty or too large"] += 1
             elif kind == "picture":
                 file.seek(offset + max(0, size - BLOCK))
@@ -139,10 +132,10 @@ def scan(location: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
                     record.pop(".json", None)  # not needed, and a shard has many
     samples, captions = [], []
     for _, record in sorted(found.items()):
-        caption = caption_of(record)
-        if "picture" in record and caption:
+        ids = encode(caption_of(record))[:LONGEST]
+        if "picture" in record and ids:
             samples.append(record["picture"])
-            captions.append(encode(caption)[:LONGEST])
+            captions.append(ids)
         elif record:
             skipped["no caption" if "picture" in record else "no picture"] += 1
     columns = list(zip(*samples, strict=True)) or [(), (), ()]
@@ -154,11 +147,9 @@ def scan(location: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
 def caption_of(record: dict[str, bytes]) -> str:
     """A sample's caption: its .txt, else `caption` in its .json; "" if it has none."""
     caption = files.text_of(record.get(".txt", b""))
-    if ".txt" not in record and ".json" in record:
-        try:
+    if ".txt" not in record:
+        with contextlib.suppress(*files.FOREIGN):
             caption = json.loads(record[".json"])["caption"]
-        except files.FOREIGN:
-            caption = ""
     return " ".join(caption.split()) if isinstance(caption, str) else ""
 
 
@@ -180,10 +171,8 @@ def filesystem(location: str) -> Any:
     try:
         return url_to_fs(location)[0]
     except (ImportError, ValueError) as error:
-        raise InputError(
-            f"{location}: {error_line(error)}; install what fsspec needs for this kind of URL "
-            "(s3fs for s3://, gcsfs for gs://)"
-        ) from None
+        needs = "install what fsspec needs (s3fs for s3://, gcsfs for gs://)"
+        raise InputError(f"{location}: {error_line(error)}; {needs}") from None
 
 
 def error_line(error: BaseException) -> str:
@@ -196,7 +185,7 @@ def with_retries(call: Callable[[], object]) -> object:
     for pause in PAUSES:
         try:
             return call()
-        except FileNotFoundError:
+        except (FileNotFoundError, InputError):
             raise
         except Exception:  # each file system of fsspec has errors of its own
             time.sleep(pause)
@@ -224,10 +213,8 @@ def shards_of(location: str) -> list[str]:
         try:
             listed = with_retries(lambda: fs.ls(root, detail=False))
         except Exception as error:
-            raise InputError(
-                f"{location}: cannot be listed ({error_line(error)}); name the shards, as "
-                "URL/{00000..00099}.tar"
-            ) from None
+            again = "name the shards, as URL/{00000..00099}.tar"
+            raise InputError(f"{root}: cannot be listed ({error_line(error)}); {again}") from None
         names = {str(path).rstrip("/").rpartition("/")[2] for path in listed}
         finished = {name.removesuffix("_stats.json") for name in names} - names
     elif not location.endswith(".tar"):
@@ -272,9 +259,7 @@ def fingerprint(path: str) -> list:
                 size, changed = (stat := os.fstat(file.fileno())).st_size, stat.st_mtime_ns
         return [path.rpartition("/")[2], size, str(changed)]
     except Exception as error:
-        raise InputError(
-            f"{path}: cannot be opened ({error_line(error)}); check the name"
-        ) from None
+        raise InputError(f"{path}: cannot be opened ({error_line(error)})") from None
 
 
 # --- Building the index ---------------------------------------------------------------------------
@@ -282,11 +267,9 @@ def fingerprint(path: str) -> list:
 
 def index_folder(location: str) -> Path:
     """DIR/index for a folder that can be written to; in the cache for everything else."""
-    folder = Path(location)
-    if not is_remote(location) and folder.is_dir():
-        home = folder / "index"
-        if home.is_dir() or os.access(folder, os.W_OK):
-            return home
+    folder, home = Path(location), Path(location) / "index"
+    if folder.is_dir() and (home.is_dir() or os.access(folder, os.W_OK)):
+        return home
     return files.CACHE / f"index-{zlib.crc32(os.fsencode(location)):08x}"
 
 
@@ -304,18 +287,16 @@ def build(location: str, workers: int) -> dict:
         if record and record["shards"] == prints:
             say(f"{location}: the index is up to date")
             return record
-        with files.room_for(home / "index.json"):  # the arrays that it describes change now
-            (home / "index.json").unlink(missing_ok=True)
-            (home / "parts").mkdir(parents=True, exist_ok=True)
+        (home / "index.json").unlink(missing_ok=True)  # the arrays that it describes change now
+        (home / "parts").mkdir(exist_ok=True)
         parts = [home / f"parts/{files.digest([], json.dumps(x))[:32]}.npz" for x in prints]
         jobs = [job for job in zip(paths, parts, strict=True) if not is_complete(job[1])]
         spawn = multiprocessing.get_context("spawn")  # a fork would copy locked threads
-        parallel = min(workers, len(jobs)) > 1
-        pool = ProcessPoolExecutor(workers, spawn, end_with_parent) if parallel else None
+        workers = min(workers, len(jobs))
+        pool = ProcessPoolExecutor(workers, spawn, end_with_parent) if workers > 1 else None
         with pool or contextlib.nullcontext():
             done = (pool.map if pool else map)(build_part, jobs)
-            bar = {"initial": len(parts) - len(jobs), "total": len(parts), "unit": " shards"}
-            for _ in tqdm(done, f"indexing {location}", **bar):
+            for _ in tqdm(done, f"indexing {location}", len(jobs), unit=" shards"):
                 pass
         record = join(home, prints, parts)
         shutil.rmtree(home / "parts")
@@ -325,13 +306,12 @@ def build(location: str, workers: int) -> dict:
 @lru_cache  # one watch for a process
 def end_with_parent() -> None:
     """End this process with its parent: a restarted parent would write the same files."""
-    parent = multiprocessing.parent_process()
 
     def watch() -> None:
         parent.join()
         os._exit(1)
 
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         threading.Thread(target=watch, daemon=True).start()
 
 
@@ -341,9 +321,8 @@ def build_part(job: tuple[str, Path]) -> None:
     try:
         arrays, skipped = with_retries(lambda: scan(location))
     except Exception as error:
-        raise InputError(
-            f"{location}: cannot be read ({error_line(error)}); the same command resumes"
-        ) from None
+        why = f"cannot be read ({error_line(error)}); the same command resumes"
+        raise InputError(f"{location}: {why}") from None
     skipped = np.frombuffer(json.dumps(skipped).encode(), np.uint8)
     files.write_safely(part, lambda file: np.savez(file, **arrays, skipped=skipped))
 
@@ -365,8 +344,7 @@ def join(home: Path, prints: list, parts: Sequence[Path]) -> dict:
                 yield content[name]
 
     for name in ARRAYS:
-        pieces = column(name)
-        files.write_safely(home / f"{name}.bin", lambda file, x=pieces: file.writelines(x))
+        files.write_safely(home / f"{name}.bin", lambda file, x=name: file.writelines(column(x)))
     skipped = Counter()
     for content in column("skipped"):
         skipped.update(json.loads(content.tobytes()))
@@ -469,11 +447,12 @@ class Shards(pictures.Source):
 
     def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
         # Each is read with the header in front of it, so that a shard that changed is noticed.
+        stale = "the shard is not what was indexed: give python data.py index again"
         found = self.read_remote(ids) if is_remote(self.name) else self.read_local(ids)
         for k, (i, content) in enumerate(zip(ids, found, strict=True)):
             if isinstance(content, bytes):
                 same = check_of(zlib.crc32(content[:BLOCK]), content[BLOCK:]) == self.checks[i]
-                found[k] = content[BLOCK:] if same else OSError(STALE)
+                found[k] = content[BLOCK:] if same else OSError(stale)
         return found
 
     def read_local(self, ids: np.ndarray) -> list[bytes | Exception]:
@@ -512,8 +491,6 @@ class Shards(pictures.Source):
 
 def mapped(home: Path, name: str, count: int) -> np.ndarray:
     """One of an index's ARRAYS, (count,), memory-mapped."""
-    if not count:
-        return np.empty(0, ARRAYS[name])
     found = np.memmap(home / f"{name}.bin", ARRAYS[name], "r", shape=count)
     return found.view(np.ndarray)  # memmap's own class makes each access to an item slow
 
