@@ -24,7 +24,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
@@ -447,6 +446,8 @@ def test_full_circle(web, private, tmp_path, capsys):
     done = fetch.fetch(replace(config, retry_failed=True))
     DEAD.append(True)
     assert done["got"] == got + 3 and done["reasons"]["opted out"] == len(OPTED_OUT) + 1
+    import pyarrow.parquet as pq
+
     second = pq.read_table(out / f"{-(-len(rows) // 50):05}.parquet").to_pylist()
     assert len(second) == len(rows) - got - len(OPTED_OUT) - 1
     assert not any("optout" in row["url"] or "good" in row["url"] for row in second)

@@ -80,18 +80,19 @@ def test_twelve_million_samples(tmp_path, record):
     bytes_of = {n: (folder / f"index/{n}.bin").stat().st_size
                 for n in shards.ARRAYS}  # fmt: skip
     code = (
-        "import sys, time, psutil, numpy as np, data, shards\n"
+        "import sys, time, psutil\n"
+        "from nanoglip.sources.order import make_order\n"
+        "from nanoglip.sources.shards import Shards\n"
         "memory = lambda: psutil.Process().memory_info().rss / 2**20\n"
         "before, begun = memory(), time.perf_counter()\n"
-        "index = shards.Index(sys.argv[1])\n"
+        "train = Shards(sys.argv[1], 224)\n"
         "opened, after = time.perf_counter() - begun, memory()\n"
-        "train = data.Shards(sys.argv[1], 224)\n"
-        "order = data.make_order(train, 1280, 0, 'pretrain')\n"
+        "order = make_order(train, 1280, 0, 'pretrain')\n"
         "begun = time.perf_counter()\n"
         "ids = order.batch(order.steps_per_epoch * 3 + 4321)\n"
         "tokens = train.tokens(ids)\n"
         "done = time.perf_counter() - begun\n"
-        "print(len(index), opened, after - before, done, memory() - before)\n"
+        "print(len(train), opened, after - before, done, memory() - before)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True

@@ -210,7 +210,7 @@ def left_by_kill(process):
 
 def test_a_killed_build_goes_on(tmp_path):
     """kill -9 while it builds; the result is the same, and finished parts are not made again."""
-    straight = make_shards(tmp_path / "straight", 30, 30)
+    straight = make_shards(tmp_path / "straight", 30, 10)
     killed = shutil.copytree(straight, tmp_path / "killed")
     shards.build(str(straight), 1)
     command = [sys.executable, "data.py", "index", str(killed), "--processes", "2"]
@@ -419,8 +419,8 @@ def fuzz(folder, rounds):
 
 def test_fuzzed_shards_never_crash(tmp_path):
     before = set(tmp_path.parent.glob("*"))
-    found, unread = fuzz(tmp_path, 500)
-    assert found > 3000 and unread > 20  # both ways were taken
+    found, unread = fuzz(tmp_path, 100)
+    assert found > 600 and unread > 4  # both ways were taken
     assert set(tmp_path.parent.glob("*")) == before
 
 
@@ -763,35 +763,52 @@ def spoil(folder, numbers):
     shards.build(str(folder), 1)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_training_lists_bad_pictures_and_stops_at_too_many(tmp_path, monkeypatch, capsys, world):
-    """Each once in quarantine.jsonl, whoever read it and in whatever epoch; the log counts."""
-    folder = make_shards(tmp_path / "shards", 4, 75)
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory):
+    """Shards with unreadable pictures, behind those that are looked at before training."""
+    folder = make_shards(tmp_path_factory.mktemp("data") / "spoiled", 4, 75)
     shards.build(str(folder), 1)
     held = set(shards.Shards(str(folder), 16).held.tolist())
-    bad = [i for i in range(220, 260) if i not in held][:6]  # behind what is looked at before
+    bad = [i for i in range(220, 260) if i not in held][:6]
     spoil(folder, bad)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
+    return folder, bad
 
-    def trained(name, *flags):
-        words = ["train.py", "--data", str(folder), "--batch-size", "18", "--tune-epochs", "0",
+
+@pytest.fixture
+def trained(spoiled, tmp_path, monkeypatch, capsys):
+    """Train on them, in one process or two."""
+
+    def run(world, *flags):
+        words = ["train.py", "--data", str(spoiled[0]), "--batch-size", "18", "--tune-epochs", "0",
                  "--image-size", "16", "--log-every", "1", "--eval-every", "1000", "--precision",
-                 "fp32", "--workers", "1", "--out", str(tmp_path / name), *flags]  # fmt: skip
+                 "fp32", "--workers", "1", "--out", str(tmp_path / "run"), *flags]  # fmt: skip
         if world == 1:
             return inside(monkeypatch, capsys, train.main, *words)
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
         return command(*launch, *words)
 
-    done = trained("all", "--epochs", "3", "--max-bad", "0.2")
+    return run
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_lists_each_bad_picture_once(world, trained, spoiled, tmp_path):
+    """In quarantine.jsonl, whoever read it and in whatever epoch; the log counts."""
+    folder, bad = spoiled
+    done = trained(world, "--epochs", "2", "--max-bad", "0.2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(rf"^{len(bad)} pictures could not be read: .*JPEG.* \({len(bad)}\); ",
                      done.stdout, re.MULTILINE), done.stdout  # fmt: skip
-    lines = [json.loads(x) for x in (tmp_path / "all/quarantine.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
     source = shards.Shards(str(folder), 16)
     assert sorted(line["where"] for line in lines) == sorted(source.where(i) for i in bad)
     assert all(set(line) == {"data", "where", "why"} and "JPEG" in line["why"] for line in lines)
-    log = [json.loads(x) for x in (tmp_path / "all/log.jsonl").read_text().splitlines()]
-    assert [r["bad"] for r in log if "bad" in r][-1] >= 3 * len(bad) - 3  # once an epoch, or more
-    done = trained("stop", "--epochs", "30", "--max-bad", "0.005")
+    log = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [r["bad"] for r in log if "bad" in r][-1] >= 2 * len(bad) - 3  # once an epoch, or more
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.proof)])
+def test_training_stops_at_too_many_bad_pictures(world, trained):
+    done = trained(world, "--epochs", "30", "--max-bad", "0.005")
     assert done.returncode != 0
-    told = [x for x in done.stderr.splitlines() if x.startswith("train.py: ")]
-    assert len(told) == 1 and "more than --max-bad 0.005" in told[0] and "quarantine" in told[0]
+    lines = [x for x in done.stderr.splitlines() if x.startswith("train.py: ")]
+    assert len(lines) == 1 and "more than --max-bad 0.005" in lines[0] and "quarantine" in lines[0]
