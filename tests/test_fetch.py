@@ -671,9 +671,9 @@ def test_a_snapshot_is_brought_and_counted(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, *_, last = done.stdout.splitlines()
-    # The broken connection may end the first: the same command goes on.
-    assert not first.startswith("refused") or "go on" in first
-    assert last.startswith("refused cc12m: pixparse/cc12m-wds: ") and "go on" in last
+    # The broken connection may end the first: the same command resumes.
+    assert not first.startswith("refused") or "resumes" in first
+    assert last.startswith("refused cc12m: pixparse/cc12m-wds: ") and "resumes" in last
     assert sorted(p.name for p in out.glob("*.tar")) == [
         f"cc3m-train-0000{n}.tar" for n in range(3)
     ]
