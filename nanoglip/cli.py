@@ -20,9 +20,7 @@ from glip import InputError
 
 # What stands in the messages of torch where memory is short, and where another process has ended.
 SHORT = ("out of memory", "allocate memory", "shared memory", "DataLoader worker")
-
 LOST = ("gloo/transport", "Connection closed", "remote process exited")
-
 STOPPED = 75  # the exit code of a run that was asked to stop and can be resumed
 
 

@@ -49,23 +49,14 @@ GPUS = {
 }
 
 ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no GPU was at hand
-
 MACHINE = 8  # GPUs in one; what leaves it has
-
 NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
-
 LOGITS = 2**22  # that exist at once on a CPU under --micro-batch
-
 LOGIT_SHARE = 1 / 64  # of a GPU's memory, for the same
-
 LOGIT_BYTES = 16  # four numbers at the highest, of either loss; see tests/test_runs.py
-
 TOUCHED = 3.0  # times that an activation is read or written in a step; see `bench.py estimate`
-
 STATE = (0.4, 2.0)  # the same of the optimizer's state: a CPU has its pages already; on a GPU
-
 SHARD_BYTES = 30e3  # a pair's, at 256 pixels: img2dataset reports 331 GB for CC12M
-
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
     "flip": 400_000_000, "clipa": 400_000_000,

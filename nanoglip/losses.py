@@ -42,7 +42,6 @@ def siglip_rows(
 
 
 LOSSES = {"clip": clip_rows, "siglip": siglip_rows}
-
 IN_TURN = {"siglip"}  # sums over pairs: processes may come one after the other
 
 

@@ -52,7 +52,7 @@ def samples(
 
     Takes bytes (B, 3, H, W) and tokens (B, T); the pictures are PNGs in base64.
     """
-    images, tokens = images.cpu(), tokens.cpu()
+    images, tokens = images.cpu().byte(), tokens.cpu()
     masked = figures.grey_out(images, figures.seen_patches(kept, len(images), grid))
     rows = []
     for *both, row, length in zip(images, masked, tokens, glip.lengths(tokens), strict=True):

@@ -131,10 +131,11 @@ def test_the_estimate_counts_as_torch_does(name):
     with torch.device("meta"):
         model, theirs = GLIP(config), open_clip.CLIP(**open_clip.get_model_config(name))
         assert learned["image"] + learned["text"] == sum(p.numel() for p in theirs.parameters())
-        kept, text, batch = 98 if "16" in name else 40, 30, 2
+        kept, text, batch = 98 if "16" in name else 40, 32, 2
         images = torch.zeros(batch, 3, 224, 224)
-        tokens = torch.zeros(batch, text, dtype=torch.long)
         ids = torch.zeros(batch, kept, dtype=torch.long)
+    tokens = torch.zeros(batch, text, dtype=torch.long)  # on the CPU, where they are packed
+    tokens[:, -1] = glip.END
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved = {}
 
@@ -227,7 +228,7 @@ def test_a_gpu_computes_the_loss_in_large_parts():
 
 def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
     told = estimate.tell(parse(["--recipe", "cc12m", "--estimate", "h100x8"]), [])
-    rate, cores = re.search(r"reader: ([\d,]+) pairs a second .* of ([\d.]+) CPU", told).groups()
+    rate, cores = re.search(r"reader: ([\d,]+) pairs a second need ([\d.]+) CPU", told).groups()
     ours = results.load("bench")["data"]["pictures_per_second"]["ours"]
     assert float(cores) == pytest.approx(int(rate.replace(",", "")) / ours, rel=0.01)
     learned = estimate.parameters(GLIPConfig.named("ViT-B-16"))
