@@ -15,8 +15,8 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from timm.optim import param_groups_layer_decay
 
-import evaluate
 import glip
+from nanoglip import results
 from nanoglip.evals import probe
 from nanoglip.evals.encoder import Encoder
 from nanoglip.machine import Device
@@ -42,20 +42,20 @@ def sizes_of(groups, head=()):
 
 def test_layer_decay_is_timms():
     config = glip.GLIPConfig(32, 8, 24, 4, 3, 10, 20, 1, 2)
-    ours = Classifier(glip.ImageTower(config), torch.zeros(7, 10))
+    ours = Classifier(glip.GLIP(config), torch.zeros(7, 10))
     theirs = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=7,
         pre_norm=True,
     )  # fmt: skip
     for decay in (0.65, 0.9):
         groups = param_groups_layer_decay(
-            ours, 0.05, ("visual.positional_embedding",), layer_decay=decay
+            ours, 0.05, ("model.visual.positional_embedding",), layer_decay=decay
         )
         assert len({id(p) for group in groups for p in group["params"]}) == len(
-            list(ours.parameters())
+            [p for p in ours.parameters() if p.requires_grad]
         )
         # timm's has no projection, and heads of another size: the towers without them
-        found = sizes_of(groups, [ours.visual.proj, *ours.head.parameters()])
+        found = sizes_of(groups, [ours.model.visual.proj, *ours.head.parameters()])
         wanted = sizes_of(
             param_groups_layer_decay(
                 theirs, 0.05, theirs.no_weight_decay(), layer_decay=decay
@@ -73,7 +73,7 @@ def test_the_first_logits_are_zero_shot(tmp_path):
     model = encoder.model
     images = torch.rand(5, 3, 16, 16)
     with torch.no_grad():
-        found = Classifier(model.visual, head)(images)
+        found = Classifier(model, head)(images)
         texts = model.encode_text(glip.tokenize(["a red apple", "the moon", "police car"]))
         torch.testing.assert_close(
             found, model.logit_scale.exp() * model.encode_image(images) @ texts.T
@@ -115,7 +115,7 @@ def test_stochastic_depth_leaves_out_whole_branches_in_training_alone():
 
 def test_interpolation_has_the_two_ends_and_the_middle():
     config = glip.GLIPConfig(16, 8, 24, 1, 3, 10, 20, 1, 2)
-    start, end = (Classifier(glip.ImageTower(config), torch.randn(3, 10)).state_dict()
+    start, end = (Classifier(glip.GLIP(config), torch.randn(3, 10)).state_dict()
                   for _ in range(2))  # fmt: skip
     for share, wanted in ((0, start), (1, end)):
         found = finetune.interpolate(start, end, share)
@@ -131,10 +131,10 @@ def test_it_learns_and_what_it_wrote_can_be_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = finetune.run_fine_tuning(replace(QUICK, wise=(0.0, 0.5, 1.0)))
     tables = found["fine_tuned"]
-    assert found["zero-shot"]["accuracy"] < 0.7
+    assert tables["zero-shot"]["accuracy"] < 0.7
     assert tables["fine-tuned"]["accuracy"] > 0.95
-    assert tables["WiSE-FT 0"] == found["zero-shot"]
-    assert tables["WiSE-FT 1"] == found["fine-tuned, EMA"]
+    assert tables["WiSE-FT 0"] == tables["zero-shot"]
+    assert tables["WiSE-FT 1"] == tables["fine-tuned, EMA"]
     out = tmp_path / "run/finetune-colours"
     assert json.loads((out / "results.json").read_text())["fine_tuned"] == tables
     assert str(tmp_path) not in (out / "results.json").read_text()
@@ -151,33 +151,31 @@ def test_it_learns_and_what_it_wrote_can_be_used(tmp_path, monkeypatch):
     features = encoder.images(lambda places: read(places)[..., 1:17, 1:17], len(test))
     logits = features @ content["head"]["weight"].T + content["head"]["bias"]
     right = (logits.argmax(1).numpy() == source.concept[test]).mean()
-    assert right == found["fine-tuned, EMA"]["accuracy"]
+    assert right == tables["fine-tuned, EMA"]["accuracy"]
     assert content["classes"] == ["class_0", "class_1", "class_2"]
-    with pytest.raises(glip.InputError, match="holds something already"):
+    with pytest.raises(glip.InputError, match="is not an empty folder"):
         finetune.run_fine_tuning(QUICK)
 
 
-def test_the_papers_table_has_the_accuracy_of_a_published_run(tmp_path, monkeypatch, capsys):
-    """From finetune.py by evaluate.py --publish to report.py; what the run had stays."""
+def test_the_papers_table_has_the_accuracy_of_a_published_run(tmp_path, monkeypatch):
+    """From tools.finetune by results/ to tools.tables; what the run had stays."""
     make_run(tmp_path / "run")
     make_folder(tmp_path / "imagenet1k", (16, 16))
-    (tmp_path / "results").mkdir()
     for name in ("paper.json", "cost.json"):
+        (tmp_path / "results").mkdir(exist_ok=True)
         shutil.copy(tables.ROOT / "results" / name, tmp_path / "results")
-    config = {"recipe": "cc12m", "mask": "gaussian", "mask_ratio": 0.5, "sigma": 0.2,
-              "image_size": 0, "text_mask": "none", "aclip": False}  # fmt: skip
-    written = {"config": config, "fine_tune": {"pets": {"accuracy": 0.5}}}
+    config = results.usual("cc12m") | {"mask": "gaussian", "mask_ratio": 0.5}
+    written = {"name": "run", "command": "train.py", "trained_on": {"cpu": "x", "commit": "y"},
+               "config": config, "fine_tune": {"pets": {"accuracy": 0.5}}}  # fmt: skip
     (tmp_path / "run/results.json").write_text(json.dumps(written))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
     found = finetune.run_fine_tuning(replace(QUICK, data="imagenet1k", epochs=2))["fine_tuned"]
-    assert json.loads((tmp_path / "run/results.json").read_text())["config"] == config
-    evaluate.publish(tmp_path / "run", evaluate.EvaluateConfig(publish=True), [])
-    monkeypatch.setattr(tables.paper_tables, "__defaults__", (tmp_path / "results",))
-    monkeypatch.setattr(sys, "argv", ["report.py", "--paper"])
-    tables.main()
-    lines = capsys.readouterr().out.splitlines()
-    line = next(line for line in lines if line.startswith("| ImageNet, fine-tuned |"))
+    kept = results.load("results", tmp_path / "run")
+    assert kept["config"] == config and kept["fine_tune"]["pets"] == {"accuracy": 0.5}
+    results.add_run(kept, tmp_path / "results")
+    found_tables = tables.paper_tables(tmp_path / "results").items()
+    text = "".join(tables.markdown(*item) for item in found_tables)
+    (line,) = (x for x in text.splitlines() if x.startswith("| ImageNet, fine-tuned |"))
     value = found["fine-tuned, EMA"]["accuracy"]
     assert value != found["zero-shot"]["accuracy"] and f" {100 * value:.1f} |" in line
 
@@ -239,13 +237,13 @@ def test_every_picture_is_shown_once_an_epoch():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere", "--data", "colours"], "nowhere: no model.pt in it"),
-        (["run", "--data", "nothing"], "--data nothing: there is no such folder"),
+        (["nowhere", "--data", "colours"], "nowhere: there is no such file"),
+        (["run", "--data", "nothing"], "--data nothing is no folder"),
         (["run", "--data", "torn"], "1 of 18 pictures cannot be read"),
         (["run", "--data", "colours", "--wise", "0.5", "1.5"], "--wise 1.5: give a share"),
         (["run", "--data", "colours", "--rand-augment", "12"], "magnitude from 0 to 9"),
         (["run", "--data", "colours", "--lr", "0"], "--lr must be above 0"),
-        (["run", "--data", "colours", "--out", "run"], "--out run holds something already"),
+        (["run", "--data", "colours", "--out", "run"], "is not an empty folder"),
         (["run", "--data", "colours", "--lr", "1e30"], "the loss is nan in epoch"),
     ],
 )

@@ -6,16 +6,13 @@
     logits = features of the picture, normalised, @ head; before the first step the head is
              logit_scale x the text features of the classes' names: zero-shot classification
 
-
-The settings depend on the number of training pictures. With fewer than SMALL_SET they are ours (how
-they were found: docs/evaluation.md), else MAE's for ViT-B on ImageNet (arXiv 2111.06377, table 9;
-FINETUNE.md and main_finetune.py of github.com/facebookresearch/mae). From elsewhere: the start is
-WiSE-FT's (2109.01903), the EMA FT-CLIP's (2212.06138); its warm-up is ours. MAE has neither, and
-pools patches where we have the class token; its script's random erasing is left out. Pictures are
-evaluated as in MAE: resized to 256/224 of the model's size, of which the centre is cut.
+Below SMALL_SET training pictures the settings are ours (docs/evaluation.md says how they were
+found); above, MAE's for ViT-B on ImageNet (arXiv 2111.06377, table 9; main_finetune.py of
+facebookresearch/mae), without random erasing. The start is WiSE-FT's (2109.01903), the moving
+average FT-CLIP's (2212.06138), the warm-up ours. MAE pools patches; here the class token is read.
 
 Writes into --out: model.pt (the tower in the run's model, and the head), log.jsonl, results.json;
-and the accuracy of these weights into the run's results.json, for evaluate.py --publish.
+and the accuracy into the run's own results.json, for evaluate.py --publish.
 """
 
 import math
@@ -52,13 +49,12 @@ from nanoglip.evals.probe import labelled, reader
 from nanoglip.machine import Device, machine, resolve
 from nanoglip.runlog import command
 from nanoglip.sources.pictures import Pictures, decode
+from tools.convert import check_new, weights_in
 from train import lr_at
 
 # --- Settings -------------------------------------------------------------------------------------
 
-
-SMALL_SET = 10_000  # training pictures: with fewer, PRESETS["small"] holds
-
+SMALL_SET = 10_000  # training pictures
 PRESETS = {
     "small": {
         "epochs": 50, "batch_size": 32, "lr": 8e-3, "min_crop": 0.5, "drop_path": 0.0,
@@ -78,7 +74,7 @@ class FineTuneConfig:
     run: Annotated[str, tyro.conf.Positional]  # folder of a finished run
     data: str  # DIR/train/CLASS/*.jpg and DIR/test, or DIR/CLASS/*.jpg, a fifth of it the test
     out: str = ""  # (default: RUN/finetune-DATA)
-    epochs: int | None = None  # this and what else is None: by the number of pictures, see PRESETS
+    epochs: int | None = None  # None, here and below: by the number of pictures, see PRESETS
     warmup_epochs: float = 5
     batch_size: int | None = None  # pictures; all of them where there are fewer
     lr: float | None = None  # for 256 pictures, and in proportion for other batches
@@ -102,9 +98,8 @@ def settled(config: FineTuneConfig, count: int) -> FineTuneConfig:
     """The settings for `count` training pictures: a preset, and what was given by hand."""
     name = "small" if count < SMALL_SET else "ImageNet"
     chosen = {key: value for key, value in PRESETS[name].items() if getattr(config, key) is None}
-    if chosen:
-        told = " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in chosen.items())
-        print(f"{count:,} training pictures, so the settings for {name} sets: {told}")
+    flags = " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in chosen.items())
+    print(f"{count:,} training pictures, so the settings for {name} sets: {flags}")
     return replace(config, **chosen)
 
 
@@ -112,81 +107,70 @@ def check(config: FineTuneConfig) -> None:
     """Raise InputError for a setting that cannot work."""
     check_numbers(config, ("epochs", "lr", "layer_decay"),
                   ("warmup_epochs", "weight_decay", "mixup", "cutmix", "workers", "seed"))
-    if config.batch_size < 2:
-        raise InputError(f"--batch-size {config.batch_size}: mixup wants pairs, so at least 2")
-    shares = [("wise", share) for share in config.wise]
     names = ("layer_decay", "min_crop", "drop_path", "ema", "label_smoothing")
-    for flag, share in shares + [(name, getattr(config, name)) for name in names]:
+    shares = [(name, getattr(config, name)) for name in names]
+    for name, share in shares + [("wise", share) for share in config.wise]:
         if not 0 <= share <= 1:
-            raise InputError(f"--{flag.replace('_', '-')} {share:g}: give a share from 0 to 1")
+            raise InputError(f"--{name.replace('_', '-')} {share:g}: give a share from 0 to 1")
+    if config.batch_size < 2:
+        raise InputError(f"--batch-size {config.batch_size}: mixup needs pairs, so at least 2")
     if not 0 <= config.rand_augment <= 9:
         raise InputError(f"--rand-augment {config.rand_augment}: give a magnitude from 0 to 9")
     if config.warmup_epochs >= config.epochs:
-        raise InputError(
-            f"--warmup-epochs {config.warmup_epochs:g} is no less than --epochs {config.epochs}: "
-            "the learning rate would never be reached"
-        )
+        raise InputError(f"--warmup-epochs {config.warmup_epochs:g}: give less than --epochs")
 
 
 # --- The classifier -------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
-    """An image tower and a linear map of its normalised features."""
+    """A model's image features and a linear map of them; its text tower is frozen."""
 
-    def __init__(self, visual: nn.Module, weight: Tensor) -> None:
+    def __init__(self, model: GLIP, weight: Tensor) -> None:
         super().__init__()
-        self.visual = visual
+        self.model = model.requires_grad_(False)
+        self.model.visual.requires_grad_(True)
         self.head = nn.Linear(weight.shape[1], weight.shape[0])
         with torch.no_grad():
             self.head.weight.copy_(weight)
             self.head.bias.zero_()
 
-    def encode_image(
-        self, images: Tensor, ids_keep: Tensor | None = None, visible: Tensor | None = None
-    ) -> Tensor:
-        """As GLIP.encode_image: (B, 3, H, W), uint8 or floats in [0, 1] -> (B, E)."""
-        return F.normalize(glip.at_least_fp32(self.visual(images, ids_keep, visible)), dim=-1)
-
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) -> logits (B, classes), in fp32."""
-        features = self.encode_image(images)
+        features = self.model.encode_image(images)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Which layer a parameter is of, for timm's layer decay; what is not named is the head."""
+        """timm's layer decay: which layer a parameter is of; the others are the head's."""
         return {
-            "stem": r"^visual\.(?:class_embedding|positional_embedding|conv1|ln_pre)",
+            "stem": r"^model\.visual\.(?:class_embedding|positional_embedding|conv1|ln_pre)",
             "blocks": [
-                (r"^visual\.transformer\.resblocks\.(\d+)", None),
-                (r"^visual\.ln_post", (99999,)),  # timm's sign for: of the last block
+                (r"^model\.visual\.transformer\.resblocks\.(\d+)", None),
+                (r"^model\.visual\.ln_post", (99999,)),  # timm's sign for: of the last block
             ],
         }
 
 
 def zero_shot_head(encoder: Encoder, folder: Path, classes: list[str]) -> Tensor:
-    """logit_scale x text features of the classes, (classes, E), mean over prompts.
+    """logit_scale x text features of the classes, mean over prompts. -> (classes, E).
 
-    Names are the lines of DIR/classnames.txt, or those of the folders, ImageNet's where these are
-    WordNet's numbers; prompts the lines of DIR/zeroshot_classification_templates.txt, where {c} is
-    the name, or else ImageNet's 80, as in evaluate.py --zero-shot.
+    A class is named by a line of DIR/classnames.txt, or by its folder, where WordNet's numbers are
+    ImageNet's names; the prompts are the set's own or ImageNet's 80, as in evaluate.py --zero-shot.
     """
     known = benchmarks.imagenet_names()
     names = [known.get(name, name.replace("_", " ")) for name in classes]
     if (folder / "classnames.txt").exists():
         names = benchmarks.class_names(folder)
     if len(names) != len(classes):
-        raise InputError(
-            f"{folder}/classnames.txt has {len(names)} lines for {len(classes)} folders: give each "
-            "class a line, in the order of the folders' names"
-        )
+        told = f"{folder}/classnames.txt has {len(names)} lines for {len(classes)} folders"
+        raise InputError(f"{told}: give each class a line, in the order of the folders' names")
     features = benchmarks.class_features(encoder, names, benchmarks.prompts_of(folder))
     return encoder.model.logit_scale.exp().cpu() * features
 
 
 def drop_paths(visual: nn.Module, rate: float) -> None:
-    """Stochastic depth: leave out branches of blocks in training, the later the more often."""
+    """Stochastic depth: drop branches of blocks in training, at a rate that grows with depth."""
     blocks = visual.transformer.resblocks
     for block, share in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
         for branch in (block.attn, block.mlp):
@@ -233,7 +217,7 @@ class Augmented(Dataset):
 
 
 def batches(ids: np.ndarray, size: int, config: FineTuneConfig) -> Iterator[list]:
-    """(epoch, id) of every batch of the run; what is left of an epoch is left out."""
+    """(epoch, id) of every batch of the run; an epoch's remainder is dropped."""
     for epoch in range(config.epochs):
         order = np.random.default_rng([config.seed, epoch]).permutation(ids)
         for start in range(0, len(order) - size + 1, size):
@@ -244,17 +228,16 @@ def fine_tune(
     classifier: Classifier, source: Pictures, ids: np.ndarray, config: FineTuneConfig,
     on: Device, out: Path,
 ) -> nn.Module:  # fmt: skip
-    """Train a classifier in place on pictures `ids`; its moving average is returned."""
-    size = min(config.batch_size, len(ids)) // 2 * 2  # mixup wants pairs
-    steps_in_epoch = len(ids) // size
-    steps, warmup = config.epochs * steps_in_epoch, round(config.warmup_epochs * steps_in_epoch)
+    """Train a classifier in place on pictures `ids`; returns its moving average."""
+    size = min(config.batch_size, len(ids)) // 2 * 2  # mixup needs pairs
+    epoch_steps = len(ids) // size
+    steps, warmup = config.epochs * epoch_steps, round(config.warmup_epochs * epoch_steps)
     groups = param_groups_layer_decay(
-        classifier, config.weight_decay, ("visual.positional_embedding",),
+        classifier, config.weight_decay, ("model.visual.positional_embedding",),
         layer_decay=config.layer_decay,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    ema = ModelEmaV3(classifier, config.ema, use_warmup=True)
-    mix = None
+    ema, mix = ModelEmaV3(classifier, config.ema, use_warmup=True), None
     if config.mixup or config.cutmix:
         mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
                     num_classes=len(source.captions))  # fmt: skip
@@ -262,27 +245,27 @@ def fine_tune(
         Augmented(source, config), batch_sampler=batches(ids, size, config),
         num_workers=config.workers, pin_memory=on.device.type == "cuda",
     )  # fmt: skip
-    drop_paths(classifier.visual, config.drop_path)
+    drop_paths(classifier.model.visual, config.drop_path)
     classifier.train()
     for step, (images, labels) in enumerate(tqdm(loader, total=steps, disable=None)):
         lr = lr_at(step, steps, warmup, config.lr * size / 256)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         reseed(config.seed, config.epochs, step)  # pictures have smaller numbers in the middle
-        images, labels = (x.to(on.device, non_blocking=True) for x in (images, labels))
+        images, targets = (x.to(on.device, non_blocking=True) for x in (images, labels))
         images = images.float() / 255
-        smooth = 0.0 if mix else config.label_smoothing
-        images, targets = mix(images, labels) if mix else (images, labels)
+        if mix:
+            images, targets = mix(images, targets)
         with on.autocast():
             logits = classifier(images)
-        loss = F.cross_entropy(logits, targets, label_smoothing=smooth)
+        smoothing = 0.0 if mix else config.label_smoothing
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema.update(classifier, step)
-        if (step + 1) % steps_in_epoch == 0:
-            epoch = (step + 1) // steps_in_epoch
-            last = loss.item()  # once an epoch: a GPU waits for it; what is not finite stays so
+        if (step + 1) % epoch_steps == 0:
+            epoch, last = (step + 1) // epoch_steps, loss.item()  # a GPU waits for it
             if not math.isfinite(last):
                 raise InputError(f"the loss is {last} in epoch {epoch}: lower --lr {config.lr:g}")
             files.append_line(out / "log.jsonl", {"epoch": epoch, "loss": last, "lr": lr})
@@ -290,7 +273,7 @@ def fine_tune(
 
 
 def middles(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]:
-    """As probe.reader, but the shorter side is resized to 256/224 of the square that is cut.
+    """As probe.reader, but MAE's crop: resized to 256/224 of the side, then the centre.
 
     Models of more than 224 pixels see the whole square, as in MAE.
     """
@@ -300,10 +283,9 @@ def middles(source: Pictures, ids: np.ndarray) -> Callable[[np.ndarray], Tensor]
     return lambda places: read(places)[..., start : start + side, start : start + side]
 
 
-def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.ndarray) -> dict:
+def accuracy(classifier: Classifier, source: Pictures, ids: np.ndarray, on: Device) -> dict:
     """Top-1 and mean per class of pictures `ids`."""
-    encoder = Encoder(classifier, encoder.on)
-    features = encoder.images(middles(source, ids), len(ids))
+    features = Encoder(classifier.model, on).images(middles(source, ids), len(ids))
     with torch.no_grad():
         found = deepcopy(classifier.head).cpu()(features).argmax(1).numpy()
     right = found == source.concept[ids]
@@ -314,68 +296,54 @@ def accuracy(classifier: nn.Module, encoder: Encoder, source: Pictures, ids: np.
 
 
 def run_fine_tuning(config: FineTuneConfig) -> dict:
-    """Everything that `python -m tools.finetune` does; the content of results.json is returned."""
+    """Everything that `python -m tools.finetune` does; returns the content of results.json."""
     run, on = Path(config.run), resolve(config.device, config.precision)
-    if not (run / "model.pt").is_file():
-        raise InputError(f"{run}: no model.pt in it; name the folder of a finished run")
-    model, settings = glip.load_model(run / "model.pt")
+    model, settings = glip.load_model(weights_in(run, "model.pt"))
     source, (train, valid, test) = labelled(config.data, settings.pixels[0], "--data")
     ids = np.sort(np.concatenate([train, valid]))
     config = settled(config, len(ids))
     check(config)
     results.load("results", run)  # raises before the work
     out = Path(config.out or run / f"finetune-{Path(config.data).resolve().name}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} holds something already: choose another, or remove it")
-    encoder = Encoder(model.to(on.device), on)
-    head = zero_shot_head(encoder, Path(config.data), source.captions)
-    classifier = Classifier(deepcopy(model.visual), head).to(on.device)
-    tables = {"zero-shot": accuracy(classifier, encoder, source, test)}
+    check_new(out)
+    head = zero_shot_head(Encoder(model.to(on.device), on), Path(config.data), source.captions)
+    classifier = Classifier(model, head).to(on.device)
+    tables = {"zero-shot": accuracy(classifier, source, test, on)}
     render = reader(source, ids)
     for places in np.array_split(np.arange(len(ids)), -(-len(ids) // 256)):
-        render(places)  # a picture that cannot be read is told now, and not in an hour
-    start = {name: value.clone() for name, value in classifier.state_dict().items()}
+        render(places)  # an unreadable picture stops the command now, not in an hour
+    start = deepcopy(classifier.state_dict())
     out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     ema = fine_tune(classifier, source, ids, config, on, out)
     seconds = time.perf_counter() - begun
-    tables[final := "fine-tuned"] = accuracy(classifier, encoder, source, test)
+    tables[final := "fine-tuned"] = accuracy(classifier, source, test, on)
     if config.ema:
         classifier.load_state_dict(ema.state_dict())
-        tables[final := "fine-tuned, EMA"] = accuracy(classifier, encoder, source, test)
-    end = {name: value.clone() for name, value in classifier.state_dict().items()}
+        tables[final := "fine-tuned, EMA"] = accuracy(classifier, source, test, on)
+    head = {name: value.detach() for name, value in classifier.head.named_parameters()}
+    glip.save_checkpoint(out / "model.pt", model, head=head, classes=source.captions)
+    end = deepcopy(classifier.state_dict())
     for share in config.wise:
         classifier.load_state_dict(interpolate(start, end, share))
-        tables[f"WiSE-FT {share:g}"] = accuracy(classifier, encoder, source, test)
-    cli.say(
-        f"{run.name} on {source.name}: {len(source.captions)} classes, {len(ids)} training and "
-        f"{len(test)} test pictures; top-1, mean per class, in {on.precision}"
-    )
+        tables[f"WiSE-FT {share:g}"] = accuracy(classifier, source, test, on)
+    counts = {"classes": len(source.captions), "training pictures": len(ids),
+              "test pictures": len(test)}  # fmt: skip
+    told = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    cli.say(f"{run.name} on {source.name}: {told}; top-1, mean per class, in {on.precision}")
     for name, row in tables.items():
         print(f"{name:24}" + "".join(f"{100 * share:>10.1f} %" for share in row.values()))
-    save(out, model, end, source.captions)
-    record = {**asdict(config), "run": run.name, "data": source.name, "out": out.name}
     result = {
-        "name": run.name, "command": command(), "config": record, "bf16": on.bf16,
-        "counts": {"classes": len(source.captions), "training pictures": len(ids),
-                   "test pictures": len(test)},
+        "name": run.name, "command": command(), "counts": counts, "bf16": on.bf16,
+        "config": {**asdict(config), "run": run.name, "data": source.name, "out": out.name},
         "train_seconds": seconds, "machine": machine(on.device), "fine_tuned": tables,
     }  # fmt: skip
     results.save("results", result, out)
-    known = results.load("results", run)  # the run's own, which --publish reads
+    known = results.load("results", run)  # the run's own, for evaluate.py --publish
     found = {source.name: {**tables[final], "from": out.name}}
     results.save("results", {**known, "fine_tune": {**known.get("fine_tune", {}), **found}}, run)
     print(f"wrote {out}/model.pt, results.json, log.jsonl; {run}/results.json has the accuracy")
     return result
-
-
-def save(out: Path, model: GLIP, weights: dict, classes: list[str]) -> None:
-    """model.pt: the run's model with the tower that was tuned, and beside it the head."""
-    visual = {name.removeprefix("visual."): value for name, value in weights.items()
-              if name.startswith("visual.")}  # fmt: skip
-    model.visual.load_state_dict(visual)
-    head = {name: weights[f"head.{name}"] for name in ("weight", "bias")}
-    glip.save_checkpoint(out / "model.pt", model, head=head, classes=classes)
 
 
 @cli.guarded
