@@ -14,7 +14,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from glip import InputError
@@ -130,32 +129,37 @@ def synchronise(network: nn.Module, wanted: bool) -> Iterator[None]:
     yield
 
 
+def is_sharded(x: object) -> bool:
+    """Whether it is a DTensor, the import of which takes a second."""
+    return hasattr(x, "full_tensor")
+
+
 def share_scalars(network: nn.Module) -> None:
     """Average the gradients that FSDP2 does not."""
     for p in network.parameters():
-        if p.grad is not None and not isinstance(p, DTensor):
+        if p.grad is not None and not is_sharded(p):
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
 
 
 def local_shards(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's shard of each tensor."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
     """Norm of all gradients together, sharded or not."""
-    shares = [g for g in grads if isinstance(g, DTensor)]
+    shares = [g for g in grads if is_sharded(g)]
     if not shares:
         return torch.nn.utils.get_total_norm(grads)
-    alone = [g for g in grads if not isinstance(g, DTensor)]
+    alone = [g for g in grads if not is_sharded(g)]
     norms = [torch.nn.utils.get_total_norm(shares).full_tensor()]
     return torch.stack([*norms, *(g.norm() for g in alone)]).norm()
 
 
 def gather_full(tree: object) -> object:
     """Dicts and lists with every sharded tensor gathered; all ranks call it together."""
-    if isinstance(tree, DTensor):
+    if is_sharded(tree):
         return tree.full_tensor().cpu()
     if isinstance(tree, dict):
         return {key: gather_full(value) for key, value in tree.items()}
@@ -164,10 +168,12 @@ def gather_full(tree: object) -> object:
 
 def shard_like(state: dict, parameters: list[nn.Parameter]) -> dict:
     """An optimizer's state with each tensor sharded like its parameter: gather_full's inverse."""
+    from torch.distributed.tensor import distribute_tensor
+
     for place, p in enumerate(parameters):
         found = state["state"].get(place, {})
         for key, value in found.items():
-            if isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape:
+            if is_sharded(p) and isinstance(value, Tensor) and value.shape == p.shape:
                 value = value.to(p.device)
                 found[key] = distribute_tensor(value, p.device_mesh, p.placements)
     return state
