@@ -130,7 +130,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.model.visual.requires_grad_(True)
-        self.head = nn.Linear(weight.shape[1], weight.shape[0])
+        self.head = nn.Linear(*weight.T.shape, device=model.logit_scale.device)
         with torch.no_grad():
             self.head.weight.copy_(weight)
             self.head.bias.zero_()
@@ -307,7 +307,7 @@ def run_fine_tuning(config: FineTuneConfig) -> dict:
     out = Path(config.out or run / f"finetune-{Path(config.data).resolve().name}")
     check_new(out)
     head = zero_shot_head(Encoder(model.to(on.device), on), Path(config.data), source.captions)
-    classifier = Classifier(model, head).to(on.device)
+    classifier = Classifier(model, head)
     tables = {"zero-shot": accuracy(classifier, source, test, on)}
     render = reader(source, ids)
     for places in np.array_split(np.arange(len(ids)), -(-len(ids) // 256)):
