@@ -1,4 +1,4 @@
-"""Pre-train a CLIP model under a mask, then tune it for a moment without: one loop, two stages.
+"""Pre-train a CLIP model under a mask, then tune it without: one loop, two stages.
 
     python train.py                                         the demo, on the embedded emoji
     torchrun --nproc_per_node 8 train.py --mask gaussian    the same on eight processes
@@ -9,9 +9,9 @@
 The demo trains for six minutes on two CPU cores with native bf16, and then names about 46 % of
 1,809 emoji in the style of an artist that it never saw (three seeds in results/; chance: 0.06 %).
 
-Writes to runs/NAME: config.json, log.jsonl, pretrained.pt (before tuning), model.pt; until it is
-done latest.pt and previous.pt, from which the same command goes on after a kill; and if there is
-cause, quarantine.jsonl (pictures that could not be read) and bad-batch.json.
+Writes to runs/NAME: config.json, log.jsonl, pretrained.pt (before tuning) and model.pt. While it
+runs, latest.pt and previous.pt are there, from which the same command resumes. Unreadable pictures
+are listed in quarantine.jsonl, the pictures of a batch that was not finite in bad-batch.json.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ MUON_SCALE = 2.0  # Muon's learning rate in AdamW's; docs/training.md has the se
 
 
 def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW with CLIP's constants, and for the blocks' matrices Muon if asked for.
+    """AdamW with CLIP's constants, and Muon for the blocks' matrices if asked for.
 
     Weight decay acts on matrices, not on vectors and scalars. Muon's updates are scaled to the size
     of AdamW's, then by MUON_SCALE, so that one learning rate serves both.
@@ -88,9 +88,9 @@ def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimi
 
 
 def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tuple:
-    """(training pairs, held-out pairs); the first process builds the cache, the others wait.
+    """(training pairs, held-out pairs); rank 0 builds the cache, the others wait.
 
-    What is wrong with the data is raised by every process, so that none hangs on the others.
+    All ranks raise what is wrong with the data, so none waits for the others.
     """
 
     def opened() -> tuple:
@@ -99,7 +99,7 @@ def open_data(config: TrainConfig, image_size: int, rank: int, world: int) -> tu
             config.max_bad, config.crop_scale,
         )
 
-    return distributed.by_first(rank, world, opened) or opened()
+    return distributed.on_rank_0(rank, world, opened) or opened()
 
 
 def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
@@ -116,7 +116,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
         train, test = opened[model.image_size]
         first = name == "pretrain"
         text_mask = chances = None
-        for turn in (rank == 0, rank > 0):  # the first counts words, then the others read
+        for turn in (rank == 0, rank > 0):  # rank 0 counts words, then the others read them
             if turn and first and config.text_mask != "none":
                 text_mask = TextMask(
                     config.text_mask, config.text_tokens, config.text_threshold, train
@@ -282,9 +282,9 @@ def backward_cached(
 def apply_gradients(
     network: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, longest: float
 ) -> Tensor:
-    """Update; returns whether all gradients are finite, on the device, so that nobody waits.
+    """Update; returns on the device, so that nobody waits, whether all gradients are finite.
 
-    One that is not spoils the weights, which are then never saved: Report stops the run.
+    If not, the weights are spoilt and never saved: Report stops the run.
     """
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     norm = distributed.total_norm(grads)
@@ -304,7 +304,7 @@ def apply_gradients(
 
 
 def first_model(config: TrainConfig, wanted: GLIPConfig, state: dict) -> GLIP:
-    """A new model, or the weights of --init; of a run that goes on, what its checkpoint says.
+    """A new model, or the weights of --init; for a resumed run, its checkpoint's towers.
 
     Raises InputError for an --init that is no model, or of other towers than the run's.
     """
@@ -332,7 +332,7 @@ def resized(model: GLIP, image_size: int | tuple[int, int]) -> GLIP:
 
 
 def check_out(out: Path, config: TrainConfig) -> None:
-    """Refuse a folder that is not for this run to write in."""
+    """Refuse a folder that this run may not write in."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
     if (out / "model.pt").exists():
@@ -344,15 +344,15 @@ def check_out(out: Path, config: TrainConfig) -> None:
             raise InputError(f"--out {out} holds other files: choose another --out")
         if config.resume == "never":
             raise InputError(
-                f"--out {out} holds an unfinished run: leave --resume out to go on with it, or "
+                f"--out {out} holds an unfinished run: leave --resume out to resume it, or "
                 "remove the folder"
             )
 
 
 def train(config: TrainConfig) -> Path:
-    """Pre-train, keep pretrained.pt, tune, keep model.pt; the folder of the run is returned.
+    """The folder of a run, after pre-training (pretrained.pt) and tuning (model.pt).
 
-    A run that was cut short goes on from its last checkpoint. Raises InputError for settings or
+    An unfinished run is resumed from its last checkpoint. Raises InputError for settings or
     data that cannot work, before anything is written, and Stopped when a signal asks for it.
     """
     with (
@@ -364,15 +364,15 @@ def train(config: TrainConfig) -> Path:
             keep_memory()
         out = Path(config.out or Path("runs") / run_name(config))
         check_out(out, config)
-        stages = plan(config, rank, world)  # all processes meet here, and then the first writes
+        stages = plan(config, rank, world)  # all ranks meet here, then rank 0 writes
 
         def claim() -> None:
             lock.enter_context(locked(out, "training in"))
             check_out(out, config)  # what another process may have finished since
 
-        distributed.by_first(rank, world, claim)
+        distributed.on_rank_0(rank, world, claim)
         state = checkpoint.latest(out, asdict(config), FREE, stages[0].batches.pairs, on.bf16)
-        checkpoint.check_same(out, state, world)  # and nobody writes before all have read
+        checkpoint.check_same(out, state, world)  # before anything is written
         torch.manual_seed(config.seed)
         model = first_model(config, stages[0].model, state).to(on.device)
         if rank == 0:
@@ -381,7 +381,7 @@ def train(config: TrainConfig) -> Path:
             cut_log(out, state, stages)
             for torn in out.glob("*.tmp"):  # of a run that was killed while it wrote
                 torn.unlink()
-            told = f", going on after {state['stage']} step {state['step']}" if state else ""
+            told = f", resuming after {state['stage']} step {state['step']}" if state else ""
             cli.say(f"{config.model} on {on.device.type}, writing to {out}{told}")
         report = Report(config, out, rank, world, on)
         if state:
@@ -407,7 +407,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def overfit(config: TrainConfig) -> None:
-    """Learn one batch by heart, each step under a new mask; raises InputError if that fails."""
+    """Overfit one batch, each step under a new mask; raises InputError if that fails."""
     config = replace(
         config, batch_size=config.overfit, tune_epochs=0.0, epochs=0.0,
         steps=min(config.steps, 500), warmup=min(config.warmup, 50),
@@ -451,7 +451,7 @@ def overfit(config: TrainConfig) -> None:
 def diagnosis(
     loss: float, guess: float, images: float, texts: float, config: TrainConfig
 ) -> str:
-    """What a batch that was not learned says; `images`, `texts`: mean cosine of different ones."""
+    """Why a batch was not learned; `images`, `texts`: mean cosine of different ones."""
     told = f"after {config.steps} steps the loss is {loss:.3f}, not near 0"
     for name, cosine in (("pictures", images), ("texts", texts)):
         if cosine > 0.95:
@@ -466,7 +466,7 @@ def diagnosis(
 
 @cli.guarded
 def main() -> None:
-    """The command line: bad input is one sentence and exit code 2, a signal's stop STOPPED."""
+    """The command line: bad input is one sentence and exit code 2."""
     config = parse()
     if config.estimate:
         check(config, estimate.count_of(config.estimate))

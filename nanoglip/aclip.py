@@ -68,7 +68,7 @@ def aclip_loss(
     network: nn.Module, aclip: AClip, masker: Masker, images: Tensor, tokens: Tensor,
     noise: Tensor, draws: Tensor, scale: tuple[float, float],
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """The whole loss of a batch, logit_scale, and None: no patch is hidden.
+    """The loss of a batch with all its parts, logit_scale, and None: no patch is hidden.
 
     images (B, 3, H, W): whole pictures, squeezed into the square; tokens (B, T), noise (B, N),
     draws (B, VIEW_DRAWS + 1): the last is a picture's width / height before. `scale`: smallest and

@@ -1,4 +1,4 @@
-"""What every script shows: errors as one sentence, printed once, an exit code, progress bars."""
+"""What every script shows: errors as one sentence with an exit code, and progress bars."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 def printable(text: object) -> str:
-    """Text in which what a terminal obeys or cannot show is a "?": names may hold anything."""
+    """Text with "?" for characters that a terminal would obey or cannot show."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
@@ -39,7 +39,7 @@ def say(text: str) -> None:
 
 
 def blocks(count: int, size: int, what: str) -> Iterator[Tensor]:
-    """Numbers from 0 to `count`, `size` at a time, with a progress bar on a terminal."""
+    """Blocks of `size` of the numbers below `count`, with a progress bar on a terminal."""
     with tqdm(total=count, desc=what, leave=False, disable=None) as bar:
         for ids in torch.arange(count).split(size):
             yield ids
@@ -47,7 +47,7 @@ def blocks(count: int, size: int, what: str) -> Iterator[Tensor]:
 
 
 def place() -> tuple[int, int, int]:
-    """(rank, rank on this machine, number of processes), as torchrun tells them."""
+    """(rank, rank on this machine, number of ranks) of torchrun's environment."""
     world = os.environ.get("WORLD_SIZE") or "1"
     if world == "1":
         return 0, 0, 1
@@ -63,7 +63,7 @@ def place() -> tuple[int, int, int]:
 
 
 def guarded(main: Callable[[], None]) -> Callable[[], None]:
-    """A script's `main` whose errors are told in one sentence; --debug adds the traceback."""
+    """A script's `main` that ends with one sentence on errors; --debug adds the traceback."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -77,7 +77,7 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt | Stopped):
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would end it otherwise
-            code, sentences = told(error)
+            code, sentences = message_of(error)
             lines = [f"{Path(sys.argv[0]).name}: {sentence}" for sentence in sentences]
             lines = traceback.format_exc().splitlines() * debug + lines
             print_once("\n".join(map(printable, lines)))
@@ -86,7 +86,7 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def told(error: BaseException) -> tuple[int, list[str]]:
+def message_of(error: BaseException) -> tuple[int, list[str]]:
     """(exit code, sentences) for an error; an InputError holds one sentence or more."""
     kind, lines = type(error).__name__, str(error).splitlines() or [""]
     first = lines[0]
@@ -114,7 +114,7 @@ def told(error: BaseException) -> tuple[int, list[str]]:
 
 
 def print_once(text: str) -> None:
-    """Print to stderr before any process leaves, for torchrun then ends the others; one prints.
+    """Print to stderr on one rank, before any rank exits: torchrun then ends the others.
 
     The processes meet in the store of their launcher, which is there before they have a group.
     """
@@ -137,7 +137,7 @@ def print_once(text: str) -> None:
 def check_numbers(
     config: object, above_0: Collection[str] = (), at_least_0: Collection[str] = ()
 ) -> None:
-    """Refuse numbers of a command line that are not finite or not as large as they have to be."""
+    """Refuse numbers of a command line that are not finite or too small."""
     for name, value in vars(config).items():
         rule = "above 0 and " * (name in above_0) or "at least 0 and " * (name in at_least_0)
         for number in value if isinstance(value, tuple) else (value,):

@@ -213,7 +213,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Preview:
-    """In place of a run: an answer, and then stop."""
+    """Instead of a run."""
 
     estimate: str = ""  # print the time and memory of the run on a machine: here, h100x8, ...
     overfit: int = 0  # train on this many pairs until the loss is near 0, or say what is wrong
@@ -413,14 +413,14 @@ def masker_of(config: TrainConfig) -> Masker:
 
 
 def path_name(path: str) -> str:
-    """The last name of a path, and a checksum of what else tells it from others, if it has more."""
+    """The last name of a path, with a checksum of the rest if there is one."""
     path = os.path.normpath(path)
     name = re.sub(r"[^\w.-]+", "-", Path(path).name)
     return name if name == path else f"{name}-{zlib.crc32(path.encode(errors='replace')):08x}"
 
 
 def run_name(config: TrainConfig) -> str:
-    """A folder name made of the recipe and of what differs from it; no clock."""
+    """A folder name made of the recipe and of what differs from it."""
     base = TrainConfig(recipe=config.recipe, **RECIPES[config.recipe])
     parts = [config.recipe]
     for f in fields(config):

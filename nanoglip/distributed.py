@@ -48,7 +48,7 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
             dist.destroy_process_group()
 
 
-def by_first(rank: int, world: int, work: Callable[[], T]) -> T | None:
+def on_rank_0(rank: int, world: int, work: Callable[[], T]) -> T | None:
     """The result of `work` on rank 0, None on the others; all ranks raise its InputError."""
     found, problem = None, [None]
     if rank == 0:
@@ -91,7 +91,7 @@ def wrap(
 
 
 def prefetch(batches: Iterable, device: torch.device) -> Iterator:
-    """Batches on a device; each is copied while the one before it is used."""
+    """Batches on a device; each is copied while the one before is used."""
     streams = torch.get_device_module(device)
     if not hasattr(streams, "Stream"):  # no such thing on MPS
         yield from (batch.to_device(device) for batch in batches)
@@ -130,7 +130,7 @@ def synchronise(network: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def is_sharded(x: object) -> bool:
-    """Whether it is a DTensor, the import of which takes a second."""
+    """Whether it is a DTensor, whose import takes a second."""
     return hasattr(x, "full_tensor")
 
 

@@ -23,7 +23,7 @@ FOREIGN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError
 
 @contextlib.contextmanager
 def room_for(path: Path | str) -> Iterator[None]:
-    """Tell of a disk that is full, or closed to us, by one InputError."""
+    """Turn a full or read-only disk into one InputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by either
@@ -38,7 +38,7 @@ def room_for(path: Path | str) -> Iterator[None]:
 
 
 def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Let `write(file)` fill a temporary file, flush it to disk, and only then give it its name.
+    """Write a file by `write(file)`; it gets its name only when all of it is on disk.
 
     Raises InputError where there is no room; what had the name before is then still there.
     """
@@ -65,7 +65,7 @@ def append_line(path: Path | str, record: dict) -> None:
 
 
 def prune(path: Path, keep: Callable[[dict], object]) -> None:
-    """Leave in a file of JSON records those to `keep`; lines that are no such records are counted.
+    """Drop the JSON lines of a file that are not to `keep`; lines that are no records are counted.
 
     A line is no record where it is not JSON, or `keep` raises an error of types or keys.
     """
@@ -82,7 +82,7 @@ def prune(path: Path, keep: Callable[[dict], object]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path | str, what: str) -> Iterator[None]:
-    """Make a folder and be the only process that is `what`, as in "indexing", it.
+    """Make a folder and lock it: one process at a time is `what`, as in "indexing", it.
 
     Raises InputError that names the other process. The system frees the lock of a process that was
     killed. Read-only and some network disks cannot be locked: there nothing is checked.
@@ -119,7 +119,7 @@ def remove_empty(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make names that were given in a folder outlast a loss of power."""
+    """Flush a folder's names to disk."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         os.fsync(number)
@@ -127,12 +127,12 @@ def flush_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """write_safely for content that is at hand."""
+    """Write bytes as write_safely does."""
     write_safely(path, lambda file: file.write(content))
 
 
 def digest(paths: Iterable[Path], text: str) -> str:
-    """What tells the contents of files, and a text, from others: their SHA-256."""
+    """The SHA-256 of the contents of files, and a text."""
     total = hashlib.sha256(text.encode(errors="surrogatepass"))
     for path in paths:
         with open_regular(path) as file:
@@ -141,7 +141,7 @@ def digest(paths: Iterable[Path], text: str) -> str:
 
 
 def cached_array(path: Path, count: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """fp32 (count, ...) from a .npy, or made, and kept if possible; what was cut is made anew."""
+    """fp32 (count, ...) from a .npy in the cache, or made and cached; a damaged file is remade."""
     with contextlib.suppress(Exception):  # numpy has many kinds for what something cut
         found = np.load(path)
         if len(found) == count and found.dtype == np.float32:
@@ -153,7 +153,7 @@ def cached_array(path: Path, count: int, make: Callable[[], np.ndarray]) -> np.n
 
 
 def cached(path: Path, make: Callable[[], dict]) -> dict:
-    """A JSON object from the cache, or made, and kept if possible; what was cut is made anew."""
+    """A JSON object from the cache, or made and cached; a damaged file is remade."""
     with contextlib.suppress(ValueError, OSError, RecursionError):
         if isinstance(found := json.loads(read_regular(path, 2**32)), dict):
             return found
@@ -182,7 +182,7 @@ def read_regular(path: Path | str, most: int) -> bytes:
 
 
 def text_of(content: bytes) -> str:
-    """Bytes as text, by their byte order mark; "" for NULs: no text, or UTF-16 without a mark."""
+    """Bytes as text, by their byte order mark; "" if they hold NULs and so are no text."""
     wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     text = content.decode("utf-16" if wide else "utf-8-sig", "replace")
     return "" if "\0" in text else text

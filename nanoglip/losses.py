@@ -1,12 +1,12 @@
-"""The contrastive losses, over the pairs of all processes, at once or in parts.
+"""The contrastive losses over the pairs of all ranks, at once or in parts.
 
     clip    which of all G texts is this picture's, and which picture is this text's: InfoNCE
     siglip  is this text this picture's, yes or no, for every pair (2303.15343)
 
-Each process scores its own pairs against everybody's. The mean over processes of these losses, and
-of their gradients, which is what DDP takes, are those of a single process with the joint batch.
+Each rank scores its own pairs against all. The mean over ranks of the losses and gradients, which
+is what DDP takes, equals that of a single process with the joint batch.
 
-Shapes: B pairs of this process, R of them at a time, G of all processes, E joint width.
+Shapes: B pairs of this rank, R of them at a time, G of all ranks, E joint width.
 """
 
 from collections.abc import Iterable
@@ -42,11 +42,11 @@ def siglip_rows(
 
 
 LOSSES = {"clip": clip_rows, "siglip": siglip_rows}
-IN_TURN = {"siglip"}  # sums over pairs: processes may come one after the other
+IN_TURN = {"siglip"}  # sums over pairs: ranks may come one after the other
 
 
-class Lend(torch.autograd.Function):
-    """The features of one process, `source`, for all. (B, E) -> (B, E)."""
+class Broadcast(torch.autograd.Function):
+    """The features of the rank `source`, for all. (B, E) -> (B, E)."""
 
     @staticmethod
     def forward(ctx: object, features: Tensor, source: int) -> Tensor:
@@ -66,22 +66,22 @@ def together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def turns(loss: str) -> Iterable[int | None]:
-    """Whose columns come together: everybody's (None), or those of one process after the other."""
+def sources_of(loss: str) -> Iterable[int | None]:
+    """The sources of columns: all ranks at once (None), or one rank after the other."""
     return range(dist.get_world_size()) if loss in IN_TURN and together() else [None]
 
 
 def columns(
     images: Tensor, texts: Tensor, loss: str, source: int | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The images and texts of a turn, and where this process's rows stand among them. (B,)."""
+    """A source's images and texts, and the indices of this rank's rows among them, (B,)."""
     if source is None:
         all_images, all_texts, own = gather(images, texts)
         return None if loss in IN_TURN else all_images, all_texts, own
     here = torch.full((len(texts),), -1, device=texts.device)
     if source == dist.get_rank():
         here = torch.arange(len(texts), device=texts.device)
-    return None, Lend.apply(texts, source), here  # pictures stay at home
+    return None, Broadcast.apply(texts, source), here
 
 
 # --- All pairs at once, and in parts --------------------------------------------------------------
@@ -98,7 +98,7 @@ def contrastive_loss(
             LOSSES[loss](
                 images, texts, *columns(images, texts, loss, source), logit_scale, logit_bias
             )
-            for source in turns(loss)
+            for source in sources_of(loss)
         ]
         return torch.stack(parts).sum()
 
@@ -107,7 +107,7 @@ def cached_gradients(
     loss: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
     logit_bias: Tensor | None, rows: int,
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
-    """contrastive_loss, and its gradients by each of its inputs, `rows` rows at a time.
+    """contrastive_loss and its gradients by each input, `rows` rows at a time.
 
     GradCache (2101.06983): features are numbers here, not functions of the model, so that no more
     than (rows, G) logits exist at once.
@@ -118,7 +118,7 @@ def cached_gradients(
     ]
     images, texts, total = *leaves[:2], torch.zeros_like(leaves[2])
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-        for source in turns(loss):
+        for source in sources_of(loss):
             *others, own = columns(images, texts, loss, source)
             held = [None if x is None else x.detach().requires_grad_() for x in others]
             for part in torch.arange(len(own), device=own.device).split(rows):

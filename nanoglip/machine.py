@@ -27,7 +27,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """What Linux says that the processor can do; empty elsewhere."""
+    """The processor's features by Linux; empty elsewhere."""
     for line in read_lines("/proc/cpuinfo"):
         if line.startswith(("flags", "Features")):
             return set(line.split())
@@ -79,10 +79,9 @@ def memory_of(device: torch.device) -> int:
 
 
 def keep_memory() -> None:
-    """Let the process keep what it frees, in large pages: each step's memory is the last one's.
+    """Let the process keep freed memory, in large pages, so that steps reuse it. Linux only.
 
-    glibc gives large blocks back to the system at once, and to clear new pages takes a CPU an
-    eighth of a step. Elsewhere than on Linux nothing is done.
+    glibc returns large blocks to the system, and clearing new pages takes an eighth of a step.
     """
     if sys.platform != "linux":
         return

@@ -1,7 +1,7 @@
-"""What a run leaves in its folder, and how it goes on from there.
+"""A run's folder: what training writes there, logs and reports.
 
     config.json       every setting           log.jsonl    a record a line: the source of truth
-    latest.pt         all that going on needs; previous.pt is the one before
+    latest.pt         all that resuming needs; previous.pt is the one before
     pretrained.pt     before the tuning       model.pt     at the end
     report.html       the run on one page     tensorboard/ if asked for
     quarantine.jsonl  pictures that could not be read, bad-batch.json: a batch that was not finite
@@ -77,7 +77,7 @@ def listening() -> Iterator[None]:
 
 
 def cut_log(out: Path, state: dict, stages: list[Stage]) -> None:
-    """Cut log.jsonl back to a checkpoint; lines of it and of quarantine.jsonl that are none go."""
+    """Cut log.jsonl back to a checkpoint; drop broken lines of it and of quarantine.jsonl."""
     order = [stage.name for stage in stages]
     until = (order.index(state["stage"]), state["step"]) if state else (-1, 0)
 
@@ -105,7 +105,7 @@ SHOWN = 12  # pairs on the page
 
 
 class Report:
-    """Progress bar, log.jsonl and evaluations; only the first process shows and writes."""
+    """Progress bar, log.jsonl and evaluations; only rank 0 shows and writes."""
 
     def __init__(
         self, config: TrainConfig, out: Path, rank: int, world: int, on: Device
@@ -119,7 +119,7 @@ class Report:
         self.first_bad = torch.full((), -1, device=on.device)  # the first step that was not finite
 
     def resume(self, state: dict) -> None:
-        """Take up the counts of a checkpoint."""
+        """Restore the counts of a checkpoint."""
         self.seconds, self.steps = state["seconds"], state["steps"]
         self.pairs = {name: rows for name, rows in state["pairs"].items() if isinstance(rows, list)}
         self.read, self.told = state["read"] // self.world, state["bad"]
@@ -128,7 +128,7 @@ class Report:
     def begin(
         self, stage: Stage, network: nn.Module, optimizers: list, state: dict
     ) -> None:  # fmt: skip
-        """Start the clock of a stage; evaluation stops it."""
+        """Start the clock of a stage; it stops during evaluation."""
         self.stage, self.network, self.optimizers, self.waited = stage, network, optimizers, 0.0
         self.model = network.model if stage.aclip else network
         self.every = self.config.eval_every or max(1, math.ceil(stage.steps / 4))
@@ -147,7 +147,7 @@ class Report:
         self.before = before
 
     def data_arrived(self, batch: Batch) -> None:
-        """Count the time since the last step ended as waiting for data, and list bad pictures."""
+        """Add the time since the last step to the time waited; collect unreadable pictures."""
         self.batch = batch
         self.waited += time.perf_counter() - self.ready
         self.read += self.stage.batches.share
@@ -155,7 +155,7 @@ class Report:
         self.news += batch.bad
 
     def quarantine(self) -> None:
-        """List what could not be read since the last time; the first process writes for all."""
+        """List what could not be read since the last call; rank 0 writes for all."""
         news = [self.news]
         if self.world > 1:
             news = [None] * self.world
@@ -177,7 +177,7 @@ class Report:
         self, step: int, loss: Tensor, scale: Tensor, visible: Tensor | None, lr: float,
         finite: Tensor,
     ) -> None:  # fmt: skip
-        """Log, evaluate, save when due, and stop if asked to; all processes decide alike.
+        """Log, evaluate and save when due, and stop if asked to; all ranks decide alike.
 
         Raises InputError for numbers that are not finite, and Stopped.
         """
@@ -231,16 +231,16 @@ class Report:
         self.ready = time.perf_counter()
 
     def save_step(self, done: int) -> bool:
-        """Whether --save-every wants a checkpoint here."""
+        """Whether --save-every asks for a checkpoint here."""
         return bool(self.config.save_every) and done % self.config.save_every == 0
 
     def save_is_due(self) -> bool:
-        """Whether the first process's clock wants one: by default when ten minutes have passed."""
+        """Whether rank 0 asks for a checkpoint: by default after ten minutes."""
         late = time.perf_counter() - self.saved > 600
         return self.rank == 0 and not self.config.save_every and late
 
     def whole_model(self) -> GLIP:
-        """The model, put together from all processes if they share it."""
+        """The model, gathered from all ranks if they share it."""
         if not self.config.shard:
             return self.model
         weights = distributed.gather_full(self.model.state_dict())
@@ -251,7 +251,7 @@ class Report:
     def log(
         self, step: int, loss: float, bad: int, scale: Tensor, visible: Tensor | None, lr: float
     ) -> None:
-        """One record of log.jsonl, of a loss that is the mean over the processes."""
+        """Write one record of log.jsonl; the loss is the mean over ranks."""
         self.check_finite(step, loss)
         self.check_bad(bad, self.read * self.world)
         batch_size = self.stage.batches.order.batch_size
@@ -274,7 +274,7 @@ class Report:
         )
 
     def check_finite(self, step: int, loss: float = 0.0) -> None:
-        """Stop after a loss or gradient that was not finite, before anything is saved again.
+        """Stop after a loss or gradient that was not finite, before the next save.
 
         The pictures of that batch are written down.
         """
@@ -295,7 +295,7 @@ class Report:
         )
 
     def check_bad(self, bad: int, read: int) -> None:
-        """Stop if too many pictures cannot be read; all processes know the same numbers."""
+        """Stop if too many pictures cannot be read; all ranks have the same numbers."""
         if bad > self.config.max_bad * max(read, 1000):  # too few tell nothing
             self.bar.close()
             raise InputError(
@@ -305,7 +305,7 @@ class Report:
             )
 
     def reasons(self) -> str:
-        """Why pictures could not be read, and how many: the most common reasons."""
+        """The most common reasons why pictures could not be read, with counts."""
         found = Counter(why for _, _, why in self.quarantined)
         return ", ".join(f"{why} ({n})" for why, n in found.most_common(3))
 
@@ -367,7 +367,7 @@ class Report:
         )  # fmt: skip
 
     def write(self, **record: object) -> None:
-        """Append a line to log.jsonl, and tell TensorBoard if asked to."""
+        """Append a line to log.jsonl, and to TensorBoard if asked to."""
         if self.rank > 0:
             return
         files.append_line(self.out / "log.jsonl", record)

@@ -372,7 +372,7 @@ def test_a_data_worker_that_the_system_kills_is_a_sentence(words):
         if words:
             raise RuntimeError(words)
         list(loader(Killed(), 0, 3, 1, False))
-    code, (sentence,) = cli.told(error.value)
+    code, (sentence,) = cli.message_of(error.value)
     assert code == 2 and "DataLoader worker" in sentence and "--workers" in sentence
 
 

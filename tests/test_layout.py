@@ -1,4 +1,4 @@
-"""The layout that docs/development.md promises: who imports whom, floors, lengths, light imports."""
+"""The layout of docs/development.md: who imports whom, floors, lengths, light imports."""
 
 import ast
 import subprocess

@@ -282,7 +282,7 @@ def test_torchrun_restarts_what_died(tmp_path):
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     told = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and "going on after pretrain step" in told, told[-3000:]
+    assert process.returncode == 0 and "resuming after pretrain step" in told, told[-3000:]
     assert differences(tmp_path / "straight", out) == []
     out = tmp_path / "stopped"
     process = start(out, [*BASE, "--steps", "4000"], TORCHRUN)
@@ -382,6 +382,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         process = start(small / "run", [*BASE, "--steps", "2000"])
         wait_for_checkpoint(small / "run", process)
         end(process, signal.SIGTERM)
-        assert "going on after" in process.communicate(timeout=60)[0]
+        assert "resuming after" in process.communicate(timeout=60)[0]
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
