@@ -443,7 +443,7 @@ def test_full_circle(web, private, tmp_path, capsys):
                 assert min(image.size) == 256 or image.size == (30, 40)
     # What failed, once more, into shards of its own.
     DEAD.clear()
-    done = fetch.fetch(replace(config, retry_failed=True))
+    done = fetch.fetch(replace(config, retry_failed=True, timeout=2.0))
     DEAD.append(True)
     assert done["got"] == got + 3 and done["reasons"]["opted out"] == len(OPTED_OUT) + 1
     import pyarrow.parquet as pq

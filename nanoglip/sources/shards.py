@@ -226,8 +226,7 @@ def shards_of(location: str) -> list[str]:
     if torn:
         say(f"{location}: left out, unfinished (no _stats.json yet): {', '.join(torn)}")
     found = [f"{root}/{name}" for name in tars if name not in torn]
-    if location.endswith(".tar"):
-        found = expand(location)
+    found = expand(location) if location.endswith(".tar") else found
     if not found:
         raise InputError(f"{location}: no finished .tar shard; name a folder of shards")
     name, times = Counter(path.rpartition("/")[2] for path in found).most_common(1)[0]
@@ -466,9 +465,7 @@ class Shards(pictures.Source):
                 found.append(error)
         return found
 
-    def read_remote(
-        self, ids: np.ndarray, pauses: Sequence[float] = PAUSES
-    ) -> list[bytes | Exception]:
+    def read_remote(self, ids: np.ndarray, pauses: Sequence = PAUSES) -> list[bytes | Exception]:
         """The same from behind a URL, all at once; what failed is asked for again."""
         fs = filesystem(self.name)
         paths = [fs._strip_protocol(self.paths[self.shard(i)]) for i in ids]
