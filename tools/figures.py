@@ -17,7 +17,7 @@ from torch import Tensor
 from nanoglip import masks, results
 from nanoglip.evals.figures import figure, show, to_png
 from nanoglip.sources.emoji import Emoji
-from tools import tables
+from tools import sweep
 
 FOLDER = Path(__file__).parents[1] / "docs/figures"
 NAMES = {"none": "CLIP", "random": "FLIP", "gaussian": "GLIP"}
@@ -45,7 +45,7 @@ def curves(runs: list[dict], cost: dict, data: str) -> dict[str, list[tuple]]:
         found[mask] = []
         for ratio, steps in unmasked if mask == "none" else [(ratio, STEPS) for ratio in ratios]:
             flags = f"--data {data} --mask {mask} --steps {steps}"
-            seeds = tables.seeds_of(runs, flags + (f" --mask-ratio {ratio}" if ratio else ""))
+            seeds = sweep.seeds_of(runs, flags + (f" --mask-ratio {ratio}" if ratio else ""))
             minutes = (steps * step[mask, ratio] + TUNING * step["none", 0.0]) / 60
             found[mask].append((ratio, minutes, seeds))
     return found

@@ -239,6 +239,22 @@ def questions() -> list[Run]:
     return runs
 
 
+def runs_of(runs: list[dict], flags: str) -> list[dict]:
+    """Every published seed of `train.py --recipe compare FLAGS`."""
+    published = {run["name"]: run for run in runs}
+    words = ("--recipe", "compare", *flags.split(), "--seed")
+    names = [run_name(config_of((*words, str(seed)))) for seed in SEEDS]
+    return [published[name] for name in names if name in published]
+
+
+def seeds_of(
+    runs: list[dict], flags: str, column: str = "after tuning", metric: str = "zero-shot top-1"
+) -> list[float]:
+    """A metric of `runs_of` these flags, in percent."""
+    found = [run["held_out"] for run in runs_of(runs, flags)]
+    return [100 * held_out[column][metric] for held_out in found if column in held_out]
+
+
 def carry_out(run: Run, threads: int) -> str:
     """Train, evaluate and publish one run; returns "", or what went wrong."""
     place = f"runs/sweep/{run.name}"

@@ -19,7 +19,7 @@ from typing import Annotated, NamedTuple
 import tyro
 
 from nanoglip import cli, estimate, masks
-from nanoglip.config import parse, run_name
+from nanoglip.config import parse
 from nanoglip.results import FOLDER, load, load_runs
 from tools import sweep
 
@@ -30,22 +30,6 @@ NOT_RUN, NOT_PUBLISHED = "not run", "not published"
 STAGES = ("masked inference", "full picture", "after tuning")  # the paper's columns
 
 ALL_MASKS = (*masks.MASKS, sweep.SMALL)
-
-
-def runs_of(runs: list[dict], flags: str) -> list[dict]:
-    """Every published seed of `train.py --recipe compare FLAGS`."""
-    published = {run["name"]: run for run in runs}
-    words = ("--recipe", "compare", *flags.split(), "--seed")
-    names = [run_name(sweep.config_of((*words, str(seed)))) for seed in sweep.SEEDS]
-    return [published[name] for name in names if name in published]
-
-
-def seeds_of(
-    runs: list[dict], flags: str, column: str = "after tuning", metric: str = "zero-shot top-1"
-) -> list[float]:
-    """A metric of `runs_of` these flags, in percent."""
-    found = [run["held_out"] for run in runs_of(runs, flags)]
-    return [100 * held_out[column][metric] for held_out in found if column in held_out]
 
 
 def mean_range(values: Iterable[float], full: int = 1) -> str:

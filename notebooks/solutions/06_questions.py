@@ -4,7 +4,7 @@ def rim_scores(noise, grid, sigma):
 
 
 # %% exercise 2
-own, none = (tables.seeds_of(results, f"--mask {mask}") for mask in ("gaussian", "none"))
+own, none = (sweep.seeds_of(results, f"--mask {mask}") for mask in ("gaussian", "none"))
 my_points = np.mean(none) - np.mean(own)
 
 # %% exercise 3
