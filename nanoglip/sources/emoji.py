@@ -143,7 +143,7 @@ class Emoji(Source):
         self.concept = number[rows]
         self.vendor = np.array([VENDORS.index(pictures[i][1]) for i in rows])
         self.held = np.arange(len(rows) if split == "test" else 0)
-        self.art = art[rows].transpose(0, 3, 1, 2)                             # (M, 4, side, side)
+        self.art = np.ascontiguousarray(art[rows].transpose(0, 3, 1, 2))       # (M, 4, side, side)
         if self.place:
             self.photos = photographs(split, image_size)
         else:  # on white
@@ -184,10 +184,11 @@ class Emoji(Source):
         art, size = self.art[ids], self.art.shape[-1]
         if draws is not None:
             reach = round(SHIFT * size)
-            room = ((0, 0), (0, 0), (reach, reach), (reach, reach))
-            art = np.pad(self.mirrored(ids, draws[:, 2]), room, constant_values=255)
+            inside = slice(reach, reach + size)
+            paper = np.full((len(ids), 3, size + 2 * reach, size + 2 * reach), 255, np.uint8)
+            paper[:, :, inside, inside] = self.mirrored(ids, draws[:, 2])
             tops, lefts = 2 * reach - np.floor(draws[:, :2] * (2 * reach + 1)).astype(int).T
-            places = zip(art, tops, lefts, strict=True)
+            places = zip(paper, tops, lefts, strict=True)
             art = np.stack([x[:, top : top + size, left : left + size] for x, top, left in places])
         images = torch.from_numpy(art)
         if size == self.image_size:
@@ -197,8 +198,9 @@ class Emoji(Source):
 
     def mirrored(self, ids: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Art of pictures, half of it mirrored where the name does not depend on the side."""
-        flip = (draws >= 0.5) & self.mirrors[self.concept[ids]]
-        return np.where(flip[:, None, None, None], self.art[ids, :, :, ::-1], self.art[ids])
+        art, flipped = self.art[ids], (draws >= 0.5) & self.mirrors[self.concept[ids]]
+        art[flipped] = art[flipped, :, :, ::-1]
+        return art
 
     def scenes(self, pasted: np.ndarray, draws: np.ndarray) -> Tensor:
         """Art pasted on crops of photographs, (B, 3, S, S) bytes, by draws (B, DRAWS)."""
