@@ -418,8 +418,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensor
 
 def weights_in(path: Path, *names: str) -> Path:
     """The file itself, or the first of these names in the folder; raises InputError if none is."""
-    candidates = [path / name for name in names] if path.is_dir() else [path]
-    for file in candidates:
+    for file in [path / name for name in names] if path.is_dir() else [path]:
         if file.is_file():
             return file
     lack = f"no {' or '.join(names)} in it" if path.is_dir() else "there is no such file"
