@@ -621,14 +621,14 @@ def test_a_resumed_run_does_not_read_its_init_again(folder, monkeypatch):
     run_of(folder / "start", replace(NANO, quick_gelu=True))
     words = [*WORDS, "--init", "start", "--save-every", "1"]
     train.train(parse([*words, "--out", "straight"]))
-    save = runlog.Report.save_last
+    save = runlog.Report.save_latest
 
     def save_and_stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runlog.Report, "save_last", save_and_stop)
+        patch.setattr(runlog.Report, "save_latest", save_and_stop)
         train.train(parse([*words, "--out", "cut"]))
     shutil.rmtree("start")
     train.train(parse([*words, "--out", "cut"]))
