@@ -496,9 +496,9 @@ def write_run(folder, first=0):
         torch.manual_seed(seed)
         model = glip.GLIP(glip.GLIPConfig(SIDE, 8, 64, 2, 2, 32, 64, 2, 2))
         glip.save_checkpoint(
-            folder / file, model, config=asdict(TrainConfig()), stage=stage, steps={},
-            mask=masks.Masker("gaussian", 0.5).state(), seconds={}, machine={}, command="x",
-            world=1, bf16=False,
+            folder / file, model, config=asdict(TrainConfig()), stage=stage, step=1,
+            mask=masks.Masker("gaussian", 0.5).state(), steps={}, seconds={}, machine={},
+            command="x", world=1, bf16=False,
         )  # fmt: skip
     return folder
 
