@@ -25,6 +25,7 @@ from nanoglip.evals.metrics import ranks, retrieval, zero_shot
 from nanoglip.machine import Device
 from nanoglip.noise import uniform
 from nanoglip.sources.emoji import Emoji
+from nanoglip.sources.pictures import HeldOut
 from tests.test_data import make_pictures
 from tests.test_model import broken_checkpoints
 from tests.test_train import inside
@@ -94,7 +95,8 @@ def test_robustness_changes_pixels_and_only_them():
 def test_prompts_are_asked_one_by_one():
     """A stand-in that knows names after "an image of" alone: all are right there, none elsewhere.
     """
-    art = Emoji("emoji", 64, ("Twtr",), "test")
+    source = Emoji("emoji", 64, ("Twtr",), "test")
+    art = HeldOut([source], [source.held])
     table = dict(zip(art.captions, torch.eye(len(art.captions)), strict=True))
 
     class Knower:
