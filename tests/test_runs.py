@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from itertools import accumulate, pairwise
 
 import open_clip
@@ -21,22 +22,27 @@ import glip
 import train
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, estimate, losses, page, results
+from nanoglip.cli import STOPPED
 from nanoglip.config import check, parse
-from tests.test_resume import TORCHRUN, cut_short
-from tests.torture import BASE, ROOT, finish
+from tests.processes import ROOT
+from tests.torture import BASE, TINY, start, stop
 from tools import tables
 
-ADAMW = [*BASE, "--steps", "40", "--optimizer", "adamw", "--clip-grad-norm", "0.5"]
+ADAMW = [*BASE, "--optimizer", "adamw", "--clip-grad-norm", "0.5"]
 
 
-def test_a_divided_run_is_the_same_run_and_goes_on_undivided(tmp_path):
+def test_a_divided_run_is_the_same_run_and_goes_on_undivided(tmp_path, monkeypatch):
     """FSDP2 on two processes, stopped, and resumed by one process that holds everything."""
-    finish(tmp_path / "one", ADAMW)
+    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
     out = tmp_path / "run"
+    train.train(parse([*ADAMW, "--out", str(tmp_path / "one")]))
     flags = [*ADAMW, "--save-every", "5"]
-    code = cut_short(out, [*flags, "--shard"], TORCHRUN, signal.SIGTERM)
-    assert code and torch.load(out / "latest.pt", weights_only=True)["world"] == 2
-    finish(out, flags)
+    code, printed = start(
+        out, [*flags, "--shard"], world=2, before=partial(stop, signal.SIGTERM, 5)
+    ).finish()
+    assert code == STOPPED, printed[-3000:]
+    assert torch.load(out / "latest.pt", weights_only=True)["world"] == 2
+    train.train(parse([*flags, "--out", str(out)]))
     losses = [
         [r["loss"] for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())
          if "loss" in r] for run in (tmp_path / "one", out)
@@ -71,10 +77,11 @@ class Tags(html.parser.HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path):
+def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = [*BASE, "--tensorboard", "--eval-every", "7", "--out", str(tmp_path / "a <b>")]
+    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+    words = [*BASE, "--tensorboard", "--eval-every", "4", "--out", str(tmp_path / "a <b>")]
     train.train(parse(words))
     text = (tmp_path / "a <b>/report.html").read_text()
     tags = Tags()
@@ -93,7 +100,7 @@ def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path):
     events = EventAccumulator(str(tmp_path / "a <b>/tensorboard"))
     events.Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in losses])
-    assert [e.step for e in events.Scalars("loss")][-1] == 14 + 1
+    assert [e.step for e in events.Scalars("loss")][-1] == 8 + 1
 
 
 def test_the_page_shows_what_a_mask_leaves():
@@ -111,16 +118,16 @@ def test_the_page_shows_what_a_mask_leaves():
     assert "a &lt; red &gt; apple" in text
 
 
-TINY = ["--image-size", "16", "--precision", "fp32"]
+SMALL = ["--image-size", "16", "--precision", "fp32"]
 
 
 def test_a_batch_is_learned_by_heart_or_the_fault_is_named(capsys):
-    train.overfit(parse(["--overfit", "16", *TINY]))
+    train.overfit(parse(["--overfit", "16", *SMALL]))
     assert "learned by heart" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"still that of guessing \(ln batch 2.08\): raise --lr"):
-        train.overfit(parse(["--overfit", "8", "--lr", "1e-9", "--steps", "30", *TINY]))
+        train.overfit(parse(["--overfit", "8", "--lr", "1e-9", "--steps", "30", *SMALL]))
     with pytest.raises(InputError, match=r"look alike|not finite|too slowly|of guessing"):
-        train.overfit(parse(["--overfit", "8", "--lr", "30", "--steps", "40", *TINY]))
+        train.overfit(parse(["--overfit", "8", "--lr", "30", "--steps", "40", *SMALL]))
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-S-16"])
