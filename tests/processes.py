@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["train", "evaluate", "tests.test_distributed"]
+PRELOADED = ["train", "evaluate", "matplotlib.backends.backend_agg", "tests.test_distributed"]
 
 
 def start_server() -> None:

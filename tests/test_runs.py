@@ -121,7 +121,8 @@ def test_the_page_shows_what_a_mask_leaves():
 SMALL = ["--image-size", "16", "--precision", "fp32"]
 
 
-def test_a_batch_is_learned_by_heart_or_the_fault_is_named(capsys):
+def test_a_batch_is_learned_by_heart_or_the_fault_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", (16, 8, 64, 1, 1, 32, 64, 1, 1))
     train.overfit(parse(["--overfit", "16", *SMALL]))
     assert "learned by heart" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"still that of guessing \(ln batch 2.08\): raise --lr"):
@@ -253,16 +254,17 @@ REUSED = """
 import resource, torch
 from nanoglip.machine import keep_memory
 keep_memory()
-for i in range(5):  # a page less each time: one of the same size may not fit, once it is aligned
+for i in range(4):  # a page less each time: one of the same size may not fit, once it is aligned
     torch.ones(int(2.5 * 2**30) - 4096 * i, dtype=torch.uint8)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
 def test_freed_memory_is_used_again():
     """Above 2 GiB, too, where a threshold that glibc takes as an int would end."""
     done = subprocess.run([sys.executable, "-c", REUSED], capture_output=True, text=True, cwd=ROOT)
     faults = list(map(int, done.stdout.split()))
     new = [after - before for before, after in pairwise(faults)]
-    assert len(new) == 4 and max(new) < 100, "a block had new pages"
+    assert len(new) == 3 and max(new) < 100, "a block had new pages"

@@ -128,9 +128,10 @@ def poison(rank: int, step: int) -> None:
 
     def poisoned(self: Batches, place: int) -> object:
         batch = read(self, place)
+        if (place, self.rank) != (step, rank):
+            return batch
         images = batch.images.float() / 255
-        if (place, self.rank) == (step, rank):
-            images[0] = float("nan")
+        images[0] = float("nan")
         return batch._replace(images=images)
 
     Batches.__getitem__ = poisoned
