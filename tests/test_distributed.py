@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import multiprocessing
 import os
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from nanoglip.machine import Device
 from nanoglip.masks import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.order import Batch
+from tests.processes import start_server
 
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
 BATCH, SEED, CPU = 12, 3, torch.device("cpu")
@@ -32,8 +32,9 @@ EMBEDDINGS, FULL = "cluster with embeddings", "the full A-CLIP"
 CASES = [(mask, loss, micro) for mask in [*masks.MASKS, EMBEDDINGS] for loss in losses.LOSSES
          for micro in (0, 2)]  # fmt: skip
 CASES += [("gaussian", loss, micro) for loss in losses.LOSSES for micro in (1, 3, 99)]
-CASES += [(FULL, "clip", 0)]
 SHARDED = [("gaussian", loss, micro, "shard") for loss in losses.LOSSES for micro in (0, 2)]
+CASES += [(FULL, "clip", 0), *SHARDED]
+FEW = [case for case in CASES if case[0] in ("gaussian", FULL) or case[1:] == ("clip", 2)]
 
 
 def prepared(
@@ -113,15 +114,15 @@ def exchanges(rank: int, loss: str, rows: int) -> dict[str, int]:
     return {str(kind): count for kind, count in found.get_comm_counts().items()}
 
 
-def work(rank: int, world: int, folder: str) -> None:
+def work(rank: int, world: int, folder: str, cases: list[tuple]) -> None:
     """One process: all that is asked of `world` processes, written by the first."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
     )
     torch.set_num_threads(1)
-    results = {"world": world, "resumed": {}, "exchanges": {}}
-    for case in CASES + SHARDED:
+    results = {"world": world, "cases": cases, "resumed": {}, "exchanges": {}}
+    for case in cases:
         loss, grads = gradients(rank, world, case)
         mean = torch.tensor(loss, dtype=torch.float64)
         dist.all_reduce(mean)
@@ -146,14 +147,15 @@ def alone(mask: str, loss: str) -> tuple[float, dict]:
     return gradients(0, 1, (mask, loss, 0))
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[
+    (2, FEW), pytest.param((3, CASES), marks=pytest.mark.proof),
+    pytest.param((4, CASES), marks=pytest.mark.proof),
+], ids=lambda how: f"{how[0]} processes")  # fmt: skip
 def results(request, tmp_path_factory):
     """What so many processes found."""
-    multiprocessing.set_forkserver_preload([__name__])  # torch is imported once for all
-    folder = str(tmp_path_factory.mktemp("meeting"))
-    mp.start_processes(
-        work, (request.param, folder), nprocs=request.param, start_method="forkserver"
-    )
+    start_server()
+    (world, cases), folder = request.param, str(tmp_path_factory.mktemp("meeting"))
+    mp.start_processes(work, (world, folder, cases), nprocs=world, start_method="forkserver")
     return torch.load(f"{folder}/results.pt", weights_only=True)
 
 
@@ -168,11 +170,14 @@ def same_as_alone(case: tuple, loss: float, grads: dict) -> None:
 
 def test_gradients_equal_the_single_process(results):
     """The loss alone would not tell: a gather without gradients gives the same loss."""
-    for case in CASES + SHARDED:
+    for case in results["cases"]:
         same_as_alone(case, **results[str(case)])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[2]], ids=str)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=() if case in FEW else pytest.mark.proof)
+    for case in CASES if case[2] and case not in SHARDED
+], ids=str)  # fmt: skip
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(case):
     same_as_alone(case, *gradients(0, 1, case))
 
