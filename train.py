@@ -32,7 +32,7 @@ from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, checkpoint, cli, distributed, estimate, files
 from nanoglip.config import MACHINE, TrainConfig, check, masker_of, parse, run_name
 from nanoglip.files import locked
-from nanoglip.losses import cached_gradients, contrastive_loss
+from nanoglip.losses import cached_gradients, contrastive_loss, rows_at_once
 from nanoglip.machine import Device, keep_memory, memory_of
 from nanoglip.masks import Masker, momentum_at, settings_of
 from nanoglip.runlog import Report, Stage, cut_log, listening
@@ -263,7 +263,7 @@ def backward_cached(
     total, grads = cached_gradients(
         loss, torch.cat(image_features), torch.cat(text_features), scales[0],
         network.logit_bias,
-        estimate.rows_at_once(micro_batch, everybody, memory_of(images.device)),
+        rows_at_once(micro_batch, everybody, memory_of(images.device)),
     )
     for place, part in enumerate(parts):
         last = place == len(parts) - 1

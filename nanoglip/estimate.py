@@ -35,6 +35,7 @@ import glip
 from glip import GLIPConfig, InputError
 from nanoglip import aclip
 from nanoglip.config import TrainConfig, masker_of
+from nanoglip.losses import LOGIT_BYTES, rows_at_once
 from nanoglip.machine import memory_of, resolve
 from nanoglip.sources.emoji import EMBEDDED
 
@@ -51,9 +52,6 @@ GPUS = {
 ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no GPU was at hand
 MACHINE = 8  # GPUs in one; what leaves it has
 NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
-LOGITS = 2**22  # that exist at once on a CPU under --micro-batch
-LOGIT_SHARE = 1 / 64  # of a GPU's memory, for the same
-LOGIT_BYTES = 16  # four numbers at the highest, of either loss; see tests/test_runs.py
 TOUCHED = 3.0  # times that an activation is read or written in a step; see `bench.py estimate`
 STATE = (0.4, 2.0)  # the same of the optimizer's state: a CPU has its pages already; on a GPU
 SHARD_BYTES = 30e3  # a pair's, at 256 pixels: img2dataset reports 331 GB for CC12M
@@ -103,16 +101,6 @@ def named(text: str, precision: str, width: int) -> Machine:
     return Machine(
         text, products, fp32, memory_rate, memory, link, count, True, precision != "fp32"
     )  # fmt: skip
-
-
-def rows_at_once(micro_batch: int, everybody: int, memory: float) -> int:
-    """How many rows of the loss, of `everybody` logits each, exist at once under --micro-batch.
-
-    `memory`: a GPU's in bytes; 0 for a CPU, whose bits follow from the settings alone.
-    """
-    if memory:
-        return max(1, int(memory * LOGIT_SHARE / LOGIT_BYTES) // everybody)
-    return max(1, min(micro_batch, LOGITS // everybody))
 
 
 def rates(device: torch.device, bf16: bool, width: int, rows: int = 4096) -> tuple[float, float]:

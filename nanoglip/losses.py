@@ -43,6 +43,9 @@ def siglip_rows(
 
 LOSSES = {"clip": clip_rows, "siglip": siglip_rows}
 IN_TURN = {"siglip"}  # sums over pairs: ranks may come one after the other
+LOGITS = 2**22  # that exist at once on a CPU under --micro-batch
+LOGIT_SHARE = 1 / 64  # of a GPU's memory, for the same
+LOGIT_BYTES = 16  # four numbers at the highest, of either loss; see tests/test_runs.py
 
 
 class Broadcast(torch.autograd.Function):
@@ -101,6 +104,16 @@ def contrastive_loss(
             for source in sources_of(loss)
         ]
         return torch.stack(parts).sum()
+
+
+def rows_at_once(micro_batch: int, everybody: int, memory: float) -> int:
+    """How many rows of the loss, of `everybody` logits each, exist at once under --micro-batch.
+
+    `memory`: a GPU's in bytes; 0 for a CPU, whose bits follow from the settings alone.
+    """
+    if memory:
+        return max(1, int(memory * LOGIT_SHARE / LOGIT_BYTES) // everybody)
+    return max(1, min(micro_batch, LOGITS // everybody))
 
 
 def cached_gradients(

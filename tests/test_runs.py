@@ -208,7 +208,7 @@ def test_the_loss_is_counted_as_torch_does(loss):
     wanted = batch * estimate.loss_flops(loss, batch, width)
     assert flops.get_total_flops() == wanted
     now = list(accumulate(event.self_cpu_memory_usage for event in p.events()))
-    assert max(now) == pytest.approx(estimate.LOGIT_BYTES * batch**2, rel=0.3)
+    assert max(now) == pytest.approx(losses.LOGIT_BYTES * batch**2, rel=0.3)
     views = [torch.randn(batch, aclip.OUT, requires_grad=True) for _ in range(2)]
     with FlopCounterMode(display=False) as flops:
         aclip.simclr_loss(*views).backward()
@@ -226,12 +226,12 @@ def test_the_loss_costs_what_fp32_does():
 
 def test_a_gpu_computes_the_loss_in_large_parts():
     """A CPU's parts follow from the settings alone: its bits are the same on every machine."""
-    assert estimate.rows_at_once(64, 65_536, 80e9) > 512
+    assert losses.rows_at_once(64, 65_536, 80e9) > 512
     for memory in (24e9, 80e9, 141e9):
         for everybody in (512, 65_536, 2**24):
-            rows = estimate.rows_at_once(64, everybody, memory)
-            assert rows == 1 or estimate.LOGIT_BYTES * rows * everybody < memory / 50
-    assert [estimate.rows_at_once(64, n, 0) for n in (512, 2**17, 2**23)] == [64, 32, 1]
+            rows = losses.rows_at_once(64, everybody, memory)
+            assert rows == 1 or losses.LOGIT_BYTES * rows * everybody < memory / 50
+    assert [losses.rows_at_once(64, n, 0) for n in (512, 2**17, 2**23)] == [64, 32, 1]
 
 
 def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
