@@ -112,6 +112,12 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
         yield
 
 
+def check_new(out: Path) -> None:
+    """Raise InputError for an --out that would write over something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists and is not an empty folder: choose another")
+
+
 def remove_empty(folder: Path) -> None:
     """Remove a folder in which nothing was written."""
     with contextlib.suppress(OSError):

@@ -406,12 +406,6 @@ class Info:
     file: Annotated[Path, tyro.conf.Positional]  # a file of weights, a run's or an export's folder
 
 
-def check_new(out: Path) -> None:
-    """Raise InputError for an --out that would write over something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists and is not an empty folder: choose another")
-
-
 # transformers' and timm's name, transformers' in the past, open_clip's
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
@@ -427,7 +421,7 @@ def weights_in(path: Path, *names: str) -> Path:
 
 def export(options: Export) -> None:
     """`convert.py export`."""
-    check_new(options.out)
+    files.check_new(options.out)
     path = weights_in(options.run, "model.pt")
     content = glip.load_checkpoint(path)
     model = glip.build(content).eval()
@@ -440,7 +434,7 @@ def export(options: Export) -> None:
 
 def import_(options: Import) -> None:
     """`convert.py import`: a run of 0 steps with the default settings."""
-    check_new(options.out)
+    files.check_new(options.out)
     file = weights_in(options.file, *WEIGHTS)
     try:
         config, weights = IMPORTS[options.source](file, options.config)

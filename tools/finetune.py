@@ -49,7 +49,6 @@ from nanoglip.evals.probe import labelled, reader
 from nanoglip.machine import Device, machine, resolve
 from nanoglip.runlog import command
 from nanoglip.sources.pictures import Pictures, decode
-from tools.convert import check_new, weights_in
 from train import lr_at
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -298,14 +297,14 @@ def accuracy(classifier: Classifier, source: Pictures, ids: np.ndarray, on: Devi
 def run_fine_tuning(config: FineTuneConfig) -> dict:
     """Everything that `python -m tools.finetune` does; returns the content of results.json."""
     run, on = Path(config.run), resolve(config.device, config.precision)
-    model, settings = glip.load_model(weights_in(run, "model.pt"))
+    model, settings = glip.load_model(run / "model.pt" if run.is_dir() else run)
     source, (train, valid, test) = labelled(config.data, settings.pixels[0], "--data")
     ids = np.sort(np.concatenate([train, valid]))
     config = settled(config, len(ids))
     check(config)
     results.load("results", run)  # raises before the work
     out = Path(config.out or run / f"finetune-{Path(config.data).resolve().name}")
-    check_new(out)
+    files.check_new(out)
     head = zero_shot_head(Encoder(model.to(on.device), on), Path(config.data), source.captions)
     classifier = Classifier(model, head)
     tables = {"zero-shot": accuracy(classifier, source, test, on)}
