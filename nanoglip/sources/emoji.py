@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-import emoji
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,7 +50,9 @@ UNSEEN = ("an image of {a} {}", "here is {a} {}")  # prompts of evaluation only
 
 def emoji_name(sequence: str) -> str | None:
     """The English Unicode name of an emoji, as words; None if it has none."""
-    record = emoji.EMOJI_DATA.get(sequence) or emoji.EMOJI_DATA.get(sequence + "\ufe0f")
+    from emoji import EMOJI_DATA
+
+    record = EMOJI_DATA.get(sequence) or EMOJI_DATA.get(sequence + "\ufe0f")
     if record is None:
         return None
     name = record["en"].strip(":").replace("_", " ")
