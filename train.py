@@ -115,20 +115,20 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
             opened[model.image_size] = open_data(config, model.image_size, rank, world)
         train, test = opened[model.image_size]
         first = name == "pretrain"
-        text_mask = chances = None
-        for turn in (rank == 0, rank > 0):  # rank 0 counts words, then the others read them
-            if turn and first and config.text_mask != "none":
-                text_mask = TextMask(
-                    config.text_mask, config.text_tokens, config.text_threshold, train
-                )
-            if turn and first and config.sampling != "all":
+
+        def words() -> tuple:  # counts of words and scores of captions, from the cache or for it
+            mask = chances = None
+            if first and config.text_mask != "none":
+                mask = TextMask(config.text_mask, config.text_tokens, config.text_threshold, train)
+            if first and config.sampling != "all":
                 row = settings_of(captions.SAMPLINGS[config.sampling])
-                settings = {name: getattr(config, name) for name in row}
                 chances = captions.sampling_probabilities(
-                    config.sampling, train, settings, config.clusters, config.text_threshold,
-                )
-            if world > 1:
-                dist.barrier()
+                    config.sampling, train, {name: getattr(config, name) for name in row},
+                    config.clusters, config.text_threshold,
+                )  # fmt: skip
+            return mask, chances
+
+        text_mask, chances = distributed.on_rank_0(rank, world, words) or words()
         order = make_order(train, batch_size, config.seed, name, chances)
         steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
         if steps * batch_size > MOST:
