@@ -25,7 +25,7 @@ gpu: setup  ## tests of an NVIDIA GPU; without one each says that it was skipped
 	$(RUN) -m pytest -m gpu -rs -s
 
 bench: setup  ## training steps in turn with open_clip's: 40 minutes on an idle machine
-	$(RUN) tests/benchmark.py
+	$(RUN) tests/against_open_clip.py
 
 sweep: setup  ## the comparison of masks and the notebooks' runs: 6 hours on 2 cores, resumable
 	$(RUN) -m tools.sweep

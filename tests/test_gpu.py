@@ -19,7 +19,7 @@ import train
 from nanoglip import masks, runlog
 from nanoglip.config import TrainConfig
 from nanoglip.machine import machine
-from tests import benchmark
+from tests import against_open_clip
 from tests.test_train import command
 
 DEVICE = "cuda"
@@ -163,14 +163,14 @@ def test_a_step_beside_open_clips(mask_ratio, bf16):
     """Of equal weights, pictures and patches: the losses are equal. What each takes is printed."""
     device, batch = torch.device(DEVICE), 256 if DEVICE == "cuda" else 4
     torch.manual_seed(0)
-    theirs, weights = benchmark.their_step(batch, mask_ratio, bf16, device=device)
-    ours = benchmark.our_step(batch, mask_ratio, 224, bf16, weights, device=device)
+    theirs, weights = against_open_clip.their_step(batch, mask_ratio, bf16, device=device)
+    ours = against_open_clip.our_step(batch, mask_ratio, 224, bf16, weights, device=device)
     times, losses = {"open_clip": [], "ours": []}, []
     for count in range(5):
-        tokens = benchmark.captions(batch, seed=count)
+        tokens = against_open_clip.captions(batch, seed=count)
         for name, step in (
             ("open_clip", lambda tokens: theirs(tokens, True)),
-            ("ours", lambda tokens: ours(tokens, benchmark.noise_of(batch, 224))),
+            ("ours", lambda tokens: ours(tokens, against_open_clip.noise_of(batch, 224))),
         ):
             torch.manual_seed(count)  # the same patches
             begun = time.perf_counter()

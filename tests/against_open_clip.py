@@ -1,4 +1,4 @@
-"""Training steps beside open_clip's: make bench, or python tests/benchmark.py [--rounds 7]
+"""Training steps beside open_clip's: make bench, or python tests/against_open_clip.py [--rounds 7]
 
 One process holds both, with the same weights, pictures and captions, and takes a step of each in
 turn: forward, backward, AdamW. The captions are as long as CC12M's (20.2 tokens in the mean, 16.3
@@ -337,7 +337,7 @@ def main() -> None:
     }
     found = {
         "cases": cases, "curves": curves, "profile": profiled(),
-        "command": " ".join(["python tests/benchmark.py", *sys.argv[1:]]),
+        "command": " ".join(["python tests/against_open_clip.py", *sys.argv[1:]]),
         "machine": machine(CPU),
     }  # fmt: skip
     save_bench("benchmark", found)
