@@ -1,6 +1,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
+CORES = -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo check test proof gpu bench sweep readme notebooks setup help
 
@@ -10,11 +11,11 @@ demo: setup  ## install, pre-train on the embedded data, evaluate, draw (default
 
 check: setup  ## ruff and the fast tests, between two edits
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -m "not slow and not proof and not gpu"
+	$(RUN) -m pytest $(CORES) -m "not slow and not proof and not gpu"
 
 test: setup  ## ruff and all tests that the README rests on
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(CORES)
 
 proof: setup  ## tests and measurements that take longer; numbers go to results/
 	$(RUN) -m pytest -m proof
