@@ -5,10 +5,10 @@
     python evaluate.py runs/demo --robustness               the same pictures, blurred, turned, ...
     python evaluate.py runs/demo --publish                  adds its numbers to results/
     python evaluate.py runs/demo --zero-shot DIR --retrieval DIR            published sets:
-    python evaluate.py runs/demo --suite paper --root DIR                   see benchmarks.py
+    python evaluate.py runs/demo --suite paper --root DIR                   see docs/evaluation.md
     python evaluate.py runs/a runs/b        which differences between two runs are real; with
                                             --zero-shot, --retrieval or --suite on published sets
-    python evaluate.py runs/demo --search "a red apple" --images DIR        see search.py
+    python evaluate.py runs/demo --search "a red apple" --images DIR        which fit a text
 
 Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
 answer), loss.png, masks.png, top5.png and retrieval.png; report.html shows them. Of the emoji only

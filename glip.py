@@ -459,7 +459,7 @@ class GLIP(nn.Module):
     def encode_image(
         self, images: Tensor, ids_keep: Tensor | None = None, visible: Tensor | None = None
     ) -> Tensor:
-        """Images (B, 3, H, W), bytes or in [0, 1], their visible ids_keep (B, K) -> (B, E)."""
+        """Images (B, 3, H, W), bytes or in [0, 1] -> (B, E); no query sees what is not visible."""
         features = self.visual(images, ids_keep, visible) @ self.visual.proj
         return F.normalize(at_least_fp32(features), dim=-1)
 

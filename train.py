@@ -138,6 +138,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
                 f"{name}: {order.describe()}; {steps:,} steps; {masker.summary(model.grid)}"
                 + f"; sampling {config.sampling}" * (chances is not None)
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
+                + f"; all of it is warm-up, which takes {warmup}" * (warmup >= steps)
             )
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
         prompts = train.flags is not None and config.captions == "prompts"

@@ -6,6 +6,7 @@ masks, text masks and samplings are declared beside their functions.
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ import glip
 from glip import GLIPConfig, InputError
 from nanoglip.cli import check_numbers
 from nanoglip.losses import LOSSES
-from nanoglip.masks import MASKS, Masker, check_setting, settings_of
+from nanoglip.masks import MASKS, Masker, Setting, check_setting, settings_of
 from nanoglip.sources.captions import SAMPLINGS
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS
 from nanoglip.sources.pictures import MAX_BAD
@@ -95,10 +96,16 @@ def declared_settings(registry: dict) -> list[tuple]:
             found[name] = declared
             users[name] = [*users.get(name, []), row]
     return [
-        (name, Annotated[kind, tyro.conf.arg(help=f"{', '.join(users[name])}: {setting.help}")],
+        (name, Annotated[kind, tyro.conf.arg(help=help_of(setting, users[name]))],
          field(default=default))
         for name, (kind, default, setting) in found.items()
     ]  # fmt: skip
+
+
+def help_of(setting: Setting, users: list[str]) -> str:
+    """A setting's help: the rows that it serves, what it is, its range."""
+    bounds = f", in [{setting.low:g}, {setting.high:g}]" * math.isfinite(setting.high)
+    return f"{', '.join(users)}: {setting.help}{bounds}"
 
 
 def with_settings(group: type, registry: dict) -> type:

@@ -61,7 +61,7 @@ Sigma = Annotated[
     float | tuple[float, float],
     Setting("variance on [-1, 1], or two: of rows, of columns", MIN_SIGMA),
 ]
-Center = Annotated[tuple[float, float], Setting("(row, column) on [-1, 1]", -1, 1)]
+Center = Annotated[tuple[float, float], Setting("(row, column) of the centre", -1, 1)]
 
 
 def gaussian_scores(
