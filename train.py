@@ -175,9 +175,8 @@ def run_stage(
     start = state.get("step", 0)
     if state:
         checkpoint.restore(state, stage.masker, stage.aclip, network, optimizers)
-    if config.compile:  # not the packing of texts, which has other sizes every time
-        model.visual.compile()
-        model.transformer.compile()
+    if config.compile:
+        compile_towers(model)
     pin = on.device.type == "cuda"
     batches = loader(stage.batches, start, stage.steps, workers_of(config), pin)
     model.train()
@@ -200,6 +199,12 @@ def run_stage(
         report.step(step, *found, lr, finite)
     model.requires_grad_(True)  # A-CLIP froze the patch projection
     return report.whole_model()
+
+
+def compile_towers(model: GLIP) -> None:
+    """torch.compile in place, but not the packing of texts, which has other sizes every time."""
+    model.visual.compile()
+    model.transformer.compile()
 
 
 def workers_of(config: TrainConfig) -> int:

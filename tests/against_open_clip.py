@@ -34,7 +34,7 @@ import train
 from glip import GLIPConfig
 from nanoglip import estimate
 from nanoglip.config import masker_of, parse
-from nanoglip.machine import keep_memory, machine
+from nanoglip.machine import Device, keep_memory, machine
 from nanoglip.results import save_bench
 from nanoglip.sources.order import Batch
 from tools.bench import status
@@ -91,15 +91,15 @@ def our_step(
         model.load_state_dict(weights)
     model.to(device)
     optimizers = train.make_optimizers(model, config)
-    stage = argparse.Namespace(aclip=False, masker=masker_of(config))
+    masker, on = masker_of(config), Device(device, bf16)
     images = pictures(batch, image_size).to(device)
     if compiled:
-        train.compile_network(model)
+        train.compile_towers(model)
 
     def step(tokens: Tensor, noise: Tensor) -> float:
         tokens = tokens[:, : int(glip.lengths(tokens).max())]
         pairs = Batch(images, tokens, noise, torch.zeros(batch, 0), [])
-        loss, *_ = train.compute_gradients(model, model, pairs, stage, config, device, bf16)
+        loss, *_ = train.compute_gradients(model, pairs, masker, config.loss, on)
         train.apply_gradients(model, optimizers, 1e-4, 0.0)
         model.clamp_logit_scale()
         return loss.item()

@@ -24,6 +24,7 @@ from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, estimate, losses, page, results
 from nanoglip.cli import STOPPED
 from nanoglip.config import check, parse
+from tests import against_open_clip
 from tests.processes import ROOT
 from tests.torture import BASE, TINY, start, stop
 from tools import tables
@@ -268,3 +269,11 @@ def test_freed_memory_is_used_again():
     faults = list(map(int, done.stdout.split()))
     new = [after - before for before, after in pairwise(faults)]
     assert len(new) == 3 and max(new) < 100, "a block had new pages"
+
+
+@pytest.mark.slow
+def test_the_benchmarks_step_is_a_step_of_the_loop():
+    """Its loss falls on a batch that it sees twice; make bench compares it with open_clip's."""
+    step = against_open_clip.our_step(2, 0.75, 64, False, {})
+    tokens, noise = against_open_clip.captions(2), against_open_clip.noise_of(2, 64)
+    assert step(tokens, noise) > step(tokens, noise)
