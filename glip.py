@@ -168,8 +168,10 @@ def lengths(tokens: Tensor) -> Tensor:
     return tokens.argmax(dim=1) + 1  # the end token has the highest id
 
 
-# --- The mask -------------------------------------------------------------------------------------
+# --- The mask, and patches ------------------------------------------------------------------------
 
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's normalisation, red green blue
+STD = (0.26862954, 0.26130258, 0.27577711)
 MIN_SIGMA = 1e-6  # far below it the density is not finite in fp32
 
 
@@ -234,10 +236,6 @@ def sample_ids_keep(
     return scores.topk(keep, dim=1).indices                                    # (B, K)
 
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's normalisation, red green blue
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
 def patchify(images: Tensor, grid: tuple[int, int], ids_keep: Tensor | None = None) -> Tensor:
     """Cut all patches, or the kept ones, out of pictures. (B, 3, H, W), (B, K) -> (B, K, 3pp)."""
     patches = images.unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))   # (B, 3, R, p, C, p)
@@ -264,7 +262,6 @@ def normalise(patches: Tensor) -> Tensor:
 class Packing:
     """How tokens lie in memory: images (B, T, D); texts (P, D) without padding, and for attention
     in a table of rows, on CPUs several texts in a row. A first reader can skip it."""
-
     read: Tensor | None = None  # (B,) the class or end tokens' indices in B * T, or in P
     places: Tensor | None = None  # (P,) the texts' tokens in the table
     table: tuple[int, int] = (0, 0)  # its rows and their length, (R, T)
@@ -541,12 +538,15 @@ VERSION = 2  # of a checkpoint file; 1 had no version
 def save_checkpoint(path: Path | str, model: GLIP, **record: object) -> None:
     """Write {"version", "model_config", "model", **record}; record: plain values and tensors."""
     content = {"version": VERSION, "model_config": asdict(model.config), **record}
-    temporary = f"{path}.{os.getpid()}.tmp"  # a torn file never has the name
-    with open(temporary, "wb") as file:
-        torch.save(content | {"model": model.state_dict()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a torn file never has the name
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content | {"model": model.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path | str) -> dict:

@@ -38,10 +38,7 @@ def save(path: Path, model: GLIP, **record: object) -> None:
         raise TypeError(f"a checkpoint's record lacks {wrong[0]}")
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            glip.save_checkpoint(path, model, **record)
-        finally:
-            path.with_name(f"{path.name}.{os.getpid()}.tmp").unlink(missing_ok=True)
+        glip.save_checkpoint(path, model, **record)
     flush_folder(path.parent)
 
 

@@ -274,11 +274,11 @@ def call_row(registry: dict, kind: str, name: str, first: tuple, inputs: dict) -
     """Call a registry's row on what it takes; InputError names what is unknown or missing."""
     if name not in registry:
         raise InputError(f"unknown {kind} '{name}': choose one of {', '.join(registry)}")
-    known = sorted({key for row in registry.values() for key in required_inputs(row)})
-    unknown = [key for key in inputs if key not in known]
-    if unknown:
-        raise InputError(f"no {kind} takes '{unknown[0]}': inputs are {', '.join(known)}")
     wanted = required_inputs(registry[name])
+    for key in inputs.keys() - wanted.keys():  # those of other rows are passed over
+        known = sorted({key for row in registry.values() for key in required_inputs(row)})
+        if key not in known:
+            raise InputError(f"no {kind} takes '{key}': inputs are {', '.join(known)}")
     given = {key: inputs[key] for key in wanted if inputs.get(key) is not None}
     missing = [key for key, needed in wanted.items() if needed and key not in given]
     if missing:

@@ -7,7 +7,6 @@ import numpy as np
 DRAWS = 8  # random numbers that one augmented picture may use
 
 
-
 def uniform(seed: int, purpose: str, position: int, count: int, n: int) -> np.ndarray:
     """Uniform numbers in [0, 1) for positions position ... position + count - 1: (count, n) fp32.
 

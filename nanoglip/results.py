@@ -18,9 +18,7 @@ from nanoglip import files
 from nanoglip.config import MACHINE, RECIPES, TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "results"
-
 DIGITS = 5  # after the decimal point: with fewer, means print differently
-
 LEFT_OUT = {"command", "config", "trained_on", "evaluated_on", "intervals"}
 
 
@@ -42,7 +40,7 @@ def save(name: str, content: dict, folder: Path = FOLDER) -> None:
 
 def save_bench(name: str, found: dict, folder: Path = FOLDER) -> None:
     """Add or replace one measurement in bench.json."""
-    with locked(folder):
+    with one_writer(folder):
         save("bench", {**load("bench", folder), name: found}, folder)
 
 
@@ -77,7 +75,7 @@ def add_run(results: dict, folder: Path = FOLDER) -> None:
         "flags": results["command"].partition("train.py")[2].strip(),
         "settings": settings, "commit": commit, "machine": machine, **rounded(results),
     }, ensure_ascii=False)  # fmt: skip
-    with locked(folder):
+    with one_writer(folder):
         save("machines", {**load("machines", folder), machine: where}, folder)
         lines = {json.loads(old)["name"]: old for old in read_lines(folder)}
         lines = sorted({**lines, results["name"]: line}.items())
@@ -113,7 +111,7 @@ def rounded(content: object) -> object:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def one_writer(folder: Path) -> Iterator[None]:
     """Wait until no other process writes to the folder, and let none do so meanwhile.
 
     Some network disks cannot be locked: there nothing is checked.

@@ -28,20 +28,3 @@ def finished_run(tmp_path_factory):
 def run_copy(finished_run, tmp_path):
     """A copy of the finished run's folder, which a test may change."""
     return shutil.copytree(finished_run[0], tmp_path / "run")
-
-
-SLOW = {  # files that train, kill or fetch: make check leaves them out
-    "test_resume", "test_distributed", "test_fetch", "test_fake_gpu", "test_evaluate",
-    "test_shards", "test_runs", "test_notebooks",
-}  # fmt: skip
-TRAINS = ("run", "torchrun", "processes", "bits", "trains", "tunes", "learns", "loop", "tuning",
-          "context_holds", "readmes_diff")  # fmt: skip
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark what takes seconds as slow, before -m chooses."""
-    for item in items:
-        file, name = item.path.stem, item.originalname
-        if file in SLOW or (file in ("test_train", "test_repo") and any(w in name for w in TRAINS)):
-            item.add_marker(pytest.mark.slow)

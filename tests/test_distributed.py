@@ -25,6 +25,8 @@ from nanoglip.noise import uniform
 from nanoglip.sources.order import Batch
 from tests.processes import start_server
 
+pytestmark = pytest.mark.slow  # it trains, kills or fetches
+
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)
 BATCH, SEED, CPU = 12, 3, torch.device("cpu")
 

@@ -30,6 +30,8 @@ from tests.test_data import make_pictures
 from tests.test_model import broken_checkpoints
 from tests.test_train import inside
 
+pytestmark = pytest.mark.slow  # it trains, kills or fetches
+
 
 def features(n, width=32, seed=0):
     return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=-1)

@@ -31,6 +31,8 @@ from tests.fake_gpu import fake_gpu
 from tests.test_probe import make_folder
 from tools import convert, finetune
 
+pytestmark = pytest.mark.slow  # it trains, kills or fetches
+
 SIZE = (16, 4, 16, 1, 2, 8, 16, 1, 2)
 
 

@@ -35,6 +35,8 @@ from nanoglip.config import parse
 from nanoglip.sources import fetch, shards
 from tests.test_shards import left_by_kill, make_shards
 
+pytestmark = pytest.mark.slow  # it trains, kills or fetches
+
 ROOT = Path(__file__).parent.parent
 needs_img2dataset = pytest.mark.skipif(
     find_spec("imghdr") is None, reason="img2dataset does not import on Python 3.13"

@@ -68,17 +68,21 @@ def test_there_are_few_floors():
     assert max(high.values()) <= FLOORS, sorted(high, key=high.get)[-8:]
 
 
+@cache
+def names_of(module):
+    """Every name that a file defines."""
+    return {
+        target.id if isinstance(target, ast.Name) else target.name
+        for target in ast.walk(ast.parse(FILES[module].read_text()))
+        if isinstance(target, ast.FunctionDef | ast.ClassDef)
+        or (isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store))
+    }
+
+
 def test_names_are_imported_from_where_they_are_defined():
     for name in FILES:
         for module, imported in imports_of(name):
-            defined = {
-                target.id if isinstance(target, ast.Name) else target.name
-                for node in ast.parse(FILES[module].read_text()).body
-                for target in ast.walk(node)
-                if isinstance(target, ast.FunctionDef | ast.ClassDef)
-                or (isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store))
-            }
-            assert not imported or imported in defined, f"{name}: {module}.{imported}"
+            assert not imported or imported in names_of(module), f"{name}: {module}.{imported}"
 
 
 def test_kinds_of_data_are_told_apart_by_the_sources_alone():

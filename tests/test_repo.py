@@ -115,6 +115,7 @@ def test_the_readmes_figure_shows_every_seed_of_the_table():
         assert 450 * 0.25 < 60 * minutes < 450 * 0.85
 
 
+@pytest.mark.slow
 def test_code_of_the_docs_runs(tmp_path, monkeypatch):
     """The example for the user's own code, on a model and a picture put where it looks."""
     text = (ROOT / "docs/training.md").read_text()
@@ -159,6 +160,7 @@ def test_results_are_published_from_a_known_commit_and_name_no_folder():
         assert "-dirty" not in text and '"commit": ""' not in text, path.name
 
 
+@pytest.mark.slow
 def test_the_readmes_diff_adds_a_mask_with_a_setting(tmp_path):
     """Applied to a copy: the flag, its range, the loop, the figure and the sweep follow."""
     text = (ROOT / "README.md").read_text()

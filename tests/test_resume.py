@@ -37,6 +37,8 @@ from tests.torture import (
     wait_for_checkpoint,
 )
 
+pytestmark = pytest.mark.slow  # it trains, kills or fetches
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 

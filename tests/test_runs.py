@@ -29,6 +29,8 @@ from tests.processes import ROOT
 from tests.torture import BASE, TINY, start, stop
 from tools import tables
 
+pytestmark = pytest.mark.slow  # it trains, kills or fetches
+
 ADAMW = [*BASE, "--optimizer", "adamw", "--clip-grad-norm", "0.5"]
 
 
@@ -261,7 +263,6 @@ for i in range(4):  # a page less each time: one of the same size may not fit, o
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's malloc")
 def test_freed_memory_is_used_again():
     """Above 2 GiB, too, where a threshold that glibc takes as an int would end."""
@@ -271,7 +272,6 @@ def test_freed_memory_is_used_again():
     assert len(new) == 3 and max(new) < 100, "a block had new pages"
 
 
-@pytest.mark.slow
 def test_the_benchmarks_steps_have_the_same_loss():
     """Ours and open_clip's, of the same weights, pictures, captions and patches."""
     torch.manual_seed(0)

@@ -36,6 +36,8 @@ from nanoglip.text import decode_tokens
 from tests.test_data import check_order_is_pure
 from tests.test_train import command, inside
 
+pytestmark = pytest.mark.slow  # it trains, kills or fetches
+
 ROOT = Path(__file__).parent.parent
 NANO = GLIPConfig.named("ViT-nano-8", 16)
 WORDS = ("a", "red", "blue", "old", "cat", "dog", "house", "on", "in", "it's", "happy,", "3", "men")

@@ -215,6 +215,7 @@ def run(tmp_path_factory):
     return out, done
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_says(run):
     out, done = run
     assert {p.name for p in out.iterdir()} == {
@@ -235,6 +236,7 @@ def test_a_run_leaves_what_the_readme_says(run):
     )
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bits(run, tmp_path):
     out, _ = run
     again = tmp_path / "b"
@@ -264,6 +266,7 @@ def test_bf16_on_all_cores_gives_the_same_bits(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_the_loop_masks_as_told_then_tunes_without_a_mask(tmp_path, monkeypatch):
     """What reaches the image tower, the learning rates, and a fresh optimizer for the tuning."""
     seen, rates, made = [], [], []
@@ -299,6 +302,7 @@ def test_the_loop_masks_as_told_then_tunes_without_a_mask(tmp_path, monkeypatch)
     assert 0 <= scale <= math.log(100) + 1e-6  # a learning rate of 5 throws it out otherwise
 
 
+@pytest.mark.slow
 def test_a_shorter_context_holds_in_both_stages_and_in_evaluation(tmp_path, monkeypatch):
     """As CLIPA's B/16: no text has more tokens than the tower has positions, and each its end."""
     read, encode_text = [], glip.GLIP.encode_text
@@ -322,6 +326,7 @@ def test_a_shorter_context_holds_in_both_stages_and_in_evaluation(tmp_path, monk
     assert parse(["--recipe", "clipa"]).context_length == 16
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_single_process_run(run, tmp_path):
     out, _ = run
     words = [*SMALL, "--steps", "10", "--tune-epochs", "0.02", "--out", str(tmp_path / "two")]
@@ -343,6 +348,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
     config = replace(
@@ -371,6 +377,7 @@ def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
         assert len(moved) > 10 and ("conv1.weight" in moved) != config.aclip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [
     ["cluster", "--embedding-weight", "0.5", "--text-mask", "frequency", "--text-tokens", "4"],
     ["attentive", "--aclip", "--teacher-scale", "0.5"],
@@ -393,6 +400,7 @@ def test_two_processes_agree_on_state_and_words(mask, tmp_path):
             torch.testing.assert_close(a, states[1]["teacher"][name], atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path, monkeypatch):
     """Plain colours and their names: under a mask the loss falls from guessing to near zero."""
     monkeypatch.setattr(files, "CACHE", tmp_path / "cache")
@@ -411,6 +419,7 @@ def test_it_learns(tmp_path, monkeypatch):
     assert losses[0] > 0.7 * math.log(8) and losses[-1] < 0.1 * math.log(8)
 
 
+@pytest.mark.slow
 def test_tuning_at_another_image_size(tmp_path):
     config = replace(
         TrainConfig(), batch_size=16, tune_batch_size=8, steps=2, image_size=16, mask="random",
@@ -506,6 +515,7 @@ def test_unknown_choices_are_listed(words, told, monkeypatch, capsys):
     assert told in re.sub(r"[\s│']", "", message.err + message.out)
 
 
+@pytest.mark.slow
 def test_another_run_is_never_overwritten(run, monkeypatch, capsys):
     out, _ = run
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -516,6 +526,7 @@ def test_another_run_is_never_overwritten(run, monkeypatch, capsys):
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_bad_input_under_torchrun_is_told_without_a_traceback(tmp_path):
     """What the first process alone looks at; see test_cli.py for the others."""
     run = Run("train", "--data", "nowhere/", log=tmp_path / "log.txt", world=2)
@@ -524,6 +535,7 @@ def test_bad_input_under_torchrun_is_told_without_a_traceback(tmp_path):
     assert "RuntimeError" not in printed and "InputError" not in printed
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = replace(
         TrainConfig(), batch_size=16, steps=40, image_size=16, lr=1e20, warmup=0, tune_epochs=0,

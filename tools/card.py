@@ -54,7 +54,6 @@ def training(content: dict) -> dict[str, str]:
 
 
 LIBRARY = {"open_clip": "open_clip", "timm": "timm", "hf": "transformers", "torch": "pytorch"}
-
 LOADING = {
     "open_clip": """import open_clip
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanoglip import masks, results
-from nanoglip.evals.figures import figure, show, to_png
+from nanoglip.evals.figures import figure, grey_out, seen_patches, show, to_png
 from nanoglip.sources.emoji import Emoji
 from tools import sweep
 
@@ -85,16 +85,14 @@ def draw_masks(image: Tensor) -> object:
     titles = {"none": "CLIP: all {k} patches", "random": "FLIP: any {k} patches",
               "gaussian": "GLIP: {k}, the centre more often",
               "center-crop": "no noise: the central {k}"}  # fmt: skip
-    n, side = GRID * GRID, image.shape[-1] // GRID
-    noise = torch.rand(2000, n, generator=torch.Generator().manual_seed(3))
+    noise = torch.rand(2000, GRID * GRID, generator=torch.Generator().manual_seed(3))
     fig = figure(3.6, 12)
     for axes, (mask, title) in zip(fig.subplots(1, 4), titles.items(), strict=True):
-        ids_keep = masks.sample_mask(mask, len(noise), GRID, RATIO, noise=noise)[0]
-        kept = torch.zeros_like(noise).scatter_(1, ids_keep, 1.0).unflatten(1, (GRID, GRID))
-        seen = kept[0].repeat_interleave(side, 0).repeat_interleave(side, 1)
-        show(axes, (image * seen + 238 * (1 - seen)).byte())
-        axes.set_title(title.format(k=ids_keep.shape[1]), fontsize=13)
-        middle = kept[:, MIDDLE, MIDDLE].sum((1, 2)).mean()
+        kept = masks.sample_mask(mask, len(noise), GRID, RATIO, noise=noise)
+        seen = seen_patches(kept, len(noise), (GRID, GRID))                    # (2000, R, C)
+        show(axes, grey_out(image[None], seen[:1], grey=238)[0])
+        axes.set_title(title.format(k=kept[0].shape[1]), fontsize=13)
+        middle = seen[:, MIDDLE, MIDDLE].sum((1, 2)).float().mean()
         axes.set_xlabel(f"sees {middle:.0f} of the 36 central patches", fontsize=11)
         axes.spines[:].set_color("#cccccc")
     return fig

@@ -41,25 +41,15 @@ from nanoglip.machine import machine, resolve
 from nanoglip.masks import Masker
 
 ROOT = Path(__file__).parents[1]
-
 SEEDS = (0, 1, 2)
-
 RATIOS = (0.75, 0.918, 0.5)
-
 HOME = "scenes-center"  # where every mask runs at every ratio
-
 AWAY = ("emoji", "scenes-corner")  # where most run, at 75 %
-
 HOME_ONLY = {"grid", "block"}
-
 SMALL = "small pictures"  # RECLIP's in the table of costs
-
 MASKED = set(masks.MASKS) - {"none"}  # of which the mask alone has a cost
-
 SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
-
 ART = ("Goog", "Appl", "FB", "Sams")  # to train on the first 1, 2, 4: the question of scale
-
 TUNING = {1: 2.86, 2: 1.43, 4: 0.74}  # epochs of their art that are the comparison's 20 steps
 
 

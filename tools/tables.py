@@ -24,11 +24,9 @@ from nanoglip.results import FOLDER, load, load_runs
 from tools import sweep
 
 ROOT = Path(__file__).parents[1]
-
 NOT_RUN, NOT_PUBLISHED = "not run", "not published"
 
 STAGES = ("masked inference", "full picture", "after tuning")  # the paper's columns
-
 ALL_MASKS = (*masks.MASKS, sweep.SMALL)
 
 

@@ -57,9 +57,7 @@ SETS = {  # the paper's tables; it publishes numbers of the first alone: the gro
 }  # fmt: skip
 
 PROBED = ("cifar10", "cifar100", "imagenet1k")  # T5's linear probes
-
 UNPUBLISHED = ("cub", "kinetics700", "ucf101", "hateful_memes")  # as shards
-
 METRICS = {  # the metric that a set, or a kind of sets, is reported by where it is not acc1
     **dict.fromkeys(("caltech101", "fgvc_aircraft", "flowers", "pets"), "mean_per_class_recall"),
     "hateful_memes": "roc_auc", "kinetics700": "mean_of_acc1_acc5",

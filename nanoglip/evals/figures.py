@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
 
 COLOURS = (GOOD, OTHER, "#009e73", "#cc79a7", "#e69f00")
-
 PANELS = {  # title: names in log.jsonl
     "loss (dashed: of guessing)": ("loss", "ln_batch"),
     "held-out pictures, without a mask": (
@@ -116,10 +115,10 @@ def seen_patches(
     return seen.unflatten(1, grid)
 
 
-def grey_out(images: Tensor, seen: Tensor) -> Tensor:
+def grey_out(images: Tensor, seen: Tensor, grey: int = 128) -> Tensor:
     """Pictures (B, 3, H, W) whose patches that are not seen, (B, R, C), are grey."""
     shown = F.interpolate(seen[:, None].float(), images.shape[2:], mode="nearest") > 0
-    return torch.where(shown, images, torch.full_like(images, 128))
+    return torch.where(shown, images, torch.full_like(images, grey))
 
 
 def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "Figure":

@@ -31,11 +31,8 @@ from nanoglip.sources.pictures import BadPicture, Pictures
 # --- Logistic regression --------------------------------------------------------------------------
 
 STRENGTHS = np.logspace(-3, 2, 6)  # values of C that are tried on the validation split
-
 LARGE = 10**9  # pictures x width x classes from which on `regress` replaces scikit-learn
-
 MAX_STEPS = 2000  # of a fit
-
 TOLERANCE = 1e-4  # of the largest entry of the gradient, scikit-learn's default
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HITS = 12  # pictures of a search that are listed and drawn
-
 SHOWN = 224  # pixels a side of a picture in a figure
 
 def given_flags(options: object) -> list[str]:
