@@ -81,6 +81,14 @@ RECIPES = {
         "beta2": 0.95, "warmup": 782, "tune_image_size": 224, "tune_epochs": 0.33,
         "tune_batch_size": 8192, "tune_lr": 2.56e-5, "tune_warmup": 3072,
     },
+    # From the weights of --init: FLYP (2212.00638), which fine-tunes CLIP by CLIP's own loss. Its
+    # README's command and its code for ImageNet, AdamW's beta2 being torch's default. Not done
+    # here: weight decay also acts on vectors and scalars; AdamW's eps of 1e-8 (ours 1e-6).
+    "finetune-pairs": PAPER | {
+        "mask": "none", "mask_ratio": 0.0, "crop_scale": (0.9, 1.0), "epochs": 10.0,
+        "batch_size": 512, "lr": 1e-5, "weight_decay": 0.1, "beta2": 0.999, "warmup": 500,
+        "tune_epochs": 0.0,
+    },
 }  # fmt: skip
 
 # --- The settings by subject, in the order in which a run's name tells them -----------------------
@@ -347,6 +355,8 @@ def check(config: TrainConfig, world: int) -> None:
 
     refuse(not (config.data or config.estimate),
            f"--recipe {config.recipe} needs your copy of the data: give --data PATH")
+    refuse(config.recipe == "finetune-pairs" and not (config.init or config.estimate),
+           "--recipe finetune-pairs starts from weights: give --init RUN")
     refuse(config.estimate and config.overfit,
            "--estimate and --overfit are two questions: ask one at a time")
     refuse(config.overfit == 1 or config.overfit < 0,

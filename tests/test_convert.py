@@ -618,6 +618,25 @@ def test_imported_weights_are_tuned_under_a_mask_and_evaluated(folder, monkeypat
 
 
 @pytest.mark.slow
+def test_the_recipe_for_published_weights_keeps_them(folder):
+    """Each weight stays within a hundredth of where it began, and the loss goes on falling."""
+    words = ["--model", "ViT-nano-8", "--data", "emoji", "--image-size", "32", "--batch-size", "64",
+             "--precision", "fp32", "--warmup", "2", "--log-every", "1"]  # fmt: skip
+    start = ["--mask", "none", "--tune-epochs", "0", "--steps", "40", "--out", "start"]
+    train.train(parse([*words, *start]))
+    recipe = [*words, "--recipe", "finetune-pairs", "--steps", "8", "--out", "on"]
+    with pytest.raises(InputError, match="starts from weights: give --init"):
+        train.train(parse(recipe))
+    config = parse([*recipe, "--init", "start"])
+    assert (config.optimizer, config.mask, config.tune_epochs) == ("adamw", "none", 0)
+    train.train(config)
+    assert sum(logged(Path("on"))) < sum(logged(Path("start"))[-8:])
+    before, after = (glip.load_model(f"{run}/model.pt")[0].state_dict() for run in ("start", "on"))
+    for name, weight in before.items():
+        assert 0 < (after[name] - weight).norm() <= 0.01 * weight.norm() + 1e-3, name
+
+
+@pytest.mark.slow
 def test_a_resumed_run_does_not_read_its_init_again(folder, monkeypatch):
     run_of(folder / "start", replace(NANO, quick_gelu=True))
     words = [*WORDS, "--init", "start", "--save-every", "1"]
