@@ -31,7 +31,7 @@ from nanoglip.evals import benchmarks, encoder, figures, probe, search, signific
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import hits
 from nanoglip.machine import Device, machine, resolve
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from nanoglip.sources.pictures import MAX_BAD, HeldOut, Source
 
 # --- The command line -----------------------------------------------------------------------------

@@ -34,7 +34,8 @@ from nanoglip.config import MACHINE, TrainConfig, check, masker_of, parse, run_n
 from nanoglip.files import locked
 from nanoglip.losses import cached_gradients, contrastive_loss, rows_at_once
 from nanoglip.machine import Device, keep_memory, memory_of
-from nanoglip.masks import Masker, momentum_at, settings_of
+from nanoglip.masker import Masker, momentum_at
+from nanoglip.masks import settings_of
 from nanoglip.runlog import Report, Stage, cut_log, listening
 from nanoglip.sources import captions
 from nanoglip.sources.captions import TextMask

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glip import GLIP, at_least_fp32, clip_loss, gather
-from nanoglip.masks import Masker, attend, move_towards, scaled
+from nanoglip.masker import Masker, attend, move_towards, scaled
 
 HIDDEN, OUT = 4096, 256  # the heads' widths
 

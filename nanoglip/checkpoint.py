@@ -19,7 +19,7 @@ from glip import GLIP, InputError
 from nanoglip import distributed
 from nanoglip.cli import printable
 from nanoglip.files import FOREIGN, digest, flush_folder, room_for
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from nanoglip.sources.pictures import Source
 
 RECORD = {  # what a checkpoint tells of its training

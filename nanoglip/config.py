@@ -24,7 +24,8 @@ import glip
 from glip import GLIPConfig, InputError
 from nanoglip.cli import check_numbers
 from nanoglip.losses import LOSSES
-from nanoglip.masks import MASKS, Masker, Setting, check_setting, settings_of
+from nanoglip.masker import Masker
+from nanoglip.masks import MASKS, Setting, check_setting, settings_of
 from nanoglip.sources.captions import SAMPLINGS
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS
 from nanoglip.sources.pictures import MAX_BAD

@@ -33,7 +33,7 @@ from nanoglip.config import RECIPES, TrainConfig
 from nanoglip.evals.encoder import quick
 from nanoglip.files import prune
 from nanoglip.machine import Device, machine
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from nanoglip.sources.order import Batch, Batches
 from nanoglip.sources.pictures import HeldOut
 

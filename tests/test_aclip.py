@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from glip import GLIP, GLIPConfig, clip_loss
 from nanoglip import aclip
-from nanoglip.masks import Masker, attend
+from nanoglip.masker import Masker, attend
 
 SCALE = (0.5, 1.0)
 TINY = GLIPConfig(32, 8, 24, 2, 3, 10, 20, 2, 2, context_length=9, vocab_size=50)

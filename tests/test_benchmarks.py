@@ -25,12 +25,12 @@ from clip_benchmark.metrics import (
 from PIL import Image
 
 import glip
-from nanoglip import masks
 from nanoglip.config import TrainConfig
 from nanoglip.evals import benchmarks, probe, significance
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import aupr, classification, retrieved, shares
 from nanoglip.machine import Device, use_bf16
+from nanoglip.masker import Masker
 from tests.test_resume import TORCHRUN
 from tests.test_significance import run_main
 from tests.test_train import command
@@ -497,7 +497,7 @@ def write_run(folder, first=0):
         model = glip.GLIP(glip.GLIPConfig(SIDE, 8, 64, 2, 2, 32, 64, 2, 2))
         glip.save_checkpoint(
             folder / file, model, config=asdict(TrainConfig()), stage=stage, step=1,
-            mask=masks.Masker("gaussian", 0.5).state(), steps={}, seconds={}, machine={},
+            mask=Masker("gaussian", 0.5).state(), steps={}, seconds={}, machine={},
             command="x", world=1, bf16=False,
         )  # fmt: skip
     return folder
@@ -629,7 +629,7 @@ def test_two_processes_have_the_numbers_of_one(models, tmp_path, monkeypatch):
     classes = write_classes(tmp_path / "classes", 25)  # three blocks, 10, 10 and 5
     few = write_classes(tmp_path / "few", 9)  # the second process has none of them
     captions = write_captions(tmp_path / "captions", 27)
-    masked = masks.Masker("gaussian", 0.5)
+    masked = Masker("gaussian", 0.5)
     columns = {"masked": (models[1], masked), "full": (models[1], None)}
     places = [str(classes), str(few)], [str(captions)]
     barrier, given, found = threading.Barrier(2), {}, {}

@@ -20,7 +20,7 @@ from nanoglip import distributed, losses, masks
 from nanoglip.aclip import VIEW_DRAWS, AClip
 from nanoglip.config import TrainConfig
 from nanoglip.machine import Device
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.order import Batch
 from tests.processes import start_server

@@ -18,11 +18,11 @@ import data
 import evaluate
 import glip
 import train
-from nanoglip import masks
 from nanoglip.evals import probe
 from nanoglip.evals.encoder import Encoder, prompted, robustness, shares_of
 from nanoglip.evals.metrics import ranks, retrieval, zero_shot
 from nanoglip.machine import Device
+from nanoglip.masker import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.emoji import Emoji
 from nanoglip.sources.pictures import HeldOut
@@ -149,7 +149,7 @@ def test_every_picture_is_encoded_once_whatever_the_block():
     found = encoder.images(lambda ids: images[ids], 300)
     with torch.no_grad():
         torch.testing.assert_close(found, model.encode_image(images), atol=1e-6, rtol=0)
-    masked = masks.Masker("gaussian", 0.5)
+    masked = Masker("gaussian", 0.5)
     a, b = (encoder.images(lambda ids: images[ids], 300, masked) for _ in range(2))
     assert torch.equal(a, b) and not torch.allclose(a, found)
     assert torch.allclose(encoder.images(lambda ids: images[ids], 280, masked), a[:280], atol=1e-6)

@@ -13,7 +13,8 @@ import data
 import glip
 from glip import GLIP, GLIPConfig, InputError, num_keep
 from nanoglip import masks
-from nanoglip.masks import MASKS, Masker, attend, sample_mask
+from nanoglip.masker import Masker, attend, scaled
+from nanoglip.masks import MASKS, sample_mask
 from nanoglip.sources import emoji
 from nanoglip.sources.order import Batches, ConceptOrder
 
@@ -435,7 +436,7 @@ def test_attentive_keeps_what_the_teacher_attends_to(scale):
     masker = Masker("attentive", 0.75, teacher_scale=scale)
     masker.update_teacher(model.visual, 0.5)
     ids, visible = masker(images, noise_of(5, 64), model.visual)
-    small = masks.scaled(images, scale)
+    small = scaled(images, scale)
     with torch.no_grad():
         attention = attend(model.visual, small)[0]
     assert tuple(attention.shape[1:]) == (8 * scale, 8 * scale) and visible is None

@@ -14,11 +14,12 @@ import torch
 
 import evaluate
 import glip
-from nanoglip import files, masks
+from nanoglip import files
 from nanoglip.evals import figures, significance
 from nanoglip.evals.metrics import hits, zero_shot
 from nanoglip.evals.significance import by_unit, compare, difference, interval
 from nanoglip.machine import use_bf16
+from nanoglip.masker import Masker
 from tests.test_data import make_pictures
 
 
@@ -184,7 +185,7 @@ def made_run(folder, seed=0, own="own"):
     folder.mkdir()
     glip.save_checkpoint(
         folder / "model.pt", model, config=settings, stage="pretrain", step=1, steps={}, seconds={},
-        mask=masks.Masker("gaussian", 0.5).state(), machine={}, command="c", world=1, bf16=False,
+        mask=Masker("gaussian", 0.5).state(), machine={}, command="c", world=1, bf16=False,
     )  # fmt: skip
     return folder
 

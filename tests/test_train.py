@@ -19,6 +19,7 @@ import train
 from nanoglip import files, machine, masks, runlog
 from nanoglip.config import RECIPES, TrainConfig, check, parse, run_name
 from nanoglip.machine import use_bf16
+from nanoglip.masker import Masker, embedding_weight_at, momentum_at
 from nanoglip.noise import uniform
 from nanoglip.text import TEXT_MASKS
 from tests.processes import Run
@@ -129,14 +130,14 @@ def test_sigma_is_one_value_or_two():
 
 def test_schedules_of_masks_are_pure_functions_of_the_step():
     """A-CLIP's momentum rises to 1; the embeddings' weight rises in eight steps of equal height."""
-    momenta = [masks.momentum_at(step, 100, 0.9) for step in range(101)]
+    momenta = [momentum_at(step, 100, 0.9) for step in range(101)]
     assert momenta[0] == pytest.approx(0.9) and momenta[50] == pytest.approx(0.95)
     assert momenta[100] == 1 and momenta == sorted(momenta)
-    weights = [masks.embedding_weight_at(step, 80, 0.5) for step in range(80)]
+    weights = [embedding_weight_at(step, 80, 0.5) for step in range(80)]
     assert [w for w in weights if w is not None] == pytest.approx([i / 14 for i in range(8)])
     assert all((w is not None) == (step % 10 == 0) for step, w in enumerate(weights))
     for steps in (1, 5, 9, 450):
-        found = [masks.embedding_weight_at(step, steps, 1.0) for step in range(steps)]
+        found = [embedding_weight_at(step, steps, 1.0) for step in range(steps)]
         assert [w for w in found if w is not None][-1] == (1.0 if steps > 5 else found[-1])
 
 
@@ -360,7 +361,7 @@ def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
     train.train(config)
     content = glip.load_checkpoint(tmp_path / "run/model.pt")
     model, _ = glip.load_model(tmp_path / "run/model.pt")
-    masker = masks.Masker.restored(content["mask"], model.visual)
+    masker = Masker.restored(content["mask"], model.visual)
     assert masker.mask == config.mask
     assert content["model"].keys() == glip.GLIP(model.config).state_dict().keys()
     logged = [r for r in records(tmp_path / "run") if "loss" in r]

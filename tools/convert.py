@@ -29,7 +29,7 @@ from glip import GLIP, GLIPConfig, InputError
 from nanoglip import checkpoint, cli, files
 from nanoglip.config import TrainConfig
 from nanoglip.machine import machine
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from tools.card import architecture, card, facts
 from tools.hf_tokenizer import tokenizer
 

@@ -38,7 +38,7 @@ from glip import GLIPConfig, InputError
 from nanoglip import cli, masks, results
 from nanoglip.config import TrainConfig, parse, run_name
 from nanoglip.machine import machine, resolve
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)

@@ -36,7 +36,7 @@ from nanoglip.evals import metrics
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.significance import by_unit, interval
 from nanoglip.files import FOREIGN, open_regular, read_regular, text_of
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.pictures import SUFFIXES, check_pixels, decode
 

@@ -17,7 +17,7 @@ from nanoglip import cli
 from nanoglip.evals import significance
 from nanoglip.evals.metrics import hits, retrieval, zero_shot
 from nanoglip.machine import Device
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.pictures import HeldOut
 

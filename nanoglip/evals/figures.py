@@ -20,7 +20,7 @@ from tqdm import tqdm
 from glip import GLIP
 from nanoglip import files, masks
 from nanoglip.evals.metrics import ranks
-from nanoglip.masks import Masker
+from nanoglip.masker import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.pictures import HeldOut
 

@@ -23,7 +23,7 @@ from nanoglip.evals import figures
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.figures import shorten
 from nanoglip.files import write_bytes
-from nanoglip.masks import attend
+from nanoglip.masker import attend
 from nanoglip.sources import pictures
 
 if TYPE_CHECKING:
