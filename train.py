@@ -36,7 +36,7 @@ from nanoglip.losses import cached_gradients, contrastive_loss, rows_at_once
 from nanoglip.machine import Device, keep_memory, memory_of
 from nanoglip.masker import Masker, momentum_at
 from nanoglip.masks import settings_of
-from nanoglip.runlog import Report, Stage, cut_log, listening
+from nanoglip.runlog import Report, Stage, cut_log, listening, opened_logs
 from nanoglip.sources import captions
 from nanoglip.sources.captions import TextMask
 from nanoglip.sources.emoji import EMBEDDED
@@ -364,7 +364,7 @@ def train(config: TrainConfig) -> Path:
     """
     with (
         distributed.processes(config.device, config.precision) as (rank, world, on), listening(),
-        contextlib.ExitStack() as lock,
+        contextlib.ExitStack() as stack,
     ):  # fmt: skip
         check(config, world)
         if on.device.type == "cpu":
@@ -374,7 +374,7 @@ def train(config: TrainConfig) -> Path:
         stages = plan(config, rank, world)  # all ranks meet here, then rank 0 writes
 
         def claim() -> None:
-            lock.enter_context(locked(out, "training in"))
+            stack.enter_context(locked(out, "training in"))
             check_out(out, config)  # what another process may have finished since
 
         distributed.on_rank_0(rank, world, claim)
@@ -390,7 +390,8 @@ def train(config: TrainConfig) -> Path:
                 torn.unlink()
             told = f", resuming after {state['stage']} step {state['step']}" if state else ""
             cli.say(f"{config.model} on {on.device.type}, writing to {out}{told}")
-        report = Report(config, out, rank, world, on)
+        logs = stack.enter_context(opened_logs(config, out, state, rank, world))
+        report = Report(config, out, rank, world, on, logs)
         if state:
             report.resume(state)
         for stage in stages:

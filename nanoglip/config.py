@@ -244,7 +244,9 @@ class Output:
     eval_every: int = 0  # steps between evaluations (0: four in a stage)
     save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
     resume: Literal["auto", "never"] = "auto"  # auto: continue an unfinished run in --out
-    tensorboard: Switch = False  # write its records, too
+    tensorboard: Switch = False  # write its records for TensorBoard, too
+    wandb: Switch = False  # to Weights & Biases, too
+    trackio: Switch = False  # to trackio, too
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ class TrainConfig(
 GROUPS = TrainConfig.__bases__[::-1]
 MACHINE = {  # what no result depends on
     "device", "workers", "out", "log_every", "eval_every", "save_every", "resume", "micro_batch",
-    "recompute", "compile", "shard", "tensorboard", "estimate", "overfit",
+    "recompute", "compile", "shard", "tensorboard", "wandb", "trackio", "estimate", "overfit",
 }  # fmt: skip
 
 # --- The command line -----------------------------------------------------------------------------
@@ -377,8 +379,10 @@ def check(config: TrainConfig, world: int) -> None:
     refuse(config.aclip and (config.micro_batch or config.loss != "clip"),
            "--aclip compares images across the batch and with CLIP's loss: leave --micro-batch "
            "and --loss out")
-    refuse(config.tensorboard and not find_spec("tensorboard"),
-           "--tensorboard needs a package: pip install tensorboard")
+    for name in ("tensorboard", "wandb", "trackio"):
+        found = find_spec(name) if getattr(config, name) else None
+        refuse(getattr(config, name) and not (found and found.origin),  # a folder has no origin
+               f"--{name} needs a package: pip install {name}")
     refuse(config.sampling != "all" and len(config.data) > 1,
            "--sampling is for a single --data: sample each source into its own index")
     refuse(config.sampling == "clusters" and not config.clusters,

@@ -3,7 +3,7 @@
     config.json       every setting           log.jsonl    a record a line: the source of truth
     latest.pt         all that resuming needs; previous.pt is the one before
     pretrained.pt     before the tuning       model.pt     at the end
-    report.html       the run on one page     tensorboard/ if asked for
+    report.html       the run on one page     tensorboard/, wandb/ if asked for
     quarantine.jsonl  pictures that could not be read, bad-batch.json: a batch that was not finite
 """
 
@@ -12,12 +12,13 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,6 +99,85 @@ def quarantined(record: dict) -> tuple[str, ...]:
     return row
 
 
+# --- Other people's logs --------------------------------------------------------------------------
+
+Write = Callable[[dict, int], None]  # takes a record's numbers by name, and the step of the run
+
+
+@contextlib.contextmanager
+def to_tensorboard(config: TrainConfig, out: Path, start: int) -> Iterator[Write]:
+    """Event files in the run's folder; what a killed run wrote beyond `start` is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def write(numbers: dict, step: int) -> None:
+        for name, value in numbers.items():
+            board.add_scalar(name, value, step)
+        board.flush()
+
+    with SummaryWriter(out / "tensorboard", purge_step=start + 1) as board:
+        yield write
+
+
+@contextlib.contextmanager
+def to_wandb(config: TrainConfig, out: Path, start: int) -> Iterator[Write]:
+    """A run of Weights & Biases, which drops steps that it has; its id lies in the run's folder."""
+    import wandb
+
+    kept = out / "wandb/id"
+    if not kept.exists():
+        kept.parent.mkdir(exist_ok=True)
+        files.write_bytes(kept, secrets.token_hex(4).encode())
+    with wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or "nanoglip", name=out.name, dir=out,
+        id=kept.read_text(), resume="allow", config=asdict(config), allow_val_change=True,
+    ) as run:  # fmt: skip
+        yield run.log
+
+
+@contextlib.contextmanager
+def to_trackio(config: TrainConfig, out: Path, start: int) -> Iterator[Write]:
+    """A run of trackio, found again by its name."""
+    import trackio
+
+    run = trackio.init(
+        project="nanoglip", name=out.name, resume="allow" if start else "never",
+        config=asdict(config),
+    )  # fmt: skip
+    try:
+        yield run.log
+    finally:
+        run.finish()
+
+
+LOGS = {"tensorboard": to_tensorboard, "wandb": to_wandb, "trackio": to_trackio}  # by flag
+
+
+@contextlib.contextmanager
+def opened_logs(
+    config: TrainConfig, out: Path, state: dict, rank: int, world: int
+) -> Iterator[list[Write]]:
+    """What writes to each log that is asked for; the first rank's alone. `state`: a checkpoint.
+
+    Raises InputError, on all ranks, for a log that does not open.
+    """
+    start = sum({**state["steps"], state["stage"]: state["step"]}.values()) if state else 0
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> list[Write]:
+            writes = []
+            for name in (name for name in LOGS if getattr(config, name)):
+                try:
+                    writes.append(stack.enter_context(LOGS[name](config, out, start)))
+                except Exception as error:
+                    why = str(error).partition("\n")[0].rstrip(".")
+                    raise InputError(
+                        f"--{name} does not start ({why}): repair that, or leave it out"
+                    ) from None
+            return writes
+
+        yield distributed.on_rank_0(rank, world, opened) or []
+
+
 # --- The report -----------------------------------------------------------------------------------
 
 
@@ -108,13 +188,15 @@ class Report:
     """Progress bar, log.jsonl and evaluations; only rank 0 shows and writes."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, rank: int, world: int, on: Device
-    ) -> None:
+        self, config: TrainConfig, out: Path, rank: int, world: int, on: Device,
+        logs: list[Write],
+    ) -> None:  # fmt: skip
+        self.logs = logs
         self.config, self.out, self.rank, self.world, self.on = config, out, rank, world, on
         self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
         self.read, self.bad, self.quarantined, self.news, self.told = 0, 0, set(), [], 0
         self.chance = config.loss == "clip" and not config.aclip  # guessing loses ln(batch)
-        self.board, self.pairs = None, {}  # TensorBoard's writer; pairs on the page
+        self.pairs = {}  # on the page
         self.machine = machine(on.device)
         self.first_bad = torch.full((), -1, device=on.device)  # the first step that was not finite
 
@@ -138,13 +220,7 @@ class Report:
         )  # fmt: skip
         self.begun = self.ready = self.saved = time.perf_counter()
         self.begun -= self.seconds.get(stage.name, 0.0)
-        before = sum(steps for name, steps in self.steps.items() if name != stage.name)
-        if self.config.tensorboard and self.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            start = before + state.get("step", 0)  # what a killed run wrote beyond is hidden
-            self.board = SummaryWriter(self.out / "tensorboard", purge_step=start + 1)
-        self.before = before
+        self.before = sum(steps for name, steps in self.steps.items() if name != stage.name)
 
     def data_arrived(self, batch: Batch) -> None:
         """Add the time since the last step to the time waited; collect unreadable pictures."""
@@ -367,15 +443,14 @@ class Report:
         )  # fmt: skip
 
     def write(self, **record: object) -> None:
-        """Append a line to log.jsonl, and to TensorBoard if asked to."""
+        """Append a line to log.jsonl, and its numbers to the logs that are asked for."""
         if self.rank > 0:
             return
         files.append_line(self.out / "log.jsonl", record)
-        if self.board:
-            for name, value in record.items():
-                if name not in ("stage", "step") and value is not None:
-                    self.board.add_scalar(name, value, self.before + record["step"])
-            self.board.flush()
+        step = self.before + record.pop("step")
+        numbers = {name: x for name, x in record.items() if name != "stage" and x is not None}
+        for write in self.logs:
+            write(numbers, step)
 
 
 def command() -> str:

@@ -1,4 +1,4 @@
-"""Shared state, the page, TensorBoard, the self-test and the estimate."""
+"""Shared state, the page, other logs, the self-test and the estimate."""
 
 import base64
 import html.parser
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import glip
 import train
 from glip import GLIP, GLIPConfig, InputError
-from nanoglip import aclip, estimate, losses, page, results
+from nanoglip import aclip, estimate, losses, page, results, runlog
 from nanoglip.cli import STOPPED
 from nanoglip.config import check, parse
 from tests import against_open_clip
@@ -104,6 +104,109 @@ def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path, monkeypatch):
     events.Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in losses])
     assert [e.step for e in events.Scalars("loss")][-1] == 8 + 1
+
+
+@pytest.fixture
+def cut_and_resumed(tmp_path, monkeypatch):
+    """A function that trains with flags, is cut behind a checkpoint, and goes on; (run, losses)."""
+    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+    save = runlog.Report.save_latest
+
+    def cut(report, model, done):
+        save(report, model, done)
+        if done == 4:
+            raise KeyboardInterrupt
+
+    def run(*flags):
+        config = parse([*BASE, *flags, "--out", str(tmp_path / "run")])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runlog.Report, "save_latest", cut)
+            train.train(config)
+        out = train.train(config)
+        records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        return out, [record["loss"] for record in records if "loss" in record]
+
+    return run
+
+
+def test_wandb_goes_on_in_one_run_and_changes_no_weight(cut_and_resumed, tmp_path, monkeypatch):
+    """Offline: both parts have one name, and between them every loss of log.jsonl."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out, losses = cut_and_resumed("--wandb")
+    name = (out / "wandb/id").read_text()
+    files = sorted(out.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert len(files) == len(list(out.glob("wandb/offline-run-*"))) == 2
+    first, second = (file.read_bytes() for file in files)
+    assert len(losses) == 5 and losses[4] != losses[0]
+    for place, loss in enumerate(losses):
+        assert json.dumps(loss).encode() in (first if place < 2 else second)
+    assert b"nanoglip" in first and b"batch_size" in first
+    train.train(parse([*BASE, "--out", str(tmp_path / "straight")]))
+    one, two = (torch.load(run / "model.pt", weights_only=True)["model"]
+                for run in (out, tmp_path / "straight"))  # fmt: skip
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+TRACKIO = """
+import json
+class Run:
+    def __init__(self, **how):
+        self.put(how)
+    def log(self, metrics, step=None):
+        self.put([metrics, step])
+    def finish(self):
+        self.put("finished")
+    def put(self, what):
+        with open({file!r}, "a") as file:
+            print(json.dumps(what), file=file)
+def init(project, name=None, config=None, resume="never"):
+    if {fails}:
+        raise ValueError("no room\\nto write")
+    return Run(project=project, name=name, resume=resume, steps=config["steps"])
+"""
+
+
+def trackio(folder, monkeypatch, fails=False):
+    """Put a small module in trackio's place; the file to which it writes what it is told."""
+    (folder / "trackio.py").write_text(TRACKIO.format(file=str(folder / "told"), fails=fails))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(sys.modules, "trackio", None)  # what is imported ends with the test
+    del sys.modules["trackio"]
+    return folder / "told"
+
+
+def test_trackio_goes_on_in_one_run(cut_and_resumed, tmp_path, monkeypatch):
+    told = trackio(tmp_path, monkeypatch)
+    _, losses = cut_and_resumed("--trackio")
+    begun, *rest = map(json.loads, told.read_text().splitlines())
+    assert begun == {"project": "nanoglip", "name": "run", "resume": "never", "steps": 8}
+    place = rest.index("finished")
+    assert rest[place + 1] == begun | {"resume": "allow"} and rest[-1] == "finished"
+    logged = [row for row in rest if isinstance(row, list) and "loss" in row[0]]
+    assert [step for _, step in logged] == [2, 4, 6, 8, 9]
+    assert [numbers["loss"] for numbers, _ in logged] == losses
+    evaluated = [row for row in rest if isinstance(row, list) and "loss" not in row[0]]
+    assert [step for _, step in evaluated] == [8, 9]
+    assert {type(x) for row, _ in logged + evaluated for x in row.values()} <= {int, float}
+
+
+def test_a_log_that_does_not_open_is_one_sentence(tmp_path, monkeypatch):
+    """Missing, hidden behind a folder of that name, or unwilling; nothing is trained."""
+    for name in runlog.LOGS:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            with pytest.raises(InputError, match=f"--{name} needs a package: pip install {name}$"):
+                check(parse([f"--{name}"]), 1)
+    (tmp_path / "path/trackio").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    with pytest.raises(InputError, match="pip install trackio"):
+        check(parse(["--trackio"]), 1)
+    trackio(tmp_path, monkeypatch, fails=True)
+    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+    with pytest.raises(InputError, match=r"--trackio does not start \(no room\): repair that, or"):
+        train.train(parse([*BASE, "--trackio", "--out", str(tmp_path / "run")]))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "log.jsonl"}
 
 
 def test_the_page_shows_what_a_mask_leaves():
