@@ -127,8 +127,11 @@ class Masker:
             momentum = momentum_at(step, steps, self.settings["teacher_momentum"])
             self.update_teacher(tower, momentum)
         weight = embedding_weight_at(step, steps, self.settings.get("embedding_weight", 0.0))
-        if self.needs("threshold") and weight is not None and (step == 0 or weight > 0):
-            self.embedding_weight, found = weight, [None]
+        if weight is None:
+            return
+        self.embedding_weight = weight
+        if self.needs("threshold") and (step == 0 or weight > 0):
+            found = [None]
             if not dist.is_initialized() or dist.get_rank() == 0:  # reads the sample, for all
                 self.find_threshold(sample(), tower)
                 found = [self.threshold]

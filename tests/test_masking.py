@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from skimage import filters
 from torch import nn
 from torch.distributions import MultivariateNormal
 
 import data
 import glip
-from glip import GLIP, GLIPConfig, InputError, num_keep
+from glip import GLIP, GLIPConfig, InputError, num_keep, patchify
 from nanoglip import masks
 from nanoglip.masker import Masker, attend, scaled
 from nanoglip.masks import MASKS, sample_mask
@@ -73,7 +74,7 @@ def test_masks_depend_on_their_inputs_and_on_nothing_global(mask):
         draw = torch.Generator().manual_seed(seed)
         found.append(sample_ids_keep(mask, 4, 8, 0.5, generator=draw, **inputs))
     assert torch.equal(found[0], found[1])
-    if mask in {"random", "gaussian", "gumbel", "grid", "block", "cluster"}:
+    if mask in {"random", "gaussian", "gumbel", "grid", "block", "cluster", "pgs"}:
         assert not torch.equal(found[0], found[2])
     # A sample's mask does not depend on who else is in the batch.
     noise, inputs = noise_of(6, 64), inputs_of(6, 8)
@@ -406,6 +407,118 @@ def test_nothing_attends_to_what_is_not_seen(mask):
             model.encode_image(images[i : i + 1], ids[i : i + 1, visible[i]])[0] for i in range(6)
         ])  # fmt: skip
     torch.testing.assert_close(plain, seen_alone, atol=1e-6, rtol=0)
+
+
+# --- CLIP-PGS -----------------------------------------------------------------------------------
+
+
+def numpy_pgs(image, u, p, n_candidates, weights=None):
+    """(alike to some candidate, strong edges, candidates) of one picture by numpy and scipy."""
+    mean, std = (np.reshape(c, (3, 1, 1)) for c in (glip.MEAN, glip.STD))
+    side, image = image.shape[1] // p, image.numpy().astype(np.float64)
+    cells = [(slice(p * r, p * r + p), slice(p * q, p * q + p))
+             for r in range(side) for q in range(side)]  # fmt: skip
+    normal, grey = (image / 255 - mean) / std, image.mean(axis=0)
+    cosines = np.corrcoef([normal[:, rows, columns].ravel() for rows, columns in cells])
+    plan = np.maximum(cosines, 0)
+    for _ in range(1000):  # Sinkhorn and Knopp's own: rows, then columns
+        plan /= plan.sum(axis=1, keepdims=True)
+        plan /= plan.sum(axis=0, keepdims=True)
+    gradient = np.hypot(*(ndimage.sobel(grey, axis, mode="nearest") for axis in (0, 1)))
+    edge = np.array([gradient[cell].mean() for cell in cells])
+    strong = (edge - edge.min()) / (edge.max() - edge.min()) > 0.5
+    candidates = np.lexsort((-u.numpy(), strong))[:n_candidates]
+    return (cosines + plan)[candidates].max(axis=0), strong, candidates
+
+
+def test_pgs_keeps_what_is_least_like_the_candidates():
+    """By numpy, one picture at a time; float32 may swap patches within a thousandth."""
+    images, noise = photographs(20, 64), noise_of(20, 64)
+    for ratio, more in ((0.5, 0.0), (0.3, 0.2), (0.75, 0.1)):
+        ids, visible = sample_mask(
+            "pgs", 20, 8, ratio, noise=noise, pixels=images, mask_range=more
+        )
+        shown = torch.ones_like(ids, dtype=torch.bool) if visible is None else visible
+        for image, u, kept, seen in zip(images, noise, ids, shown, strict=True):
+            alike, strong, candidates = numpy_pgs(image, u, 8, 4)
+            alike[candidates] = 3
+            order = np.where(strong, alike - 6, alike)
+            removed = np.setdiff1d(np.arange(64), kept)
+            assert len(kept) == num_keep(64, ratio) and len(removed) + len(kept) == 64
+            assert order[kept].max() <= order[removed].min() + 2e-3
+            assert not set(candidates) & set(kept.tolist()) and not strong[candidates].any()
+            # Kept patches are hidden beyond the range, where they are alike and have no edge.
+            by_order = kept[np.argsort(order[kept], kind="stable")].tolist()
+            least = num_keep(64, ratio + more)
+            wanted = {i for i in by_order[least:] if order[i] > 0.5}
+            unsure = {i for i in by_order if abs(order[i] - 0.5) < 1e-3
+                      or abs(order[i] - order[by_order[least - 1]]) < 2e-3}  # fmt: skip
+            assert set(kept[~seen].tolist()) - unsure == wanted - unsure
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 14)])
+def test_edges_are_sobels(grid):
+    """scikit-image's and scipy's on the grey picture, averaged over patches, from 0 to 1."""
+    size = (4 * grid[0], 4 * grid[1])
+    images = photographs(5, 56)[:, :, : size[0], : size[1]]
+    for image, found in zip(images, masks.edges(images, grid), strict=True):
+        grey = image.double().mean(0).numpy()
+        scipys = np.hypot(*(ndimage.sobel(grey, axis, mode="nearest") for axis in (0, 1)))
+        for gradient in (scipys, filters.sobel(grey)):
+            cells = gradient.reshape(grid[0], 4, grid[1], 4).mean(axis=(1, 3))
+            wanted = (cells - cells.min()) / (cells.max() - cells.min())
+            np.testing.assert_allclose(found, wanted.ravel(), atol=1e-5)
+    flat = torch.full((2, 3, 56, 56), 200, dtype=torch.uint8)
+    assert not masks.edges(flat, (14, 14)).any()
+
+
+def test_balance_is_sinkhorns():
+    """Sums of 1, alternating normalisation's matrix, and the closed form of two patches."""
+    alike = masks.similarity(patchify(photographs(20, 64), (8, 8)).float()).clamp(min=1e-6)
+    plan, theirs = masks.balanced(alike), alike.double().numpy()
+    for _ in range(1000):
+        theirs = theirs / theirs.sum(axis=2, keepdims=True)
+        theirs = theirs / theirs.sum(axis=1, keepdims=True)
+    for way in (1, 2):
+        assert (plan.sum(way) - 1).abs().max() < 1e-3
+    np.testing.assert_allclose(plan, theirs, atol=5e-4)
+    a, b, c = 0.9, 0.2, 0.4
+    found = masks.balanced(torch.tensor([[[a, b], [b, c]]]))[0]
+    share = math.sqrt(a * c) / (math.sqrt(a * c) + b)
+    torch.testing.assert_close(found, torch.tensor([[share, 1 - share], [1 - share, share]]))
+
+
+def test_pgs_always_keeps_strong_edges_and_the_papers_share():
+    """98 of 196 patches; or 137, of which 98 at least are seen. Edges first where K is less."""
+    images, noise = photographs(64, 112), noise_of(64, 196)
+    strong = masks.edges(images, (14, 14)) > 0.5
+    for ratio, more, most in ((0.5, 0.0, 98), (0.3, 0.2, 137)):
+        given = {"noise": noise, "pixels": images, "mask_range": more}
+        ids, visible = sample_mask("pgs", 64, 14, ratio, **given)
+        assert ids.shape == (64, most) and (visible is None) == (more == 0)
+        visible = torch.ones_like(ids, dtype=torch.bool) if visible is None else visible
+        seen = torch.zeros(64, 196, dtype=torch.bool).scatter_(1, ids, visible)
+        assert seen.sum(1).min() >= 98
+        everything = (seen | ~strong).all(dim=1)
+        assert torch.equal(everything, strong.sum(1) <= most) and everything.sum() > 60
+        assert (strong | ~seen)[~everything].all()
+    assert visible.sum(1).max() > visible.sum(1).min()
+
+
+def test_pgs_under_autocast_and_with_embeddings():
+    """Half precision changes no mask; the embeddings' weight rises in eight steps."""
+    images, noise = photographs(8, 64), noise_of(8, 64)
+    tower, found = GLIP(GLIPConfig(64, 8, 24, 2, 3, 10, 20, 1, 2)).visual, []
+    masker = Masker("pgs", 0.5, embedding_weight=0.7)
+    for step in range(16):
+        masker.before_step(step, 16, tower, sample=None)
+        ids, _ = masker(images, noise, tower)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ids, masker(images, noise, tower)[0])
+        found.append(masker.embedding_weight)
+    assert found[::2] == found[1::2] == pytest.approx([0.7 * i / 7 for i in range(8)])
+    plain = sample_ids_keep("pgs", 8, 8, 0.5, noise=noise, pixels=images)
+    assert not torch.equal(ids, plain)
 
 
 # --- from a teacher -----------------------------------------------------------------------------
