@@ -65,6 +65,13 @@ RECIPES = {
         "mask": "cluster", "min_mask_ratio": 0.3, "crop_scale": (0.9, 1.0), "epochs": 32.0,
         "batch_size": 2048, "lr": 5e-4, "warmup": 2000, "tune_epochs": 0.0,
     },
+    # CLIP-PGS (2503.17080) with 30 to 50 % masked, its repository's command for CC12M; it is not
+    # tuned. With --mask-ratio 0.5 --mask-range 0 it is the other of its two models. Its crops are
+    # open_clip's default; it weights embeddings by the epoch, here in eight steps.
+    "clip-pgs": PAPER | {
+        "mask": "pgs", "mask_ratio": 0.3, "mask_range": 0.2, "embedding_weight": 1.0,
+        "crop_scale": (0.9, 1.0), "epochs": 32.0, "batch_size": 4096, "tune_epochs": 0.0,
+    },
     # A-CLIP (2212.08653) on YFCC-15M: 25 epochs, one of warm-up (3,600 steps are about that). It is
     # not tuned. Not done here: colour is augmented (jitter, grey, blur, solarise); ImageNet's mean
     # and deviation; AdamW's eps of 1e-8 (ours 1e-6); a schedule from 1e-6 and down to 1e-5 (ours

@@ -56,8 +56,8 @@ TOUCHED = 3.0  # times that an activation is read or written in a step; see `ben
 STATE = (0.4, 2.0)  # the same of the optimizer's state: a CPU has its pages already; on a GPU
 SHARD_BYTES = 30e3  # a pair's, at 256 pixels: img2dataset reports 331 GB for CC12M
 PAIRS = {  # of the sets that recipes are for, from their sources
-    "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "a-clip": 14_829_396,
-    "flip": 400_000_000, "clipa": 400_000_000,
+    "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "clip-pgs": 10_968_539,
+    "a-clip": 14_829_396, "flip": 400_000_000, "clipa": 400_000_000,
 }  # fmt: skip
 
 

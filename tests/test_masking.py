@@ -1,6 +1,7 @@
 """Every mask of the registry; each against its paper's rule, by means that are not its code."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -503,6 +504,17 @@ def test_pgs_always_keeps_strong_edges_and_the_papers_share():
         assert torch.equal(everything, strong.sum(1) <= most) and everything.sum() > 60
         assert (strong | ~seen)[~everything].all()
     assert visible.sum(1).max() > visible.sum(1).min()
+    assert 0.15 < strong.float().mean() < 0.35
+
+
+def test_pgs_balance_moves_a_few_patches(monkeypatch):
+    """As docs/masks.md says: Sinkhorn's matrix adds little to similarities of up to 1."""
+    images, noise = photographs(64, 112), noise_of(64, 196)
+    find = partial(sample_ids_keep, "pgs", 64, 14, 0.5, noise=noise, pixels=images)
+    kept = torch.zeros(64, 196).scatter_(1, find(), 1)
+    monkeypatch.setattr(masks, "balanced", torch.zeros_like)
+    plain = torch.zeros(64, 196).scatter_(1, find(), 1)
+    assert 0.002 < 1 - (kept * plain).sum() / kept.sum() < 0.02
 
 
 def test_pgs_under_autocast_and_with_embeddings():

@@ -343,6 +343,7 @@ def test_torchrun_gives_the_single_process_run(run, tmp_path):
 VARIANTS = [
     *({"mask": mask} for mask in masks.MASKS),
     {"mask": "cluster", "embedding_weight": 1.0},
+    {"mask": "pgs", "embedding_weight": 1.0, "mask_ratio": 0.25, "mask_range": 0.5},
     {"mask": "attentive", "teacher_scale": 0.5},
     {"mask": "attentive", "aclip": True},
     *({"text_mask": text_mask, "text_tokens": 4} for text_mask in TEXT_MASKS),
@@ -370,6 +371,9 @@ def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
         assert masker.threshold == logged[-1]["threshold"]
         assert len({r["threshold"] for r in logged}) == (8 if config.embedding_weight else 1)
         assert all(r["computed"] == 7 / 16 and 0.05 < r["visible"] < 0.44 for r in logged)
+    elif config.mask_range:  # the weight of the last eighth, and between 4 and 12 of 16 patches
+        assert masker.embedding_weight == 1.0
+        assert all(r["computed"] == 0.75 and 0.25 <= r["visible"] < 0.75 for r in logged)
     else:
         assert "visible" not in logged[0]
     if config.mask == "attentive":

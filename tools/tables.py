@@ -371,7 +371,10 @@ def by_set(models: list[dict], runs: list[dict], _: dict, sets: list) -> tuple[l
     def name(m: dict) -> str:
         return m["method"] + f" {m['masked']}" * (m in own and m["masked"] != "0 %")
 
-    head = ["", *(f"{name(m)}, {by[m['source']]}" for m in models),
+    def judge(m: dict) -> str:
+        return "its authors" if m["method"].startswith("CLIP-PGS") else by[m["source"]]
+
+    head = ["", *(f"{name(m)}, {judge(m)}" for m in models),
             *(f"{name(m)}, ours" for m in own)]  # fmt: skip
     return head, [
         [label, *(published(m, *number) for m in models), *(ours(runs, m, *number) for m in own)]
