@@ -1,11 +1,15 @@
 """What a run is: every setting of train.py, the recipes that change some, and what is refused.
 
-The defaults are the demo's; a recipe changes some; a flag given by hand wins. The settings of
-masks, text masks and samplings are declared beside their functions.
+The defaults are the demo's. A recipe wins over them, a file of --config over the recipe, a flag
+given by hand over the file. The settings of masks, text masks and samplings are declared beside
+their functions.
 """
 
 import argparse
 import contextlib
+import difflib
+import inspect
+import json
 import math
 import os
 import re
@@ -15,14 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
 
 import glip
 from glip import GLIPConfig, InputError
-from nanoglip.cli import check_numbers
+from nanoglip.aliases import translated
+from nanoglip.cli import check_numbers, place, say
 from nanoglip.losses import LOSSES
 from nanoglip.masker import Masker
 from nanoglip.masks import MASKS, Setting, check_setting, settings_of
@@ -261,7 +267,11 @@ class TrainConfig(
     Output, Preview, Machine, Loss, Tuning, Schedule, Model, with_settings(Words, TEXT_MASKS),
     with_settings(Mask, MASKS), with_settings(Sampling, SAMPLINGS), Data, Recipe,
 ):  # the fields of the last base come first
-    """Pre-train a CLIP model under a mask, then tune it without."""
+    """Pre-train a CLIP model under a mask, then tune it without.
+
+    Settings also come from JSON, --config FILE; what is given by hand wins. open_clip's flags are
+    read where they mean the same: docs/open_clip.md.
+    """
 
 
 GROUPS = TrainConfig.__bases__[::-1]
@@ -274,14 +284,21 @@ MACHINE = {  # what no result depends on
 
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
-    """The settings of a command line: defaults, then the recipe's, then what was given by hand."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """The settings of a command line: defaults, the recipe's, a file's, what was given by hand."""
+    arguments, told = translated(sys.argv[1:] if arguments is None else arguments)
+    if told and place()[0] == 0:
+        say("\n".join(told))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default="demo")
-    recipe = "demo"
+    first.add_argument("--recipe")
+    first.add_argument("--config")
+    recipe, file = None, {}
     with contextlib.suppress(argparse.ArgumentError):  # tyro tells it better
-        recipe = first.parse_known_args(arguments)[0].recipe
-    default = TrainConfig(recipe, **RECIPES[recipe]) if recipe in RECIPES else TrainConfig()
+        known, rest = first.parse_known_args(arguments)
+        recipe, file = known.recipe, read_settings(Path(known.config)) if known.config else {}
+        arguments = rest if recipe is None else ["--recipe", recipe, *rest]
+    recipe = recipe or file.get("recipe", "demo")
+    base = TrainConfig(recipe, **RECIPES[recipe]) if recipe in RECIPES else TrainConfig()
+    default = replace(base, **file | {"recipe": base.recipe})
     if {"-h", "--help"} & set(arguments):
         show_help(default)
     config = tyro.cli(TrainConfig, args=arguments, default=default)
@@ -292,8 +309,70 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         raise InputError("--epochs must be above 0; give --steps to count in steps")
     if "steps" in given:
         config = replace(config, epochs=0.0)
-    refuse_idle(config, given)
+    changed = {name for name, value in file.items() if value != getattr(base, name)}
+    refuse_idle(config, given | changed)
     return replace(config, mask_ratio=0.0) if config.mask == "none" else config
+
+
+def read_settings(path: Path) -> dict:
+    """The settings of a JSON file, such as a run's config.json, by name; `path` may be a run.
+
+    Raises InputError for a file, a name or a value that is none.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path}: no JSON object; name a run's config.json, or its like")
+    kinds, settings = get_type_hints(TrainConfig), {}
+    for name, value in found.items():
+        if name not in kinds:
+            alike = difflib.get_close_matches(name, kinds, 1)
+            hint = f"write {alike[0]}" if alike else "leave it out"
+            raise InputError(f"--config {path}: there is no setting {name}: {hint}")
+        try:
+            settings[name] = fitted(value, kinds[name])
+        except (TypeError, OverflowError):
+            raise InputError(
+                f"--config {path}: {name} is {json.dumps(value)}: give {wanted(kinds[name])}"
+            ) from None
+    if "steps" in settings and "epochs" not in settings:
+        settings["epochs"] = 0.0
+    return settings
+
+
+def fitted(value: object, kind: object) -> object:
+    """A value of JSON as a setting of this type; raises TypeError if it is none."""
+    origin, of = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for one in of:
+            with contextlib.suppress(TypeError):
+                return fitted(value, one)
+    if origin is tuple and isinstance(value, list):
+        of = of[:1] * len(value) if of[1:] == (...,) else of
+        if len(of) == len(value):
+            return tuple(map(fitted, value, of))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind or (origin is Literal and value in of):
+        return value
+    raise TypeError
+
+
+def wanted(kind: object) -> str:
+    """What values of a type are in JSON, in words."""
+    origin, of = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(of)}"
+    if origin is tuple:
+        return f"[{', '.join('...' if one is ... else wanted(one) for one in of)}]"
+    if origin in (Union, UnionType):
+        return " or ".join(map(wanted, of))
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
+        kind, "null"
+    )
 
 
 def refuse_idle(config: TrainConfig, given: set[str]) -> None:
@@ -343,8 +422,8 @@ def show_help(default: TrainConfig) -> None:
     grouped = make_dataclass("Grouped", [(group.__name__.lower(), group) for group in GROUPS])
     values = (group(*(getattr(default, f.name) for f in fields(group))) for group in GROUPS)
     tyro.cli(
-        grouped, args=["--help"], description=TrainConfig.__doc__, default=grouped(*values),
-        config=(tyro.conf.OmitArgPrefixes,),
+        grouped, args=["--help"], description=inspect.getdoc(TrainConfig),
+        default=grouped(*values), config=(tyro.conf.OmitArgPrefixes,),
     )  # fmt: skip
 
 

@@ -1,22 +1,25 @@
 """The loop by its command: settings, determinism, processes, learning, bad input."""
 
 import copy
+import inspect
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+from open_clip_train import params
 from PIL import Image
 
 import glip
 import train
-from nanoglip import files, machine, masks, runlog
+from nanoglip import aliases, files, machine, masks, runlog
 from nanoglip.config import RECIPES, TrainConfig, check, parse, run_name
 from nanoglip.machine import use_bf16
 from nanoglip.masker import Masker, embedding_weight_at, momentum_at
@@ -66,6 +69,152 @@ def test_a_flag_given_by_hand_wins_over_the_recipe_wherever_it_stands():
     assert parse(["--recipe", "cc12m", "--steps", "7"]).epochs == 0
     assert parse(["--recipe", "cc12m", "--epochs", "2"]).epochs == 2
     assert parse([]) == TrainConfig()
+
+
+def theirs():
+    """Every flag of open_clip's trainer, by its own parser."""
+    words = inspect.getsource(params.parse_args)
+    return set(re.findall(r"""^ *['"](--[\w-]+)['"],""", words, re.MULTILINE)) | set(
+        re.findall(r"""add_argument\(['"](--[\w-]+)['"]""", words)
+    )
+
+
+def test_open_clips_flags_are_all_read_or_explained():
+    """Each of theirs has a row, each row is a flag of theirs, and none hides a flag of ours."""
+    ours = {f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)}
+    ours |= {"--config", "--help", "--debug"}
+    rows = {row.partition(" ")[0] for row in aliases.NAMES} | aliases.SAME.keys()
+    assert len(theirs()) > 80
+    for flag in theirs():
+        assert any(fnmatchcase(flag, row) for row in rows), flag
+    for row in rows - {"--fsdp"}:
+        assert any(fnmatchcase(flag, row) for flag in theirs()), row
+    for row in aliases.NAMES:
+        assert " " in row or not any(fnmatchcase(flag, row) for flag in ours), row
+    assert aliases.SAME.keys() <= ours
+
+
+def test_open_clips_flags_set_what_they_say(capsys):
+    """What has an equal among ours: each alone, and many at once, in both ways of writing."""
+    changed = {
+        "--train-data": ("x", {"data": ("x",)}), "--wd": ("0.3", {"weight_decay": 0.3}),
+        "--force-image-size": ("32", {"image_size": 32}), "--siglip": (None, {"loss": "siglip"}),
+        "--force-context-length": ("16", {"context_length": 16}),
+        "--force-patch-dropout": ("0.6", {"mask": "random", "mask_ratio": 0.6}),
+        "--opt adamw": (None, {"optimizer": "adamw"}), "--lr-scheduler cosine": (None, {}),
+        "--grad-clip-norm": ("1", {"clip_grad_norm": 1.0}), "--local-loss": (None, {}),
+        "--gather-with-grad": (None, {}), "--save-most-recent": (None, {}),
+        "--precision amp_bf16": (None, {"precision": "bf16"}), "--fsdp": (None, {"shard": True}),
+        "--precision amp_bfloat16": (None, {"precision": "bf16"}),
+        "--grad-checkpointing": (None, {"recompute": True}),
+        "--torchcompile": (None, {"compile": True}), "--name": ("a", {"out": "runs/a"}),
+        "--log-every-n-steps": ("7", {"log_every": 7}), "--resume latest": (None, {}),
+        **{f"--report-to {name}": (None, {name: True}) for name in runlog.LOGS},
+    }  # fmt: skip
+    equal = {row for row, ours in aliases.NAMES.items() if not ours or ours.startswith("--")}
+    assert changed.keys() == equal
+    for row, (value, wanted) in changed.items():
+        parts = [*row.split(), *filter(None, [value])]
+        for words in (parts, ["=".join(parts)]):
+            assert parse(words) == replace(TrainConfig(), **wanted), words
+            assert f"open_clip's {' '.join(words).replace('=', ' ')} is " in capsys.readouterr().out
+    words = ["--wd", "0.2", "--seed=3", "--local-loss", "--batch-size", "64", "--sigma", "0.3", "1"]
+    wanted = {"weight_decay": 0.2, "seed": 3, "batch_size": 64, "sigma": (0.3, 1.0)}
+    assert parse(words) == replace(TrainConfig(), **wanted)
+    assert "--batch-size counts the pairs of all processes" in capsys.readouterr().out
+    assert parse(["--precision", "bf16", "--resume", "never", "--seed=3"]).resume == "never"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("row", aliases.NAMES)
+def test_open_clips_other_flags_name_our_way(row):
+    """Nothing is trained under a flag that would be understood otherwise."""
+    sentence = aliases.NAMES[row]
+    if sentence and not sentence.startswith("--"):
+        words = row.replace("*", "x").split()
+        for more in ([], ["0.5"]) if len(words) == 1 else ([],):
+            with pytest.raises(glip.InputError) as told:
+                parse([*words, *more])
+            assert str(told.value) == f"{' '.join(words)} is open_clip's: {sentence}"
+        ours = set(re.findall(r"(?<![\w-])--[a-z-]+", sentence)) - {"--retrieval", "--zero-shot"}
+        known = {f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)}
+        assert ours <= known | {"--linear-probe"} and re.search("leave it out|--|environment",
+                                                                sentence)  # fmt: skip
+    elif "{}" in sentence:
+        with pytest.raises(glip.InputError, match=f"^{row} needs a value"):
+            parse([row, "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [], ["--recipe", "cc12m", "--data", "a", "b", "--data-weights", "1", "0.5", "--seed", "3"],
+        ["--recipe", "flip", "--data", "x", "--steps", "9"], ["--mask", "none", "--wandb"],
+        ["--recipe", "a-clip", "--data", "x"], ["--recipe", "cluster-masking", "--data", "x"],
+        ["--recipe", "compare", "--mask", "random", "--vendors", "Goog", "FB", "--compile"],
+        ["--sigma", "0.3", "0.6", "--mask-center", "-0.5", "0", "--lr", "1"],
+        ["--recipe", "finetune-pairs", "--init", "runs/x", "--data", "x", "--epochs", "0.5"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_runs_own_settings_read_back_are_its_settings(flags, tmp_path):
+    """As train.py writes them; also by the folder's name, and a partial file over a recipe."""
+    config = parse(flags)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    for name in (tmp_path / "config.json", tmp_path):
+        again = parse(["--config", str(name)])
+        assert again == config and run_name(again) == run_name(config)
+        assert [type(x) for x in asdict(again).values()] == [
+            type(x) for x in asdict(config).values()
+        ]
+    other = parse(["--seed", "7", f"--config={tmp_path}", "--steps", "5"])
+    assert other == replace(config, seed=7, steps=5, epochs=0.0)
+
+
+def test_flags_win_over_a_file_and_a_file_over_its_recipe(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"recipe": "cc12m", "data": ["x"], "steps": 9, "lr": 1}')
+    paper = TrainConfig("cc12m", **RECIPES["cc12m"])
+    wanted = replace(paper, data=("x",), steps=9, epochs=0.0, lr=1.0)
+    assert parse(["--config", str(file)]) == wanted
+    words = ["--config", str(file), "--epochs", "2", "--lr", "3"]
+    assert parse(words) == replace(wanted, epochs=2.0, lr=3.0)
+    words = ["--recipe", "compare", "--config", str(file)]
+    compare = TrainConfig("compare", **RECIPES["compare"])
+    with pytest.raises(glip.InputError, match="--captions is for emoji"):
+        parse([*words, "--captions", "names"])
+    assert parse(words) == replace(compare, data=("x",), steps=9, lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"lrr": 1}', "mine.json: there is no setting lrr: write lr"),
+        ('{"QQ": 1}', "mine.json: there is no setting QQ: leave it out"),
+        ('{"lr": "1"}', 'lr is "1": give a number'), ('{"lr": true}', "lr is true: give a number"),
+        ('{"steps": 1.5}', "steps is 1.5: give a whole number"),
+        ('{"steps": null}', "steps is null: give a whole number"),
+        ('{"compile": 1}', "compile is 1: give true or false"),
+        ('{"mask": "ring"}', 'mask is "ring": give one of none, random, gaussian'),
+        ('{"data": "emoji"}', 'data is "emoji": give [text, ...]'),
+        ('{"crop_scale": [1]}', "crop_scale is [1]: give [a number, a number]"),
+        ('{"sigma": "x"}', 'sigma is "x": give a number or [a number, a number]'),
+        ('{"min_mask_ratio": []}', "min_mask_ratio is []: give a number or null"),
+        ('{"lr": NaN}', "--lr must be above 0 and finite"),
+        (f'{{"lr": 1{400 * "0"}}}', ": give a number"),
+        ('{"mask": "random", "sigma": 0.3}', "--sigma does nothing under --mask random"),
+        ("[]", "mine.json: no JSON object"), ("{", "no JSON object"), ("\xff", "no JSON object"),
+        ("[" * 9**5, "no JSON object"), (None, "mine.json: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_settings_is_one_sentence(text, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("mine.json").write_bytes(text.encode("latin-1"))
+    done = inside(monkeypatch, capsys, train.main, "train.py", "--config", "mine.json")
+    told = done.stderr.splitlines()
+    assert done.returncode == 2 and len(told) == 1 and sentence in told[0]
+    assert not Path("runs").exists()
 
 
 def test_the_papers_recipe_is_the_papers():

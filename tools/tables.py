@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from nanoglip import cli, estimate, masks
+from nanoglip import aliases, cli, estimate, masks
 from nanoglip.config import parse
 from nanoglip.results import FOLDER, load, load_runs
 from tools import sweep
@@ -426,6 +426,18 @@ def markdown(name: str, content: Table) -> str:
 
 # --- The pages, and the command -------------------------------------------------------------------
 
+def flags_table() -> str:
+    """open_clip's flags and ours."""
+    rows = ["| open_clip | here |", "| --- | --- |"]
+    for theirs, ours in (aliases.NAMES | aliases.SAME).items():
+        plain = ours and (theirs in aliases.SAME or not ours.startswith("--"))
+        theirs = theirs.replace("*{*}*", "{0..9}.tar").replace("*::*", "A::B")
+        theirs = theirs.replace("*.pt", "FILE.pt").replace("*", "...")
+        cell = ours.replace("{}", "VALUE")
+        rows.append(f"| `{theirs}` | {cell if plain else f'`{cell}`' if cell else 'always so'} |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo_table(load_runs()),
     "compare": lambda: compare_table(load_runs(), load("cost")),
@@ -434,6 +446,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "training": lambda: training_table(load("bench")),
     "speed": lambda: speed_table(load("bench")),
     "paper": glip_table,
+    "open_clip": flags_table,
 }
 
 
