@@ -4,8 +4,11 @@ import errno
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -318,7 +321,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(unfinished, straight, monkeypa
     assert differences(straight, out) == [] and not list(out.glob("*.tmp"))
 
 
-# --- make proof: real launchers, a real small disk ------------------------------------------------
+# --- real launchers, a real small disk ------------------------------------------------------------
 
 
 def agent(out, *words):
@@ -335,6 +338,88 @@ def workers_of(process):
         ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
     )
     return [int(row.split()[0]) for row in listed.stdout.splitlines() if "train.py" in row]
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_nodes_that_meet_at_an_address_give_the_run_of_one_process(tmp_path):
+    """Two torchruns of one process each, by c10d, on this machine: weights and losses."""
+    words = [*BASE, "--optimizer", "adamw"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    nodes = [
+        agent(tmp_path / "two", "--nnodes", "2", "--nproc_per_node", "1", *meeting, "--rdzv_id",
+              "7", "train.py", *words) for _ in range(2)
+    ]  # fmt: skip
+    finish(tmp_path / "one", words)
+    printed = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    one, two = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in
+                ("one", "two"))  # fmt: skip
+    assert (one["world"], two["world"]) == (1, 2) and "--nnodes 2" in two["command"]
+    for name, weight in one["model"].items():
+        assert (two["model"][name] - weight).norm() <= 1e-3 * weight.norm() + 1e-5, name
+    logs = [map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+            for name in ("one", "two")]  # fmt: skip
+    losses = [[record["loss"] for record in log if "loss" in record] for log in logs]
+    assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+SLURM = {  # its commands, on one machine
+    "srun": 'exec "$@"',
+    "scontrol": 'if [ $1 = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi',
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+}
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """A function that starts the docs' batch script, with other flags for training."""
+    (tmp_path / "bin").mkdir()
+    for name, line in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    text = (ROOT / "docs/training.md").read_text()
+    script = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1]
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+                   "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "42",
+                   "SLURM_JOB_NODELIST": "node[1-2]"}  # fmt: skip
+
+    def start(*flags):
+        ours = script
+        for old, new in (
+            ("--nproc_per_node 8", "--nproc_per_node 2"), ("29500", str(free_port())),
+            ("--recipe cc12m --data cc12m", shlex.join([*BASE, *flags])),
+            ("train.py", str(ROOT / "train.py")),
+        ):  # fmt: skip
+            assert ours.count(old) == 1
+            ours = ours.replace(old, new)
+        (tmp_path / "job.sh").write_text(ours)
+        return subprocess.Popen(
+            ["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+def test_the_batch_script_of_the_docs_stops_in_time_and_is_put_back(batch, tmp_path):
+    """What it was asked to stop, and nothing else: not what failed, not what is finished."""
+    out, told = tmp_path / "runs/cc12m", tmp_path / "requeued"
+    job = batch("--lr", "0")
+    printed = job.communicate(timeout=200)[0]
+    assert job.returncode == 1 and "--lr must be above 0" in printed and not told.exists()
+    job = batch("--steps", "4000")
+    wait_for_checkpoint(out, job)
+    os.kill(job.pid, signal.SIGTERM)
+    printed = job.communicate(timeout=200)[0]
+    assert printed.count("the same command goes on") == 1, printed[-3000:]
+    assert job.returncode == 1 and told.read_text() == "requeue 42\n"
+    assert (out / "latest.pt").exists() and not (out / "model.pt").exists()
 
 
 @pytest.mark.proof

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,10 +53,11 @@ def written(out: Path) -> int:
         return 0
 
 
-def wait_for_checkpoint(out: Path, run: Run, limit: float = 120) -> None:
+def wait_for_checkpoint(out: Path, run: Run | subprocess.Popen, limit: float = 120) -> None:
     """Wait until this run has written a checkpoint of its own, or has ended."""
+    running = run.running if isinstance(run, Run) else lambda: run.poll() is None
     until, before = time.monotonic() + limit, written(out)
-    while written(out) in (0, before) and run.running():
+    while written(out) in (0, before) and running():
         assert time.monotonic() < until
         time.sleep(0.005)
 
