@@ -31,7 +31,7 @@ from nanoglip.aliases import translated
 from nanoglip.cli import check_numbers, place, say
 from nanoglip.losses import LOSSES
 from nanoglip.masker import Masker
-from nanoglip.masks import MASKS, Setting, check_setting, settings_of
+from nanoglip.masks import MASKS, Setting, check_setting, sample_mask, settings_of
 from nanoglip.sources.captions import SAMPLINGS
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS
 from nanoglip.sources.pictures import MAX_BAD
@@ -151,7 +151,7 @@ class Data:
 
     data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
     data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
-    crop_scale: tuple[float, float] = (0.5, 1.0)  # own images, views: share of the area of a crop
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # area of a crop: own images, --aclip's views
     max_bad: float = MAX_BAD  # share of unreadable images above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
@@ -232,7 +232,7 @@ class Machine:
     """Devices, memory and processes."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     micro_batch: int = 0  # pairs of a process whose activations exist at once (0: all)
     recompute: Switch = False  # activation checkpointing
     compile: Switch = False  # use torch.compile
@@ -391,30 +391,36 @@ def refuse_idle(config: TrainConfig, given: set[str]) -> None:
             raise InputError(f"{flag_of(flag)} {why}")
     if config.mask == "none" and "mask_ratio" in given and config.mask_ratio != 0:
         raise InputError("--mask none keeps every patch: leave --mask-ratio out")
-    rows = [*MASKS.values(), *TEXT_MASKS.values(), *SAMPLINGS.values()]
-    declared = {name for row in rows for name in settings_of(row)}
-    idle = (declared | {"clusters", "aclip"}) - used_settings(config).keys()
-    for flag in sorted(given & idle):
-        raise InputError(
-            f"{flag_of(flag)} does nothing under --mask {config.mask} --text-mask "
-            f"{config.text_mask} --sampling {config.sampling}: leave it out"
-        )
+    for flag in sorted(given - used_settings(config).keys()):
+        users = {choice: [row for row in registry if flag in settings_under(choice, row)]
+                 for choice, registry in CHOICES.items()}  # fmt: skip
+        told = [f"{flag_of(choice)} {', '.join(rows)}" for choice, rows in users.items() if rows]
+        if told:
+            raise InputError(
+                f"{flag_of(flag)} belongs to {' or '.join(told)}: leave it out, or choose "
+                + ("that" if sum(map(len, users.values())) == 1 else "one of them")
+            )
 
 
-def used_settings(config: TrainConfig) -> dict:
-    """What the chosen mask, text mask and sampling declare, by name: settings_of's rows."""
-    chosen = (MASKS.get(config.mask), TEXT_MASKS.get(config.text_mask),
-              SAMPLINGS.get(config.sampling))  # fmt: skip
-    used = {}
-    for row in filter(None, chosen):
-        used |= settings_of(row)
-    if config.sampling == "words":  # whose scores are of rare words
+CHOICES = {"mask": MASKS, "text_mask": TEXT_MASKS, "sampling": SAMPLINGS}
+
+
+def settings_under(choice: str, row: str) -> dict:
+    """What a row of --mask, --text-mask or --sampling declares, by name, as by settings_of."""
+    used = {} if row not in CHOICES[choice] else dict(settings_of(CHOICES[choice][row]))
+    if choice == "sampling" and row == "words":  # whose scores are of rare words
         used["text_threshold"] = settings_of(TEXT_MASKS["frequency"])["text_threshold"]
-    if config.sampling == "clusters":
+    if choice == "sampling" and row == "clusters":
         used["clusters"] = None
     if "teacher_scale" in used:
         used["aclip"] = None
     return used
+
+
+def used_settings(config: TrainConfig) -> dict:
+    """What the chosen mask, text mask and sampling declare, by name: settings_under's rows."""
+    chosen = (settings_under(choice, getattr(config, choice)) for choice in CHOICES)
+    return {name: declared for row in chosen for name, declared in row.items()}
 
 
 def show_help(default: TrainConfig) -> None:
@@ -447,7 +453,7 @@ def check(config: TrainConfig, world: int) -> None:
     refuse(config.recipe == "finetune-pairs" and not (config.init or config.estimate),
            "--recipe finetune-pairs starts from weights: give --init RUN")
     refuse(config.estimate and config.overfit,
-           "--estimate and --overfit are two questions: ask one at a time")
+           "--estimate and --overfit exclude each other: give one of them")
     refuse(config.overfit == 1 or config.overfit < 0,
            f"--overfit {config.overfit}: a contrast needs at least 2 pairs")
     for name in ("batch_size", "tune_batch_size"):
@@ -496,8 +502,17 @@ def check(config: TrainConfig, world: int) -> None:
            f"size {model.patch_size}: choose another scale")
     refuse(missing := masker.missing_inputs(),
            f"mask '{config.mask}' needs {', '.join(missing)}, which nothing here supplies")
+    try_mask(masker, model)
     if config.shard:
         check_shard(config, world, refuse)
+
+
+def try_mask(masker: Masker, model: GLIPConfig) -> None:
+    """Raise InputError if the mask does not give scores (B, N) for two black pictures."""
+    noise = torch.linspace(0, 0.99, 2 * math.prod(model.grid)).view(2, -1)
+    inputs = {name: value for name, value in masker.settings.items() if masker.needs(name)}
+    inputs |= {"pixels": torch.zeros(2, 3, *model.pixels, dtype=torch.uint8), "attention": noise}
+    sample_mask(masker.mask, 2, model.grid, masker.mask_ratio, noise=noise, **inputs)
 
 
 def check_shard(config: TrainConfig, world: int, refuse: Callable) -> None:
@@ -506,16 +521,16 @@ def check_shard(config: TrainConfig, world: int, refuse: Callable) -> None:
            f"--shard needs FSDP2, which torch {torch.__version__} lacks: update it")
     refuse(world < 2, "--shard divides a model among processes: start them with torchrun")
     refuse(config.optimizer == "muon",
-           "--shard divides the matrices that muon needs whole: --optimizer adamw")
+           "--shard divides the matrices that muon needs whole: give --optimizer adamw")
     refuse(config.aclip or config.embedding_weight or masker_of(config).needs("attention"),
-           f"--mask {config.mask} looks through the whole tower: leave --shard out")
+           f"--mask {config.mask} uses a tower's parts, which --shard divides: leave it out")
 
 
 CONTEXT = GLIPConfig().context_length
 
 
 def masker_of(config: TrainConfig) -> Masker:
-    """The pre-training mask as set."""
+    """The mask of pre-training with its settings."""
     settings = {name: getattr(config, name) for name in settings_of(MASKS[config.mask])}
     return Masker(config.mask, config.mask_ratio, **settings)
 

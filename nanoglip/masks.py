@@ -65,7 +65,7 @@ def gumbel_scores(
 ) -> Tensor:
     """Control: draw patches with Gaussian weights, without replacement. (B, N) -> scores (B, N).
 
-    What GLIP's text could also mean and its authors' code does not do: the K highest of a log
+    GLIP's text could also mean this; its authors' code does not do it. The K highest of a log
     weight plus Gumbel noise are K successive weighted draws (1903.06059, on Gumbel-top-k).
     """
     gumbel = -torch.log(-torch.log(noise.clamp(min=torch.finfo(noise.dtype).tiny)))
@@ -371,9 +371,10 @@ def sample_mask(
     inputs = {**inputs, "mask_ratio": mask_ratio}
     scores = call_row(MASKS, "mask", mask, (noise, grid), inputs)
     scores, hidden = scores if isinstance(scores, tuple) else (scores, None)
-    if scores.shape != noise.shape:
-        shape = tuple(scores.shape)
-        raise InputError(f"mask '{mask}' gave scores {shape} for {(batch, n)} patches")
+    for what, x in (("scores", scores), ("hidden", noise if hidden is None else hidden)):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if shape != (batch, n):
+            raise InputError(f"mask '{mask}' gave {what} {shape} for {(batch, n)} patches")
     ids_keep = scores.topk(k, dim=1).indices                                   # (B, K)
     return ids_keep, None if hidden is None else ~hidden.gather(1, ids_keep)
 

@@ -40,6 +40,13 @@ def imports_of(name):
     return found
 
 
+def test_every_file_says_what_it_is():
+    """A docstring that begins with the file's own name, as a placeholder does, says nothing."""
+    for name, path in FILES.items():
+        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert len(told) > 20 and not told.startswith((name, "nanoglip")), name
+
+
 def test_the_root_holds_four_scripts():
     assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(FRONT)
 

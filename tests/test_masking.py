@@ -15,6 +15,7 @@ import data
 import glip
 from glip import GLIP, GLIPConfig, InputError, num_keep, patchify
 from nanoglip import masks
+from nanoglip.config import TrainConfig, check
 from nanoglip.masker import Masker, attend, scaled
 from nanoglip.masks import MASKS, sample_mask
 from nanoglip.sources import emoji
@@ -624,6 +625,12 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
     monkeypatch.setitem(MASKS, "short", lambda noise, grid: noise[:, :3])
     with pytest.raises(InputError, match="'short' gave scores \\(1, 3\\) for \\(1, 4\\) patches"):
         sample_mask("short", 1, 2, 0.25)
+    monkeypatch.setitem(MASKS, "short", lambda noise, grid: noise.tolist())
+    with pytest.raises(InputError, match="'short' gave scores list for \\(2, 64\\) patches"):
+        check(TrainConfig(mask="short"), 1)
+    monkeypatch.setitem(MASKS, "short", lambda noise, grid: (noise, noise[0] > 0))
+    with pytest.raises(InputError, match="'short' gave hidden \\(64,\\) for \\(2, 64\\) patches"):
+        check(TrainConfig(mask="short"), 1)
 
 
 @pytest.mark.parametrize(

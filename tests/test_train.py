@@ -619,8 +619,9 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--vendors", "Twtr"], "vendor Twtr is held out"),
         (["--device", "mps"], "this machine or its torch has none"),
         (["--mask", "none", "--mask-ratio", "0.5"], "leave --mask-ratio out"),
-        (["--mask", "random", "--sigma", "0.3"], "--sigma does nothing under --mask random"),
-        (["--aclip"], "--aclip does nothing under --mask gaussian"),
+        (["--mask", "random", "--mask-center", "0", "0"], "belongs to --mask gaussian, gumbel, "),
+        (["--mask", "random", "--sigma", "0.3"], ", gumbel: leave it out, or choose one of them"),
+        (["--aclip"], "--aclip belongs to --mask attentive: leave it out, or choose that"),
         (["--data", "mine/", "--vendors", "Goog"], "--vendors is for emoji, not for --data mine/"),
         (["--data", "mine/", "--captions", "names"], "--captions is for emoji, not for"),
         (["--sigma", "0.3", "-1"], "--sigma (0.3, -1.0) is outside [1e-06, inf]"),
@@ -637,7 +638,8 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--crop-scale", "0.9", "1"], "--crop-scale is for pictures of your own"),
         (["--context-length", "78"], "--context-length 78 is outside [3, 77]"),
         (["--context-length", "8", "--text-mask", "random", "--text-tokens", "9"], "[3, 8]"),
-        (["--text-threshold", "1"], "--text-threshold does nothing under --mask gaussian"),
+        (["--text-threshold", "1"], "belongs to --text-mask frequency or --sampling words: "),
+        (["--sampling-power", "1", "--data", "x"], "belongs to --sampling clusters: leave"),
     ],
 )
 def test_bad_input_is_one_sentence_and_code_2(words, sentence, tmp_path, monkeypatch, capsys):
