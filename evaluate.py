@@ -65,7 +65,7 @@ class EvaluateConfig:
     suite: Literal["none", "paper"] = "none"  # instead: the paper's sets, as far as under --root
     root: str = "."  # folder of the suite's sets
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
 
     def names_sets(self) -> bool:
         """Whether published sets take the place of held-out pairs."""
@@ -80,7 +80,7 @@ def run_command(options: EvaluateConfig) -> None:
     more = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
     given = [*own_pictures, *pair, *sets, *more]
     if (own_pictures and len(given) > 1) or (pair and more) or (sets and options.robustness):
-        raise InputError(f"{' and '.join(given)}: one at a time, please")
+        raise InputError(f"{' and '.join(given)}: give one at a time")
     if pair:
         problems = compare_runs(options)
     elif own_pictures:
@@ -184,7 +184,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     ranks, last = {}, None
     for column, (own, mask) in run.columns().items() if len(test.concept) else ():
         pairs = test if own is run.final else before_test
-        last = encoder.encode_pairs(own, pairs, mask)  # at last the final model's, without a mask
+        last = encoder.encode_pairs(own, pairs, mask)  # the last is the final model's, unmasked
         ranks[column] = encoder.rank_features(pairs, *last)
     record = run.known_results() | {
         "counts": {**train.counts, "training pictures": len(train) - len(train.held),
@@ -192,6 +192,7 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         "evaluated_on": machine(on.device), "evaluation_bf16": on.bf16, "mask_shares": {},
         "held_out": {column: encoder.shares_of(found) for column, found in ranks.items()},
         "intervals": {column: encoder.intervals_of(found) for column, found in ranks.items()},
+        "chance": encoder.chance(test),
     }  # fmt: skip
     if "masked inference" in ranks:
         record["mask_shares"] = encoder.mask_shares(run.before, before_test, run.masker)
@@ -225,8 +226,8 @@ def run_benchmarks(
 ) -> tuple[dict[str, dict], list[str]]:
     """Evaluate on published sets, on all processes; returns the answers and what is wrong.
 
-    Only rank 0 has the answers, and probes: also those of the suite's sets that have training
-    shards, unless a second run is asked for.
+    Only rank 0 has the answers. It also fits linear probes: on --probe-data, and, unless a second
+    run is given, on the suite's sets that have training shards.
     """
     places, captioned, to_probe = options.zero_shot, options.retrieval, []
     if options.suite != "none":
@@ -339,19 +340,20 @@ def results_table(record: dict) -> str:
         f"{config['mask_ratio']:.1%}{', A-CLIP' * config['aclip']}, "
         + f"text mask {config['text_mask']}, " * (config["text_mask"] != "none")
         + f"{'bf16' if record['evaluation_bf16'] else 'fp32'}, seed {config['seed']}; "
-        f"{record['counts']['held-out pictures']:,} held-out pictures"
+        + cli.counted(record["counts"]["held-out pictures"], "held-out picture")
     ]
     if any(tables.values()):
         lines.append(f"{'':30}" + "".join(f"{name:>22}" for name in tables))
     else:
-        lines.append("too few pairs, one in twenty, were held out to ask anything")
+        lines.append("nothing is evaluated: too few pairs are held out (one in twenty)")
     for metric in next(iter(tables.values()), {}):
         cells = ""
         for column, table in tables.items():
             low, high = record["intervals"][column][metric]
             between = f"({100 * low:.1f}-{100 * high:.1f})"
             cells += f"{100 * table[metric]:>8.1f} % {between:>11}"
-        lines.append(f"{metric:30}" + cells)
+        guess = record["chance"].get(metric)
+        lines.append(f"{metric:30}{cells}" + (f"   chance {guess:.2%}" if guess else ""))
     shares = record["mask_shares"]
     if shares and shares["visible"] != shares["computed"]:
         computed, visible = (f"{shares[name]:.1%}" for name in ("computed", "visible"))

@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 8 train.py --mask gaussian    the same on eight processes
     python train.py --data my_pictures/ --epochs 30         your own pictures
     python train.py --recipe cc12m --data cc12m/            the paper's settings, on indexed shards
-    python train.py --mask attentive --aclip                a rival's whole method
+    python train.py --mask attentive --aclip                A-CLIP, with all its losses
 
 The demo trains for six minutes on two CPU cores with native bf16, and then names about 46 % of
-1,809 emoji in the style of an artist that it never saw (three seeds in results/; chance: 0.06 %).
+1,809 emoji of a vendor whose art it never saw (three seeds in results/; chance: 0.06 %).
 
 Writes to runs/NAME: config.json, log.jsonl, pretrained.pt (before tuning) and model.pt. While it
 runs, latest.pt and previous.pt are there, from which the same command resumes. Unreadable pictures
@@ -54,7 +54,7 @@ def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
 
 MOST = 2**48  # pairs of a run; the largest published ones have 2**37
 FREE = MACHINE | {"max_bad"}  # settings that may differ when a run is resumed
-MUON_SCALE = 2.0  # Muon's learning rate in AdamW's; docs/training.md has the search
+MUON_SCALE = 2.0  # Muon's learning rate over AdamW's; docs/training.md has the search
 
 
 def make_optimizers(model: GLIP, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -117,7 +117,7 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
         train, test = opened[model.image_size]
         first = name == "pretrain"
 
-        def words() -> tuple:  # counts of words and scores of captions, from the cache or for it
+        def words() -> tuple:  # from the cache, or computed and cached
             mask = chances = None
             if first and config.text_mask != "none":
                 mask = TextMask(config.text_mask, config.text_tokens, config.text_threshold, train)
@@ -130,16 +130,21 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
             return mask, chances
 
         text_mask, chances = distributed.on_rank_0(rank, world, words) or words()
-        order = make_order(train, batch_size, config.seed, name, chances)
+        held = f"held out: {cli.counted(len(test), 'picture')}"
+        try:
+            order = make_order(train, batch_size, config.seed, name, chances)
+        except InputError as error:
+            raise InputError(f"{error}; {held}") from None
         steps = max(1, round(epochs * order.steps_per_epoch)) if epochs else steps
         if steps * batch_size > MOST:
             raise InputError(f"{name}: {steps:.3g} steps are more than any run has: give fewer")
         if rank == 0:
             print(
-                f"{name}: {order.describe()}; {steps:,} steps; {masker.summary(model.grid)}"
+                f"{name}: {order.describe()}; {held}; {cli.counted(steps, 'step')}; "
+                + masker.summary(model.grid)
                 + f"; sampling {config.sampling}" * (chances is not None)
                 + (f"; text mask {config.text_mask}, {config.text_tokens} tokens" * bool(text_mask))
-                + f"; all of it is warm-up, which takes {warmup}" * (warmup >= steps)
+                + f"; too short for the warm-up ({warmup})" * (warmup >= steps)
             )
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
         prompts = train.flags is not None and config.captions == "prompts"
@@ -203,13 +208,13 @@ def run_stage(
 
 
 def compile_towers(model: GLIP) -> None:
-    """torch.compile in place, but not the packing of texts, which has other sizes every time."""
+    """torch.compile in place, but not the packing of texts, whose sizes change at every step."""
     model.visual.compile()
     model.transformer.compile()
 
 
 def workers_of(config: TrainConfig) -> int:
-    """Data workers of this rank: as asked for, or of the cores that it has."""
+    """Data workers of this rank: as asked for, else by the number of its cores."""
     if config.workers >= 0 or config.data[0] in EMBEDDED:
         return max(0, config.workers)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -222,7 +227,7 @@ def compute_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Backward through a batch; returns the loss, logit_scale, and visible (B, K) or None.
 
-    `shared` is `model` as ranks share it. With micro_batch that many pairs' activations exist.
+    `shared` is `model` as ranks share it. With micro_batch that many pairs are in memory.
     """
     images, tokens, noise, _, _ = batch.to_device(on.device)
     shared = model if shared is None else shared
@@ -289,9 +294,10 @@ def backward_cached(
 def apply_gradients(
     network: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, longest: float
 ) -> Tensor:
-    """Update; returns on the device, so that nobody waits, whether all gradients are finite.
+    """Update the weights; returns whether all gradients were finite, a bool tensor on the device.
 
-    If not, the weights are spoilt and never saved: Report stops the run.
+    It is not read here, so that no step waits for the device. If it is False, the new weights are
+    unusable, and Report stops the run before it saves them.
     """
     grads = [p.grad for p in network.parameters() if p.grad is not None]
     norm = distributed.total_norm(grads)
@@ -423,7 +429,7 @@ def overfit(config: TrainConfig) -> None:
     with distributed.processes(config.device, config.precision) as (rank, world, on):
         check(config, world)
         if world > 1 or config.aclip:
-            raise InputError("--overfit looks at CLIP's own loss, in one process: leave others out")
+            raise InputError("--overfit is for one process: leave torchrun and --aclip out")
         (stage,) = plan(config, rank, world)
         torch.manual_seed(config.seed)
         model = first_model(config, stage.model, {}).to(on.device).train()
@@ -431,7 +437,7 @@ def overfit(config: TrainConfig) -> None:
         guess = math.log(config.batch_size)
         batch = stage.batches[0]
         if len(batch.tokens.unique(dim=0)) < len(batch.tokens):
-            raise InputError("captions of the batch are alike: no loss near 0 is possible")
+            raise InputError("the batch has equal captions, so no loss near 0 exists: change them")
         for step in range(config.steps):
             stage.masker.before_step(step, config.steps, model.visual, stage.batches.sample)
             noise = stage.batches.noise("mask", step * config.batch_size, stage.batches.patches)
@@ -447,7 +453,7 @@ def overfit(config: TrainConfig) -> None:
             if (step + 1) % 50 == 0 or loss < 0.05:
                 print(f"step {step + 1}: loss {loss:.3f} (ln batch {guess:.2f}), scale {scale:.1f}")
             if loss < 0.05:
-                print(f"{config.batch_size} pairs are learned by heart: model and loss work")
+                print(f"{config.batch_size} pairs are overfitted: model and loss work")
                 return
         with torch.no_grad():
             features = model(batch.images.to(on.device), batch.tokens)[:2]
@@ -460,7 +466,7 @@ def diagnosis(
     loss: float, guess: float, images: float, texts: float, config: TrainConfig
 ) -> str:
     """Why a batch was not learned; `images`, `texts`: mean cosine of different ones."""
-    told = f"after {config.steps} steps the loss is {loss:.3f}, not near 0"
+    told = f"after {cli.counted(config.steps, 'step')} the loss is {loss:.3f}, not near 0"
     for name, cosine in (("pictures", images), ("texts", texts)):
         if cosine > 0.95:
             return (

@@ -38,6 +38,11 @@ def say(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))))
 
 
+def counted(n: int, what: str) -> str:
+    """A number with what it counts: "1 step", "2,000 steps"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def blocks(count: int, size: int, what: str) -> Iterator[Tensor]:
     """Blocks of `size` of the numbers below `count`, with a progress bar on a terminal."""
     with tqdm(total=count, desc=what, leave=False, disable=None) as bar:
@@ -56,8 +61,8 @@ def place() -> tuple[int, int, int]:
     wrong = [name for name, value in numbers.items() if not value.isdecimal()]
     if wrong or not os.environ.get("MASTER_ADDR"):
         raise InputError(
-            f"the environment says WORLD_SIZE={world}, but its {(*wrong, 'MASTER_ADDR')[0]} tells "
-            "of no process: start several with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {world}, but {(*wrong, 'MASTER_ADDR')[0]} is missing or no number: "
+            "start several processes with torchrun, or unset WORLD_SIZE"
         )
     return int(numbers["RANK"]), int(numbers["LOCAL_RANK"]), int(world)
 
@@ -71,12 +76,12 @@ def guarded(main: Callable[[], None]) -> Callable[[], None]:
         sys.argv = [word for word in sys.argv if word != "--debug"]
         try:
             main()
-        except BrokenPipeError:  # whoever read the output has left, as `head` does
+        except BrokenPipeError:  # the reader has closed the output, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt | Stopped):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would end it otherwise
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt this
             code, sentences = message_of(error)
             lines = [f"{Path(sys.argv[0]).name}: {sentence}" for sentence in sentences]
             lines = traceback.format_exc().splitlines() * debug + lines
@@ -98,7 +103,7 @@ def message_of(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(error, Stopped):
         return STOPPED, [first]
     if isinstance(error, KeyboardInterrupt):
-        return 130, ["interrupted; the same command goes on from what was kept"]
+        return 130, ["interrupted; the same command resumes from what was kept"]
     if isinstance(error, OSError) and error.filename is not None:
         return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
     if isinstance(error, MemoryError) or any(words in first for words in SHORT):

@@ -34,6 +34,7 @@ import torch
 import glip
 from glip import GLIPConfig, InputError
 from nanoglip import aclip
+from nanoglip.cli import counted
 from nanoglip.config import TrainConfig, masker_of
 from nanoglip.losses import LOGIT_BYTES, rows_at_once
 from nanoglip.machine import memory_of, resolve
@@ -50,10 +51,10 @@ GPUS = {
 }
 
 ATTAINED = (0.6, 0.8)  # of those rates of products and of memory: assumed, no GPU was at hand
-MACHINE = 8  # GPUs in one; what leaves it has
-NETWORK = 50e9  # bytes a second for each GPU, 400 Gbit/s
+MACHINE = 8  # GPUs in one machine
+NETWORK = 50e9  # bytes a second for each GPU between machines, 400 Gbit/s
 TOUCHED = 3.0  # times that an activation is read or written in a step; see `bench.py estimate`
-STATE = (0.4, 2.0)  # the same of the optimizer's state: a CPU has its pages already; on a GPU
+STATE = (0.4, 2.0)  # the same for the optimizer's state: on a CPU, with pages that exist; on a GPU
 SHARD_BYTES = 30e3  # a pair's, at 256 pixels: img2dataset reports 331 GB for CC12M
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "clip-pgs": 10_968_539,
@@ -121,7 +122,7 @@ def rates(device: torch.device, bf16: bool, width: int, rows: int = 4096) -> tup
             found.append(time.perf_counter() - start)
         return min(found)
 
-    def add() -> torch.Tensor:  # into pages that no one had, though the process keeps what it frees
+    def add() -> torch.Tensor:  # into new pages: the process keeps those it frees
         if device.type == "cpu":
             return torch.add(a, b, out=torch.frombuffer(mmap(-1, 4 * len(a)), dtype=a.dtype))
         return torch.add(a, b)
@@ -286,7 +287,7 @@ def tell(config: TrainConfig, stages: list) -> str:
         f"(image {learned['image'] / 1e6:.1f}, text {learned['text'] / 1e6:.1f}), "
         f"on {on.name}: {on.products / 1e12:.3g} TFLOP/s, {on.memory_rate / 1e9:.3g} GB/s",
         *(paragraph(stage, on) for stage in found),
-        f"in all {hours:.3g} hours, {hours * on.count:.3g} device hours; data not counted",
+        f"in all {duration(hours)}, times {counted(on.count, 'device')}; data not counted",
     ]
     kept = 3 * (12 * total - 4 * (config.optimizer == "muon") * learned["blocks"]) + 4 * total
     disk = f"disk: {kept / 1e9:.3g} GB of checkpoints (two and one being written, pretrained.pt)"
@@ -303,6 +304,14 @@ def tell(config: TrainConfig, stages: list) -> str:
         lines.append(f"not verified: no GPU has run this; assumed are {ATTAINED[0]:.0%} of the "
                      f"vendor's rate of products and {ATTAINED[1]:.0%} of memory's")  # fmt: skip
     return "\n".join(lines)
+
+
+def duration(hours: float) -> str:
+    """A time in hours, minutes or seconds, two at least of the larger ones."""
+    for unit, one in (("hours", 1), ("minutes", 60)):
+        if hours * one >= 2:
+            return f"{hours * one:.3g} {unit}"
+    return f"{hours * 3600:.3g} s"
 
 
 def longest(stage: object) -> float:
@@ -328,8 +337,8 @@ def paragraph(found: dict, on: Machine) -> str:
         "logits" + (f"; it has {on.memory / 1e9:.0f}" if on.memory else "")
         + (": too little, try --micro-batch" if on.memory and memory > 0.9 * on.memory else ""),
         f"  step of {found['batch']:,} pairs: {found['step']:.3g} s ({parts}), "
-        f"{found['pairs_per_second']:,.0f} pairs a second; {found['steps']:,} steps, "
-        f"{found['hours']:.3g} hours",
+        f"{found['pairs_per_second']:,.0f} pairs a second; {counted(found['steps'], 'step')}, "
+        + duration(found["hours"]),
     ]  # fmt: skip
     if on.count > 1:
         lines.append(

@@ -19,7 +19,7 @@ from nanoglip.config import MACHINE, RECIPES, TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "results"
 DIGITS = 5  # after the decimal point: with fewer, means print differently
-LEFT_OUT = {"command", "config", "trained_on", "evaluated_on", "intervals"}
+LEFT_OUT = {"command", "config", "trained_on", "evaluated_on", "intervals", "chance"}
 
 
 def load(name: str, folder: Path = FOLDER) -> dict:

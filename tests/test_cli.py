@@ -147,7 +147,7 @@ def test_a_half_set_environment_is_told(monkeypatch, changed, found):
     if isinstance(found, tuple):
         assert cli.place() == found
         return
-    with pytest.raises(InputError, match=f"{found} tells of no process: start .* torchrun"), \
+    with pytest.raises(InputError, match=f"{found} is missing or no number: start .* torchrun"), \
             distributed.processes("cpu", "fp32"):  # fmt: skip
         raise AssertionError
 

@@ -231,6 +231,7 @@ def test_every_picture_is_seen_as_often():
     order = ConceptOrder(concept, 4, 0, "pretrain")
     seen = np.bincount(np.concatenate([order.epoch(e) for e in range(200)]), minlength=len(concept))
     assert order.unplaced < 4 + 13 and seen.min() > 150
+    assert "an epoch is 1 step of 40 = 40, " in ConceptOrder(concept, 40, 0, "pretrain").describe()
 
 
 def test_processes_share_the_global_batch(emoji):

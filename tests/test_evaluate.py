@@ -244,8 +244,18 @@ def test_own_pictures_are_evaluated_by_retrieval(tmp_path, monkeypatch, capsys):
     for main, *arguments in ((train.main, "train.py", *words), (evaluate.main, "evaluate.py")):
         done = inside(monkeypatch, capsys, main, *arguments)
         assert done.returncode == 0, done.stderr[-2000:]
+        if main is train.main:
+            (count,) = set(re.findall(r"; held out: (\d+) pictures; ", done.stdout))
     (run,) = (tmp_path / "runs").iterdir()
     results = json.loads((run / "results.json").read_text())
+    assert results["counts"]["held-out pictures"] == int(count)
+    guesses = re.findall(r"^(.* R@1) .*   chance (.*)%$", done.stdout, re.MULTILINE)
+    share = 100 / results["counts"]["captions"]
+    assert [name for name, _ in guesses] == ["image to text R@1", "text to image R@1"]
+    assert [float(guess) for _, guess in guesses] == pytest.approx([share] * 2, abs=0.005)
+    done = inside(monkeypatch, capsys, train.main, "train.py", *words, "--out", "x",
+                  "--batch-size", "900")  # fmt: skip
+    assert done.returncode == 2 and done.stderr.endswith(f"; held out: {count} pictures\n")
     assert "text to image R@1" in results["held_out"]["after tuning"]
     assert "zero-shot top-1" not in results["held_out"]["after tuning"]
     assert (run / "retrieval.png").exists()

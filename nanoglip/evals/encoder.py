@@ -101,6 +101,16 @@ def intervals_of(ranks: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
     return {metric: significance.interval(right) for metric, right in hits(ranks).items()}
 
 
+def chance(pairs: HeldOut) -> dict[str, float]:
+    """The share of right answers that guessing gives, by the metrics of a single guess."""
+    shown = len(np.unique(pairs.concept))  # captions, as in rank_features()
+    choices = dict.fromkeys(("image to text R@1", "text to image R@1"), shown)
+    if pairs.flags is not None:
+        plain = len(pairs.flags) - int(pairs.flags.sum())
+        choices |= {"zero-shot top-1": len(pairs.flags), "zero-shot top-1 without flags": plain}
+    return {metric: 1 / n for metric, n in choices.items() if n}
+
+
 def quick(model: GLIP, pairs: HeldOut, on: Device) -> dict[str, float]:
     """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
     if not len(pairs.concept):

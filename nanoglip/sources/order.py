@@ -5,7 +5,6 @@ An order is a pure function of (seed, stage, epoch, position). Random numbers ha
 workers nor processes nor what was read before change what stands at a position.
 """
 
-import math
 import signal
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from glip import GLIPConfig, InputError, lengths, tokenize
+from nanoglip.cli import counted
 from nanoglip.noise import DRAWS, uniform
 from nanoglip.sources.captions import LONGEST, TextMask
 from nanoglip.sources.pictures import Source
@@ -78,8 +78,8 @@ class Order:
         """The arithmetic of an epoch."""
         steps = self.steps_per_epoch
         return (
-            f"{self.total:,} pictures; an epoch is {steps:,} steps of {self.batch_size:,} = "
-            f"{steps * self.batch_size:,}, {self.unplaced:,} left over"
+            f"{self.total:,} pictures; an epoch is {counted(steps, 'step')} of "
+            f"{self.batch_size:,} = {steps * self.batch_size:,}, {self.unplaced:,} left over"
         )
 
 
@@ -194,8 +194,6 @@ class MixedOrder(Order):
     """
 
     def __init__(self, pairs: Source, batch_size: int, seed: int, stage: str) -> None:
-        if not all(0 < weight < math.inf for weight in pairs.weights):
-            raise InputError("--data-weights must be above 0 and finite")
         sizes = np.array([w * len(s) for w, s in zip(pairs.weights, pairs.sources, strict=True)])
         most = np.minimum(np.ceil(batch_size * sizes / sizes.sum()) + 1, batch_size).astype(int)
         self.orders, self.quota, self.starts = [], [], pairs.starts
@@ -235,7 +233,7 @@ class MixedOrder(Order):
 
     def describe(self) -> str:
         parts = ", ".join(f"{n:,}" for n in self.quota)
-        return f"{super().describe()}; of the sources in turn {parts}"
+        return f"{super().describe()}; from the sources in their order: {parts}"
 
 
 # --- Batches --------------------------------------------------------------------------------------
