@@ -13,6 +13,8 @@
 nanoglip/sources/order.py says why neither workers nor processes change the order.
 """
 
+import fnmatch
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ import numpy as np
 import tyro
 
 from glip import InputError
-from nanoglip import cli
+from nanoglip import cli, files
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS, Emoji
 from nanoglip.sources.pictures import CROP_SCALE, MAX_BAD, HeldOut, Mixed, Pictures, Source
@@ -45,15 +47,19 @@ def load(
 
     The held-out pairs of emoji are another vendor's pictures (and other backgrounds); Twitter's are
     never trained on. Of each other source they are one picture in twenty, at most MAX_HELD_OUT,
-    the same in every run. Of several sources an epoch has `weights` passes. `crop_scale`: the share
-    of a picture's area that a training crop covers; `max_bad`: that of unreadable pictures.
+    the same in every run. With several sources an epoch passes `weights` times through each.
+    `crop_scale`: the share of a picture's area that a training crop covers; `max_bad`: the share of
+    pictures that may be unreadable.
     """
     names = [data] if isinstance(data, str) else list(data)
     embedded = [name for name in names if name in EMBEDDED]
     if embedded and len(names) > 1:
         raise InputError(f"--data {embedded[0]} is embedded and cannot be mixed with others")
     if weights and len(weights) != len(names):
-        raise InputError(f"--data-weights needs {len(names)} numbers, one for each of --data")
+        needed = cli.counted(len(names), "number")
+        raise InputError(f"--data-weights needs {needed}, one for each of --data")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise InputError("--data-weights must be above 0 and finite")
     if embedded:
         vendors = vendors or tuple(v for v in VENDORS if v not in (held_out, HELD_OUT))
         unknown = sorted({*vendors, held_out} - {*VENDORS})
@@ -107,7 +113,7 @@ class SnapshotConfig:
 
     name: Annotated[Literal[tuple(SNAPSHOTS)], tyro.conf.Positional]  # cc12m is the paper's own set
     out: Path  # folder for the shards: cc3m takes about 250 GB, cc12m about 1 TB
-    processes: int = 0  # that index (0: as many as there are cores)
+    processes: int = 0  # processes that index (0: one per core)
     connections: int = 8  # files that are downloaded at a time
 
 
@@ -116,21 +122,25 @@ class IndexConfig:
     """Index where every picture and caption lies in tar shards, resumable."""
 
     location: Annotated[str, tyro.conf.Positional]  # folder, .tar, DIR/x-{0000..0099}.tar, or a URL
-    processes: int = 0  # that index (0: as many as there are cores)
+    processes: int = 0  # processes that index (0: one per core)
 
 
 def snapshot(config: SnapshotConfig) -> dict:
     """The record of the index, after downloading the shards and indexing them."""
     cli.check_numbers(config, ("connections",), ("processes",))
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import dataset_info, snapshot_download
 
     repository, expected = SNAPSHOTS[config.name]
     config.out.mkdir(parents=True, exist_ok=True)
     try:
+        published = [file.rfilename for file in dataset_info(repository).siblings]
         snapshot_download(
             repository, repo_type="dataset", local_dir=config.out, allow_patterns="*train*.tar",
             max_workers=config.connections,
         )  # fmt: skip
+        # It gives a folder that is not empty as it is where the hub refuses.
+        for name in fnmatch.filter(published, "*train*.tar"):
+            files.open_regular(config.out / name).close()
     except Exception as error:  # of the hub, of its connections, of the disk
         raise InputError(
             f"{repository}: {shards.error_line(error)}; the same command resumes the download"
@@ -154,7 +164,8 @@ def index(config: IndexConfig) -> dict:
     record = shards.build(location, config.processes or os.cpu_count() or 1)
     skipped = ", ".join(f"{n:,} {why}" for why, n in sorted(record["skipped"].items()))
     cli.say(
-        f"{location}: {sum(record['counts']):,} pairs in {len(record['counts']):,} shards; "
+        f"{location}: {cli.counted(sum(record['counts']), 'pair')} in "
+        f"{cli.counted(len(record['counts']), 'shard')}; "
         f"skipped: {skipped or 'nothing'}; the index is in {shards.index_folder(location)}"
     )
     return record
@@ -165,7 +176,7 @@ def main() -> None:
     """fetch, snapshot, index: bad input is one sentence and exit code 2."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     commands = {"snapshot": (snapshot, SnapshotConfig), "index": (index, IndexConfig)}
-    if command == "fetch":  # img2dataset is slow to import, and lacks Python 3.13
+    if command == "fetch":  # img2dataset is slow to import, and missing on Python 3.13
         from nanoglip.sources import fetch
 
         commands["fetch"] = fetch.fetch, fetch.FetchConfig

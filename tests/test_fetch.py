@@ -551,9 +551,9 @@ def test_bad_lists_are_told(tmp_path):
     config = fetch.FetchConfig
     for name, content, words in (
         ("none.tsv", None, "cannot be read"),
-        ("void.tsv", "", "0 of the first 0 rows"),
-        ("words.tsv", "a\tb\n" * 9, "0 of the first 9 rows .* a TSV with URL, then caption"),
-        ("urls.tsv", "http://example.org/a.jpg\n" * 5, "0 of the first 5 rows"),
+        ("void.tsv", "", "in 0 of its first 0 rows"),
+        ("words.tsv", "a\tb\n" * 9, "in 0 of its first 9 rows; .* a TSV with URL, then caption"),
+        ("urls.tsv", "http://example.org/a.jpg\n" * 5, "in 0 of its first 5 rows"),
     ):
         if content is not None:
             (tmp_path / name).write_text(content)
@@ -666,12 +666,16 @@ def test_a_snapshot_is_brought_and_counted(tmp_path):
         "        data.snapshot(data.SnapshotConfig(name, Path(sys.argv[1]) / name, 1))\n"
         "    except data.InputError as error:\n"
         "        print(f'refused {name}: {error}')\n"
+        "sys.argv = ['data.py', 'snapshot', 'cc12m', '--out', sys.argv[2]]\n"
+        "data.main()\n"
     )
     out = tmp_path / "cc3m"
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+        [sys.executable, "-c", code, tmp_path, tmp_path / "published"],  # where shards are already
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "resumes" in done.stderr.splitlines()[-1], done.stderr[-3000:]
+    assert done.stderr.splitlines()[-1].startswith("data.py: pixparse/cc12m-wds: ")
     first, *_, last = done.stdout.splitlines()
     # The broken connection may end the first: the same command resumes.
     assert not first.startswith("refused") or "resumes" in first

@@ -148,7 +148,7 @@ def test_an_index_is_kept_rebuilt_or_refused(tmp_path, capsys):
     assert (folder / "index/index.json").stat().st_mtime_ns == made
     shutil.copy(make_shards(tmp_path / "more", 3, 5) / "00002.tar", folder)  # one came
     assert len(shards.Shards(str(folder), 16)) == 10
-    assert "1 shards are not in the index" in capsys.readouterr().out
+    assert "left out 1 shard that the index lacks" in capsys.readouterr().out
     shards.build(str(folder), 1)
     assert len(shards.Shards(str(folder), 16)) == 15
     make_shards(folder, 1, 6)
@@ -156,6 +156,11 @@ def test_an_index_is_kept_rebuilt_or_refused(tmp_path, capsys):
         shards.Shards(str(folder), 16)
     shards.build(str(folder), 1)
     assert len(shards.Shards(str(folder), 16)) == 16
+    (folder / "00001.tar").rename(tmp_path / "away")
+    told = r"own/00001\.tar is missing: bring it back, or give python data\.py index .*own$"
+    with pytest.raises(InputError, match=told):
+        shards.Shards(str(folder), 16)
+    (tmp_path / "away").rename(folder / "00001.tar")
     record = json.loads((folder / "index/index.json").read_text())
     for wrong in ({"version": 0}, {"counts": ["5"] * 3}, {"shards": 7}, {"counts": [6, 5, 6]},
                   {"skipped": []}, {"shards": [[7, 7, 7]] * 3}):  # fmt: skip
@@ -533,11 +538,9 @@ def test_sources_are_mixed_by_their_weights(folder, tmp_path):
     assert torch.equal(tokens, glip.tokenize(train.texts(ids))[:, : tokens.shape[1]])
     halves = [Batches(train, plan, NANO, rank, 2)[3].images for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), images)
-    for bad, words in (
-        ({"weights": (1.0,)}, "needs 3 numbers"), ({"weights": (1.0, 0.0, 1.0)}, "above 0"),
-    ):  # fmt: skip
+    for weights, words in (((1.0,), "needs 3 numbers"), ((1.0, 0.0, 1.0), "above 0")):
         with pytest.raises(InputError, match=words):
-            make_order(data.load(names, 16, **bad)[0], 20, 0, "pretrain")
+            data.load(names, 16, weights=weights)
     with pytest.raises(InputError, match="cannot be mixed"):
         data.load(["emoji", str(folder)], 16)
 

@@ -77,7 +77,7 @@ def captions_of(
 
 
 def captions_key(pairs: Source) -> str:
-    """What tells these captions from others, short."""
+    """A short key, which differs for other captions."""
     return digest([], pairs.stamp(np.arange(0)))[:16]
 
 
@@ -99,7 +99,7 @@ def word_classes(text: str) -> list[int]:
 
     found = words(text)
     tags = tag(" ".join(found), tokenize=False) if found else []
-    if len(tags) != len(found):  # it split or joined one: each for itself
+    if len(tags) != len(found):  # it split or joined some: one at a time
         tags = [tag(word, tokenize=False)[0] for word in found]
     return [CLASSES.index(k[:2]) if k[:2] in CLASSES else len(CLASSES) for _, k in tags]
 
@@ -142,7 +142,7 @@ def rare_sampling(caption_scores: np.ndarray, sampling_share: Share = 0.5) -> np
     """WFPP: the pairs whose captions have the rarest words, in every epoch the same. (M,) -> (M,).
 
     A caption's score is the mean of its words' sqrt(t / share), at most 1 each: our reading of
-    arXiv 2410.10879, where long captions are to be no worse than short ones.
+    arXiv 2410.10879, which asks that long captions score no worse than short ones.
     """
     count = round(sampling_share * len(caption_scores))
     kept = np.argsort(-caption_scores, kind="stable")[:count]

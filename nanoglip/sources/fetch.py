@@ -40,7 +40,7 @@ from PIL import Image
 
 from glip import InputError
 from nanoglip import files
-from nanoglip.cli import check_numbers
+from nanoglip.cli import check_numbers, counted
 from nanoglip.sources import pictures
 from nanoglip.sources.shards import end_with_parent, error_line, finished_shards
 
@@ -300,7 +300,8 @@ def check_list(path: Path, name: str) -> None:
     pairs = sum(bool(url and caption) for url, caption in rows)
     if not rows or pairs < 0.9 * len(rows):
         raise InputError(
-            f"--list {path}: {pairs} of the first {len(rows)} rows have a URL and a caption; "
+            f"--list {path}: a URL and a caption stand in {pairs} of its first "
+            f"{counted(len(rows), 'row')}; "
             f"{name}'s list is a TSV with {COLUMNS[name]}"
         )
 
@@ -332,8 +333,8 @@ class FetchConfig:
     name: Annotated[Literal["cc3m", "cc12m"], tyro.conf.Positional]  # whose list it is
     list: Path  # the official list: a TSV of URLs and captions
     out: Path  # folder of the shards
-    retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # of a finished fetch
-    processes: int = 0  # (0: one per core)
+    retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # try again what failed
+    processes: int = 0  # that fetch (0: one per core)
     threads: int = 64  # per process
     timeout: float = 20.0  # seconds for a URL, retries included
     retries: int = 2  # further tries where a URL may work later
@@ -432,7 +433,7 @@ def run_round(config: FetchConfig, plan: dict, number: int) -> None:
     done = {*numbers}.difference(unfinished(config, plan))
     if len(done) == len(numbers):
         return
-    # img2dataset's dependencies would call home, in workers too.
+    # img2dataset's dependencies would send telemetry, in workers too.
     os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled",
                    "WANDB_ERROR_REPORTING": "false"}  # fmt: skip
     from img2dataset.distributor import multiprocessing_distributor
@@ -487,6 +488,6 @@ def report(config: FetchConfig, plan: dict) -> dict:
         print(f"  {n:>10,}  {why}")
     print(f"{pictures.LICENCE}\nState the share beside every result.")
     if missing:
-        first = f"{len(missing)} shards are unfinished, the first is {missing[0]:05}"
-        raise InputError(f"{first}: the same command resumes")
+        told = f"{counted(len(missing), 'shard')} unfinished, the first is {missing[0]:05}"
+        raise InputError(f"{told}: the same command resumes")
     return {"expected": expected, "got": got, "share": share, "reasons": dict(reasons)}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glip import InputError, tokenize
 from nanoglip import files
-from nanoglip.cli import say
+from nanoglip.cli import counted, say
 from nanoglip.files import cached, digest, read_regular, text_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -154,7 +154,7 @@ def resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
 
 def centred(pixels: np.ndarray, side: int) -> Tensor:
     """The centred square of pixels (h, w, 3), as by Resize and CenterCrop, (3, S, S) bytes."""
-    most = 8 * min(pixels.shape[:2])  # of a thread of a picture only the middle is resized
+    most = 8 * min(pixels.shape[:2])  # of a very long picture only the middle is resized
     top, left = (max(0, (length - most) // 2) for length in pixels.shape[:2])
     pixels = pixels[top : top + most, left : left + most]
     height, width = (side * length // min(pixels.shape[:2]) for length in pixels.shape[:2])
@@ -440,7 +440,7 @@ def own_pictures(path: Path) -> list[tuple[Path, str]]:
         found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
         texts = [(f, f.with_suffix(".txt")) for f in found if f.with_suffix(".txt").is_file()]
         if alone := len(found) - len(texts):
-            say(f"{path}: {alone} of {len(found)} pictures have no .txt beside them: left out")
+            say(f"{path}: left out for lack of a .txt: {alone} of {counted(len(found), 'picture')}")
         rows = [(f, text_of(read_regular(x, CAPTION_CAP)), str(x)) for f, x in texts]
     else:
         rows = table_rows(path)

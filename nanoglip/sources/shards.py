@@ -35,7 +35,7 @@ from tqdm import tqdm
 import glip
 from glip import InputError, encode
 from nanoglip import files
-from nanoglip.cli import say
+from nanoglip.cli import counted, say
 from nanoglip.sources import pictures
 from nanoglip.text import decode_tokens
 
@@ -258,7 +258,8 @@ def fingerprint(path: str) -> list:
                 size, changed = (stat := os.fstat(file.fileno())).st_size, stat.st_mtime_ns
         return [path.rpartition("/")[2], size, str(changed)]
     except Exception as error:
-        raise InputError(f"{path}: cannot be opened ({error_line(error)})") from None
+        why = f"cannot be opened ({error_line(error)}): bring it back, or name other shards"
+        raise InputError(f"{path}: {why}") from None
 
 
 # --- Building the index ---------------------------------------------------------------------------
@@ -389,10 +390,13 @@ class Shards(pictures.Source):
         rows = record["shards"]
         first = len(rows) - 1 if is_remote(location) else 0  # others that changed show when read
         for i, (name, *_) in enumerate(rows):
-            if name not in paths or (i >= first and fingerprint(paths[name]) != rows[i]):
+            if name not in paths:
+                folder = location.rstrip("/")
+                raise InputError(f"{folder}/{name} is missing: bring it back, or give {again}")
+            if i >= first and fingerprint(paths[name]) != rows[i]:
                 raise InputError(f"{location}: {name} is not what was indexed: {again}")
         if new := len(paths) - len(rows):
-            say(f"{location}: {new} shards are not in the index and are left out; {again}")
+            say(f"{location}: left out {counted(new, 'shard')} that the index lacks; {again}")
         self.name, self.image_size, self.digest = location, image_size, record["digest"]
         self.paths = [paths[name] for name, *_ in rows]
         self.shard_starts = np.cumsum([0, *record["counts"]])
