@@ -157,10 +157,10 @@ def encode(text: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=100_000)
 def words(text: str) -> list[str]:
-    """Clean a text, of 4,096 characters at most, and split it into the tokenizer's words."""
+    """Clean a text, cut to 4,096 characters, and split it into the tokenizer's words."""
     text = html.unescape(html.unescape(ftfy.fix_text(text[:4096])))
     found = WORD.findall(" ".join(text.split()).lower())
-    return [word[:1000] for word in found]  # merging the pieces of an endless word takes for ever
+    return [word[:1000] for word in found]  # merging the pieces of a long word is slow
 
 
 def lengths(tokens: Tensor) -> Tensor:
@@ -260,8 +260,8 @@ def normalise(patches: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """How tokens lie in memory: images (B, T, D); texts (P, D) without padding, and for attention
-    in a table of rows, on CPUs several texts in a row. A first reader can skip it."""
+    """How tokens lie in memory; a first reader can skip it. Images: (B, T, D). Texts: (P, D), no
+    padding; for attention in a table, a text in each row, on CPUs several in a row."""
     read: Tensor | None = None  # (B,) the class or end tokens' indices in B * T, or in P
     places: Tensor | None = None  # (P,) the texts' tokens in the table
     table: tuple[int, int] = (0, 0)  # its rows and their length, (R, T)
@@ -430,7 +430,7 @@ class ImageTower(nn.Module):
         patches = normalise(patchify(images, grid, ids_keep))                  # (B, K, 3pp)
         x = F.linear(patches, self.conv1.weight.flatten(1))                    # (B, K, D)
         positions = resample_positions(self.positional_embedding, self.config.grid, grid)
-        positions = positions.to(x.dtype)  # not indexed: an index adds gradients in any order
+        positions = positions.to(x.dtype)  # no indexing: its gradient is summed in no fixed order
         x = x + (positions[1:] if ids_keep is None else F.embedding(ids_keep, positions[1:]))
         first = (self.class_embedding.to(x.dtype) + positions[0]).expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], dim=1))
@@ -456,7 +456,7 @@ class GLIP(nn.Module):
     def encode_image(
         self, images: Tensor, ids_keep: Tensor | None = None, visible: Tensor | None = None
     ) -> Tensor:
-        """Images (B, 3, H, W), bytes or in [0, 1] -> (B, E); no query sees what is not visible."""
+        """Images (B, 3, H, W), bytes or in [0, 1] -> (B, E); only `visible` patches are seen."""
         features = self.visual(images, ids_keep, visible) @ self.visual.proj
         return F.normalize(at_least_fp32(features), dim=-1)
 
@@ -499,7 +499,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
-        # Every rank's loss depends on these features: without the sum only the loss is right.
+        # Every rank's loss depends on these features: without the sum the gradient is wrong.
         dist.all_reduce(grad := grad.contiguous())
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -515,7 +515,7 @@ def gather(*features: Tensor) -> tuple[Tensor, ...]:
 
 
 def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's loss in fp32 over all ranks' pairs; its mean over ranks is one process's. -> ()."""
+    """CLIP's loss in fp32; the mean over ranks is that of one process with all pairs. -> ()."""
     images, texts = at_least_fp32(image_features), at_least_fp32(text_features)
     with torch.autocast(images.device.type, enabled=False):
         all_images, all_texts, own = gather(images, texts)
@@ -524,7 +524,7 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
 
 
 def glip_loss(model, images, tokens, noise, mask_ratio=0.75, sigma=0.2):  # noqa: ANN001, ANN201
-    """The paper: keep the patches that win, and contrast. (B, 3, H, W), (B, T), (B, N) -> ()."""
+    """The paper: keep the best K patches, and contrast. (B, 3, H, W), (B, T), (B, N) -> ()."""
     scores = gaussian_scores(noise, model.config.grid, sigma)
     ids_keep = scores.topk(num_keep(noise.shape[1], mask_ratio)).indices
     return clip_loss(*model(images, tokens, ids_keep))
@@ -538,7 +538,7 @@ VERSION = 2  # of a checkpoint file; 1 had no version
 def save_checkpoint(path: Path | str, model: GLIP, **record: object) -> None:
     """Write {"version", "model_config", "model", **record}; record: plain values and tensors."""
     content = {"version": VERSION, "model_config": asdict(model.config), **record}
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # a torn file never has the name
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # so a torn file never has the name
     try:
         with open(temporary, "wb") as file:
             torch.save(content | {"model": model.state_dict()}, file)
@@ -552,10 +552,10 @@ def save_checkpoint(path: Path | str, model: GLIP, **record: object) -> None:
 def load_checkpoint(path: Path | str) -> dict:
     """The content of a file of save_checkpoint; nothing in it is executed. Raises InputError."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch compares no checksums, and unpacks bombs
+        with zipfile.ZipFile(path) as archive:  # torch checks no sums, and unpacks zip bombs
             if archive.testzip() or any(member.compress_type for member in archive.infolist()):
                 raise zipfile.BadZipFile
-        with open(path, "rb") as file:  # given a path, torch would judge by the name
+        with open(path, "rb") as file:  # given a path, torch goes by its suffix
             content = torch.load(file, map_location="cpu", weights_only=True)
         config, weights = GLIPConfig(**content["model_config"]), content["model"]
         uneven = config.width % config.heads or config.text_width % config.text_heads

@@ -9,7 +9,7 @@ Where we differ from the published code: heads have two layers, with LayerNorm f
 that results do not depend on the number of processes; the teacher is the image tower and one head,
 with no text tower, and it looks at the whole picture, not at a random part round both views; views
 are resampled from it, without colour augmentation; patches are kept one by one, not in cells of
-2 x 2. The patch projection is frozen as in theirs, until the unmasked tuning, which they have not.
+2 x 2. The patch projection is frozen as in theirs, until the unmasked tuning, which is ours.
 """
 
 import copy

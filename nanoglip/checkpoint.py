@@ -1,4 +1,4 @@
-"""Checkpoints of train.py: the one place that knows their content, writes and reads them.
+"""Checkpoints of train.py: what they hold, and how they are written and read.
 
     model.pt, pretrained.pt   the model and RECORD        latest.pt, previous.pt   and RESUME
 

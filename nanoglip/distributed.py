@@ -31,7 +31,8 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
     if on.device.type == "cuda":
         there = torch.cuda.device_count()
         if local >= there:
-            raise InputError(f"{there} GPUs here: give torchrun --nproc_per_node {there} at most")
+            told = f"{cli.counted(there, 'GPU')} here"
+            raise InputError(f"{told}: give torchrun --nproc_per_node {there} at most")
         on = replace(on, device=torch.device("cuda", local))
         torch.cuda.set_device(on.device)
     if world > 1:  # the others wait while the first decodes, checks pictures or evaluates

@@ -76,7 +76,7 @@ def prune(path: Path, keep: Callable[[dict], object]) -> None:
         except FOREIGN:
             lost += 1
     if lost:
-        print(f"{path}: {lost} lines were no records, and are left out")
+        print(f"{path}: lines left out, as they hold no record: {lost}")
     write_bytes(path, b"".join(kept))
 
 
@@ -148,7 +148,7 @@ def digest(paths: Iterable[Path], text: str) -> str:
 
 def cached_array(path: Path, count: int, make: Callable[[], np.ndarray]) -> np.ndarray:
     """fp32 (count, ...) from a .npy in the cache, or made and cached; a damaged file is remade."""
-    with contextlib.suppress(Exception):  # numpy has many kinds for what something cut
+    with contextlib.suppress(Exception):  # numpy raises many kinds for a torn file
         found = np.load(path)
         if len(found) == count and found.dtype == np.float32:
             return found

@@ -109,7 +109,7 @@ def contrastive_loss(
 def rows_at_once(micro_batch: int, everybody: int, memory: float) -> int:
     """How many rows of the loss, of `everybody` logits each, exist at once under --micro-batch.
 
-    `memory`: a GPU's in bytes; 0 for a CPU, whose bits follow from the settings alone.
+    `memory`: a GPU's in bytes; 0 for a CPU, where results depend on the settings alone.
     """
     if memory:
         return max(1, int(memory * LOGIT_SHARE / LOGIT_BYTES) // everybody)

@@ -1,4 +1,8 @@
-"""nanoglip.noise: to be told."""
+"""Random numbers that are a pure function of (seed, purpose, position).
+
+Order, augmentation, masks and evaluation draw from here, and nothing keeps a random state. So what
+a step draws depends neither on the steps before it nor on how many processes or workers draw.
+"""
 
 import zlib
 

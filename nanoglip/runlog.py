@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import checkpoint, distributed, files, page
-from nanoglip.cli import Stopped, say
+from nanoglip.cli import Stopped, counted, say
 from nanoglip.config import RECIPES, TrainConfig
 from nanoglip.evals.encoder import quick
 from nanoglip.files import prune
@@ -302,8 +302,9 @@ class Report:
         if last:
             self.bar.close()
             if self.quarantined and self.rank == 0:
-                say(f"{len(self.quarantined)} pictures could not be read: {self.reasons()}; "
-                    f"{self.out}/quarantine.jsonl lists them")  # fmt: skip
+                bad = counted(len(self.quarantined), "picture")
+                say(f"{bad} could not be read: {self.reasons()}; "
+                    f"listed in {self.out}/quarantine.jsonl")  # fmt: skip
         self.ready = time.perf_counter()
 
     def save_step(self, done: int) -> bool:

@@ -56,7 +56,7 @@ def random_text(noise: Tensor, lengths: Tensor) -> Tensor:
 
 def block_text(noise: Tensor, lengths: Tensor, keep: int) -> Tensor:
     """CLIPA's block text mask (2305.07017, on text tokens): `keep` words in a row, anywhere."""
-    free = (lengths - 2 - keep).clamp(min=0)[:, None]  # words that go
+    free = (lengths - 2 - keep).clamp(min=0)[:, None]  # words that are dropped
     first = 1 + (noise[:, :1] * (free + 1)).long()                             # (B, 1)
     place = torch.arange(noise.shape[1], device=noise.device)
     return ((place >= first) & (place < first + keep)).to(noise)
@@ -104,7 +104,7 @@ def mask_text(
     InputError for an unknown mask, fewer than 3 tokens, or an input that is missing, by name.
     """
     if text_tokens < 3:
-        raise InputError(f"{text_tokens} text tokens leave no word between start and end: give 3")
+        raise InputError(f"text_tokens {text_tokens} leaves no word between start and end: give 3")
     batch, length = tokens.shape
     if noise is None:
         device = generator.device if generator else tokens.device

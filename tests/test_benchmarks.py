@@ -307,10 +307,10 @@ def test_folders_names_are_classes_where_nothing_else_is_said(tmp_path):
     (found,) = benchmarks.open_benchmarks(str(tmp_path / "flowers"))
     assert found.classes == ["daisy", "red tulip"] and found.labels.tolist() == [0, 0, 1, 1]
     write_tree(tmp_path / "splits", ["train/a", "train/b", "validation/a", "validation/b"], 1)
-    with pytest.raises(glip.InputError, match="no names for the 2"):
+    with pytest.raises(glip.InputError, match="0 names for 2 folders"):
         benchmarks.open_benchmarks(str(tmp_path / "splits"))
-    for name, folders in (("one", ["train"]), ("numbers", ["0", "1"])):
-        with pytest.raises(glip.InputError, match=f"no names for the {len(folders)}"):
+    for name, folders in (("1 folder", ["train"]), ("2 folders", ["0", "1"])):
+        with pytest.raises(glip.InputError, match=f"0 names for {name} of"):
             benchmarks.open_benchmarks(str(write_tree(tmp_path / name, folders)))
 
 
@@ -447,9 +447,9 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
     (good / "classnames.txt").write_text("\n".join([*COLOURS, "", " \n"]))  # harmless
     broken("few", "class 5 has no name, 0 to 4 have",
            lambda f: (f / "classnames.txt").write_text("\n".join("abcde")))  # fmt: skip
-    broken("count", "nshards.txt says 4; 3 .tar are there",
+    broken("count", "nshards.txt says 4; .tar files here: 3",
            lambda f: (f / "test/nshards.txt").write_text("4\n"))  # fmt: skip
-    broken("lost", "nshards.txt says 3; 2 .tar are there", lambda f: (f / "test/1.tar").unlink())
+    broken("lost", "nshards.txt says 3; .tar files here: 2", lambda f: (f / "test/1.tar").unlink())
     broken("other", "nshards.txt: missing", lambda f: (f / "test/nshards.txt").unlink())
     broken("torn", "test/2.tar: incomplete (cut short)",
            lambda f: (f / "test/2.tar").write_bytes((good / "test/2.tar").read_bytes()[:5120]))
@@ -470,7 +470,7 @@ def test_each_broken_set_is_told_in_a_sentence_and_the_rest_goes_on(models, tmp_
     write_captions(tmp_path / "speech", 3)
     broken("mute", "0.tar s0000000: no caption in its .txt")
     write_set(tmp_path / "mute", [(picture, ("txt", " \n"))], 1, kind=["retrieval"])
-    broken("tree", "no names for the 2 folders")
+    broken("tree", "0 names for 2 folders")
     write_tree(tmp_path / "tree", ["n00000001", "n00000002"])
     broken("hollow", "no test/nshards.txt")
     (tmp_path / "hollow").mkdir()
@@ -619,7 +619,7 @@ def test_the_suite_probes_what_has_training_pictures(tmp_path, monkeypatch, caps
     code, out, err = run_main(monkeypatch, capsys, run, "--suite", "paper", "--root",
                               tmp_path / "sets")  # fmt: skip
     results = json.loads((run / "results.json").read_text())
-    assert code == 2 and "cifar10/train: nshards.txt says 3; 2" in err and "missing: food" in out
+    assert code == 2 and "cifar10/train: nshards.txt says 3; .tar" in err and "missing: food" in out
     assert set(results["benchmarks"]) == {"cifar10", "mnist"} and "linear_probe" not in results
 
 

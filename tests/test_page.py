@@ -34,10 +34,11 @@ def test_curves_show_the_log_and_nothing_else(tmp_path):
     """Tuning stands behind pre-training; what no record has gets no panel."""
     lines = [*records([2.5, 2.0]), {"stage": "pretrain", "step": 2, "zero-shot top-1": 0.25},
              {"stage": "tune", "step": 1, "loss": 1.5, "lr": 0.1, "visible": 0.5}]  # fmt: skip
-    found, _ = drawn(tmp_path, lines)
+    found, fig = drawn(tmp_path, lines)
     loss, scores, lr, patches = found.values()
     assert loss == {"loss": [(1, 2.5), (2, 2), (3, 1.5)], "ln_batch": [(1, 3), (2, 3)]}
     assert scores == {"zero-shot top-1": [(2, 0.25)]} and patches == {"visible": [(3, 0.5)]}
+    assert [bool(axes.get_legend()) for axes in fig.axes] == [True, True, False, True]
     assert list(found)[2:] == ["learning rate", "share of patches"] and lr["lr"][2] == (3, 0.1)
     assert list(next(iter(drawn(tmp_path, lines, chance=False)[0].values()))) == ["loss"]
     assert drawn(tmp_path, [])[0] == {}

@@ -196,8 +196,8 @@ def test_foreign_lines_and_html_do_not_come_along(unfinished, capsys):
     changed(out / "latest.pt", pairs={"pretrain": samples, "<script>": samples, "x": "<script>"})
     train.train(config)
     told = capsys.readouterr().out
-    assert f"log.jsonl: {len(lines)} lines were no records" in told
-    assert "quarantine.jsonl: 4 lines were no records" in told and "1 pictures could not be" in told
+    assert f"log.jsonl: lines left out, as they hold no record: {len(lines)}\n" in told
+    assert "quarantine.jsonl: lines left out" in told and "\n1 picture could not be" in told
     assert (out / "log.jsonl").read_bytes().startswith(good)
     assert json.loads((out / "quarantine.jsonl").read_text()) == row
     text = (out / "report.html").read_text()

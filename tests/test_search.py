@@ -66,7 +66,7 @@ def test_search_ranks_as_a_plain_loop_and_names_what_it_cannot_read(
     )
     for name in ("torn.jpg", "text.png", "broken.gif"):
         assert f"{folder / name}: not a readable picture (" in out
-    assert "left out: 3 of 11 pictures, 1 files of other kinds" in out
+    assert "left out: 3 of 11 pictures, 1 file of other kinds" in out
     picture = Image.open(run / "search.png")
     assert picture.format == "PNG" and len(np.unique(np.asarray(picture.convert("L")))) > 50
 
@@ -142,8 +142,8 @@ def test_bad_input_is_one_sentence(run, folder, tmp_path, monkeypatch, capsys):
         ("--images", folder): "--search goes with --images",
         ("--classify", folder / "clear.png"): "--classify goes with --names",
         ("--search", "x", "--images", tmp_path / "no"): "there is no such folder",
-        ("--search", "x", "--images", tmp_path / "empty"): "none of its 0 files ends in",
-        ("--search", "x", "--images", tmp_path / "bad"): "not one of its 1 pictures can be read",
+        ("--search", "x", "--images", tmp_path / "empty"): "none of its files (0) ends in",
+        ("--search", "x", "--images", tmp_path / "bad"): "none of its pictures (1) can be read",
         ("--search", " ", "--images", folder): "a text of 0 tokens",
         ("--search", "x " * 80, "--images", folder): "a text of 80 tokens; the model reads 1 to 75",
         ("--search", "a\x1b[2J", "--images", folder): "characters that are no text",

@@ -193,7 +193,7 @@ def test_batches_mask_captions_by_their_address():
     ("name", "length", "words"),
     [
         ("nouns", 5, "unknown text mask 'nouns': choose one of truncate, random"),
-        ("random", 2, "2 text tokens leave no word"),
+        ("random", 2, "text_tokens 2 leaves no word"),
         ("frequency", 5, "text mask 'frequency' needs word_shares"),
         ("syntax", 5, "text mask 'syntax' needs word_ranks"),
     ],

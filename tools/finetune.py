@@ -162,7 +162,8 @@ def zero_shot_head(encoder: Encoder, folder: Path, classes: list[str]) -> Tensor
     if (folder / "classnames.txt").exists():
         names = benchmarks.class_names(folder)
     if len(names) != len(classes):
-        told = f"{folder}/classnames.txt has {len(names)} lines for {len(classes)} folders"
+        lines = cli.counted(len(names), "line")
+        told = f"{folder}/classnames.txt has {lines} for {len(classes)} folders"
         raise InputError(f"{told}: give each class a line, in the order of the folders' names")
     features = benchmarks.class_features(encoder, names, benchmarks.prompts_of(folder))
     return encoder.model.logit_scale.exp().cpu() * features

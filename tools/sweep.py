@@ -294,7 +294,7 @@ def main() -> None:
         failed = [problem for problem in pool.map(lambda run: carry_out(run, threads), missing)
                   if problem]  # fmt: skip
     if failed:
-        raise InputError(f"{len(failed)} runs failed, the first is {failed[0]}")
+        raise InputError(f"{cli.counted(len(failed), 'run')} failed, the first is {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glip import InputError
-from nanoglip.cli import printable
+from nanoglip.cli import counted, printable
 from nanoglip.evals import metrics
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.significance import by_unit, interval
@@ -196,7 +196,7 @@ def open_shards(folder: Path, split: str) -> Benchmark:
     number = lines_of(home / "nshards.txt", "the number of shards")[0]
     paths = [home / f"{i}.tar" for i in range(len(list(home.glob("*.tar"))))]
     if number != str(len(paths)) or not all(path.exists() for path in paths):
-        there = f"{len(paths)} .tar are there, which should be 0.tar, 1.tar and so on"
+        there = f".tar files here: {len(paths)}, to be called 0.tar, 1.tar and so on"
         raise InputError(f"{home}: nshards.txt says {number[:20]}; {there}: copy the set anew")
     samples = [sample for path in paths for sample in read_shard(path, suffix)]
 
@@ -280,7 +280,7 @@ def open_folders(folder: Path, split: str) -> Benchmark:
     else:
         classes = []
     if not classes or (not numbered and len(classes) != len(found)):
-        why = f"{len(classes) or 'no'} names for the {len(found)} folders of {home}"
+        why = f"{counted(len(classes), 'name')} for {counted(len(found), 'folder')} of {home}"
         raise InputError(f"{folder}/classnames.txt: {why}: write one a line, in the folders' order")
     numbers = [int(name) for name in found] if numbered else range(len(found))
     labels = np.repeat(numbers, [len(paths) for paths in found.values()])

@@ -99,7 +99,8 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
         axes.axhline(0, color="#dddddd", linewidth=0.8)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.legend(fontsize=7)
+        if len(PANELS[title]) > 1:  # else the title names the curve
+            axes.legend(fontsize=7)
     return fig
 
 

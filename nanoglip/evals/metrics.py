@@ -29,7 +29,7 @@ WITHIN = {
 def hits(found: dict[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
     """Which answers are right (Q,), by metric, from ranks (Q,) by question.
 
-    Every k is below the fewest examples of a question, or all answers were right.
+    A k that is not below the fewest examples of a question is left out: no answer could be wrong.
     """
     fewest = min(map(len, found.values()), default=0)
     return {
@@ -98,7 +98,7 @@ def classification(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def retrieved(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, Tensor]:
     """R@1/5/10 both ways: whether one right answer is among k. (M, E), (T, E), owner (T,) < M.
 
-    Every k is below the number of candidates, or all answers were right.
+    A k that is not below the number of candidates is left out: no answer could be wrong.
     """
     own, found = torch.arange(len(images)), {}
     for way, queries, wanted, answers, given in (

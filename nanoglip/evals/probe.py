@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glip import InputError
+from nanoglip.cli import counted
 from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import per_class
@@ -231,10 +232,11 @@ def labelled(folder: Path | str, image_size: int, flag: str) -> tuple[Pictures, 
     counts = np.bincount(source.concept[split[0]], minlength=len(source.captions))
     if len(counts) < 2:
         why = "lay pictures out as DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg"
-        raise InputError(f"{flag} {root}: {len(counts)} classes; {why}, or as DIR/CLASS/*.jpg")
+        raise InputError(f"{flag} {root}: fewer than two classes; {why}, or as DIR/CLASS/*.jpg")
     if counts.min() < least:
-        where = f"'{source.captions[counts.argmin()]}' has {counts.min()} of the {least} pictures"
-        raise InputError(f"{flag} {root}: class {where} needed{' in train/' * bool(parts)}")
+        where = f"'{source.captions[counts.argmin()]}' has {counts.min()} of the"
+        needed = f"{counted(least, 'picture')} needed{' in train/' * bool(parts)}"
+        raise InputError(f"{flag} {root}: class {where} {needed}")
     if len(parts) < 3:
         rest, test = split if parts else hold_out(source.concept, split[0], seed=1)
         split = [*hold_out(source.concept, rest), test]

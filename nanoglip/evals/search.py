@@ -18,7 +18,7 @@ from torch import Tensor
 
 import glip
 from glip import InputError
-from nanoglip.cli import printable
+from nanoglip.cli import counted, printable
 from nanoglip.evals import figures
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.figures import shorten
@@ -70,7 +70,7 @@ def picture_files(folder: Path) -> tuple[list[Path], int]:
     chosen = [path for path in files if path.suffix.lower() in pictures.SUFFIXES]
     if not chosen:
         raise InputError(
-            f"--images {folder}: none of its {len(files)} files ends in one of "
+            f"--images {folder}: none of its files ({len(files)}) ends in one of "
             f"{', '.join(sorted(pictures.SUFFIXES))}; name a folder with pictures"
         )
     return chosen, len(files) - len(chosen)
@@ -119,13 +119,14 @@ def search(encoder: Encoder, text: str, folder: Path) -> list[tuple[Path, float]
     for i in sorted(bad)[:HITS]:
         print(printable(bad[i]))
     if bad or others:
-        print(f"left out: {len(bad)} of {len(paths)} pictures, {others} files of other kinds")
+        print(f"left out: {len(bad)} of {counted(len(paths), 'picture')}, "
+              f"{counted(others, 'file')} of other kinds")  # fmt: skip
     good = [i for i in range(len(paths)) if i not in bad]
     if not good:
-        raise InputError(f"--images {folder}: not one of its {len(paths)} pictures can be read")
+        raise InputError(f"--images {folder}: none of its pictures ({len(paths)}) can be read")
     scores, places = (features[good] @ query[0]).topk(min(HITS, len(good)))
     found = [(paths[good[i]], score) for i, score in zip(places.tolist(), scores.tolist())]
-    print(f"{len(good):,} pictures searched for: {text}")
+    print(f"{counted(len(good), 'picture')} searched for: {text}")
     for number, (path, score) in enumerate(found, 1):
         print(f"{number:>3}  similarity {score:+.3f}  {printable(path)}")
     return found

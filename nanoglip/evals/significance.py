@@ -92,8 +92,8 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 def sign_flip_p(lead: np.ndarray) -> float:
     """Exact p of a sign-flip test; lead (U,): by how many answers one model leads in each unit.
 
-    Were the models equal, each unit could as well favour the other as much. Where no unit leads by
-    more than one answer, this is McNemar's exact test.
+    If the models were equal, each unit's lead would have either sign with equal probability. Where
+    no lead is above one answer, this is McNemar's exact test.
     """
     import scipy.stats
 
@@ -112,8 +112,8 @@ def compare(
 ) -> dict[str, dict[str, dict]]:
     """difference() of every metric, {column: {metric: hits (n,)}} twice, and whether it is "real".
 
-    p is corrected for the number of metrics (Benjamini and Hochberg), and real below 5 %: that
-    share of what is called real is expected to be wrong.
+    p is corrected for the number of metrics (Benjamini and Hochberg). A difference is called real
+    if p is below 5 %: at most that share of them is then expected to be wrong.
     """
     import scipy.stats
 
@@ -144,7 +144,7 @@ def comparison_table(tables: dict[str, dict[str, dict]]) -> str:
     found = [row["real"] for table in tables.values() for row in table.values()]
     lines.append(
         f"{sum(found)} of {len(found)} differences are real (p, corrected for their number, below "
-        f"{1 - LEVEL:.2g}) between these two models;\nwhether their recipes differ, more seeds say"
+        f"{1 - LEVEL:.2g}) between these two models;\nto compare their recipes, train more seeds"
     )
     return "\n".join(lines)
 
