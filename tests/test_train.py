@@ -202,7 +202,7 @@ def test_flags_win_over_a_file_and_a_file_over_its_recipe(tmp_path):
         ('{"min_mask_ratio": []}', "min_mask_ratio is []: give a number or null"),
         ('{"lr": NaN}', "--lr must be above 0 and finite"),
         (f'{{"lr": 1{400 * "0"}}}', ": give a number"),
-        ('{"mask": "random", "sigma": 0.3}', "--sigma does nothing under --mask random"),
+        ('{"mask": "random", "sigma": 0.3}', "--sigma belongs to --mask gaussian, gumbel"),
         ("[]", "mine.json: no JSON object"), ("{", "no JSON object"), ("\xff", "no JSON object"),
         ("[" * 9**5, "no JSON object"), (None, "mine.json: No such file or directory"),
     ],
