@@ -372,33 +372,32 @@ def test_two_nodes_that_meet_at_an_address_give_the_run_of_one_process(tmp_path)
 SLURM = {  # its commands, on one machine
     "srun": 'exec "$@"',
     "scontrol": 'if [ $1 = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi',
-    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
 }
 
 
 @pytest.fixture
 def batch(tmp_path):
-    """A function that starts the docs' batch script, with other flags for training."""
+    """A function that starts the docs' batch script, with short training or another command."""
     (tmp_path / "bin").mkdir()
-    for name, line in SLURM.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
     text = (ROOT / "docs/training.md").read_text()
     script = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1]
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
                    "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "42",
                    "SLURM_JOB_NODELIST": "node[1-2]"}  # fmt: skip
 
-    def start(*flags):
+    def start(torchrun=f'exec {sys.executable} -m torch.distributed.run "$@"'):
         ours = script
         for old, new in (
             ("--nproc_per_node 8", "--nproc_per_node 2"), ("29500", str(free_port())),
-            ("--recipe cc12m --data cc12m", shlex.join([*BASE, *flags])),
+            ("--recipe cc12m --data cc12m", shlex.join([*BASE, "--steps", "4000"])),
             ("train.py", str(ROOT / "train.py")),
         ):  # fmt: skip
             assert ours.count(old) == 1
             ours = ours.replace(old, new)
         (tmp_path / "job.sh").write_text(ours)
+        for name, line in (SLURM | {"torchrun": torchrun}).items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
         return subprocess.Popen(
             ["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -408,12 +407,16 @@ def batch(tmp_path):
 
 
 def test_the_batch_script_of_the_docs_stops_in_time_and_is_put_back(batch, tmp_path):
-    """What it was asked to stop, and nothing else: not what failed, not what is finished."""
+    """A run that was asked to stop and saved; not one that failed, or that left no checkpoint."""
     out, told = tmp_path / "runs/cc12m", tmp_path / "requeued"
-    job = batch("--lr", "0")
-    printed = job.communicate(timeout=200)[0]
-    assert job.returncode == 1 and "--lr must be above 0" in printed and not told.exists()
-    job = batch("--steps", "4000")
+    job = batch("exit 2")
+    assert job.wait(60) == 2 and not told.exists()
+    job = batch("sleep 0.5; touch begun; exec sleep 60")  # and no checkpoint was written
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait(60) == 128 + signal.SIGTERM and not told.exists()
+    job = batch()
     wait_for_checkpoint(out, job)
     os.kill(job.pid, signal.SIGTERM)
     printed = job.communicate(timeout=200)[0]

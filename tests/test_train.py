@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def theirs():
     )
 
 
+@pytest.mark.skipif(version("open_clip_torch")[:4] != "3.3.", reason="the table is open_clip 3.3's")
 def test_open_clips_flags_are_all_read_or_explained():
     """Each of theirs has a row, each row is a flag of theirs, and none hides a flag of ours."""
     ours = {f"--{field.name.replace('_', '-')}" for field in fields(TrainConfig)}
