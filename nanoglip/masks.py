@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import glip
-from glip import MIN_SIGMA, InputError, log_gaussian, normalise, num_keep, patchify
+from glip import (
+    MIN_SIGMA,
+    InputError,
+    at_least_fp32,
+    log_gaussian,
+    normalise,
+    num_keep,
+    patchify,
+)
 
 
 class Setting(NamedTuple):
@@ -165,6 +173,7 @@ def similarity(
     patches (B, N, 3pp) are standardised each, to which the cosine of their centred pixels is equal;
     embeddings (B, N, D) have a weight in [0, 1] beside them.
     """
+    patches = at_least_fp32(patches)
     patches = patches - patches.mean(dim=-1, keepdim=True)
 
     def cosine(x: Tensor) -> Tensor:
@@ -234,7 +243,8 @@ def pgs_scores(
     found = similarity(normalise(patchify(pixels, grid)), embeddings, embedding_weight)
     found = found + balanced(found.clamp(min=1e-6))                            # (B, N, N)
     alike = torch.take_along_dim(found, candidates.indices[..., None], dim=1).amax(dim=1)
-    alike = alike.scatter(1, candidates.indices, 3 + candidates.values) - 6 * strong  # else below 2
+    first = 3 + candidates.values.to(alike)  # others are below 2
+    alike = alike.scatter(1, candidates.indices, first) - 6 * strong
     scores = noise / 1000 - alike  # patches as good as equal are ordered by noise
     if not mask_range:
         return scores, None

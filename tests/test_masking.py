@@ -532,6 +532,10 @@ def test_pgs_under_autocast_and_with_embeddings():
     assert found[::2] == found[1::2] == pytest.approx([0.7 * i / 7 for i in range(8)])
     plain = sample_ids_keep("pgs", 8, 8, 0.5, noise=noise, pixels=images)
     assert not torch.equal(ids, plain)
+    for kind in (torch.bfloat16, torch.float64):  # pictures without edges, all patches alike
+        black = torch.zeros(8, 3, 64, 64, dtype=kind)
+        ids = sample_ids_keep("pgs", 8, 8, 0.5, noise=noise, pixels=black)
+        assert torch.equal(ids.sort().values, noise.topk(36).indices[:, 4:].sort().values)
 
 
 # --- from a teacher -----------------------------------------------------------------------------
