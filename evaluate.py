@@ -58,11 +58,11 @@ class EvaluateConfig:
     linear_probe: bool = False  # also probe the features
     probe_data: tuple[str, ...] = ()  # labelled folders (DIR/train/CLASS/*.jpg) to probe them on
     few_shot: bool = False  # probe with few pictures, too
-    robustness: bool = False  # on changed pictures too
+    robustness: bool = False  # also on blurred, turned, recoloured pictures
     publish: bool = False  # add it to results/runs.jsonl
     zero_shot: tuple[str, ...] = ()  # instead: published sets in folders
     retrieval: tuple[str, ...] = ()  # instead: published sets with captions, in folders
-    suite: Literal["none", "paper"] = "none"  # instead: the paper's sets, as far as under --root
+    suite: Literal["none", "paper"] = "none"  # instead: the paper's sets that --root holds
     root: str = "."  # folder of the suite's sets
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there

@@ -117,7 +117,7 @@ SAME = {  # flags that both have, and what differs
 def translated(words: list[str]) -> tuple[list[str], list[str]]:
     """A command line in our flags, and a sentence for each flag that was open_clip's.
 
-    Raises InputError for a flag that we have not, with what to do instead.
+    Raises InputError for a flag that has no equal here, with what to do instead.
     """
     found, told, words = [], [], list(words)
     while words:

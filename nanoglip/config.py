@@ -134,7 +134,7 @@ def with_settings(group: type, registry: dict) -> type:
     """A group of settings, followed by those that a registry's rows declare."""
     fields = declared_settings(registry)
     made = make_dataclass(group.__name__, fields, bases=(group,), frozen=True)
-    made.__doc__ = group.__doc__
+    made.__doc__, made.__module__ = group.__doc__, group.__module__  # where tyro finds the help
     return made
 
 
@@ -153,7 +153,7 @@ class Data:
     data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
     crop_scale: tuple[float, float] = (0.5, 1.0)  # area of a crop: own images, --aclip's views
     max_bad: float = MAX_BAD  # share of unreadable images above which the run stops
-    vendors: tuple[str, ...] = ()  # emoji: art to train on (default: all but the held-out)
+    vendors: tuple[str, ...] = ()  # emoji: art to train on (none: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
     captions: Literal["prompts", "names"] = "prompts"  # emoji: names in prompts, or names alone
 
@@ -252,11 +252,11 @@ class Preview:
 class Output:
     """What a run writes."""
 
-    out: str = ""  # folder of the run (default: runs/, named by what differs from the recipe)
+    out: str = ""  # folder of the run (none: runs/ and what differs from the recipe)
     log_every: int = 10  # steps between records in log.jsonl
     eval_every: int = 0  # steps between evaluations (0: four in a stage)
     save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
-    resume: Literal["auto", "never"] = "auto"  # auto: continue an unfinished run in --out
+    resume: Literal["auto", "never"] = "auto"  # auto: an unfinished run in --out is resumed
     tensorboard: Switch = False  # write its records for TensorBoard, too
     wandb: Switch = False  # to Weights & Biases, too
     trackio: Switch = False  # to trackio, too
@@ -317,7 +317,7 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
 def read_settings(path: Path) -> dict:
     """The settings of a JSON file, such as a run's config.json, by name; `path` may be a run.
 
-    Raises InputError for a file, a name or a value that is none.
+    Raises InputError for a file that holds no JSON object, an unknown name, or a wrong type.
     """
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -325,7 +325,7 @@ def read_settings(path: Path) -> dict:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise InputError(f"--config {path}: no JSON object; name a run's config.json, or its like")
+        raise InputError(f"--config {path}: no JSON object; name a file like a run's config.json")
     kinds, settings = get_type_hints(TrainConfig), {}
     for name, value in found.items():
         if name not in kinds:

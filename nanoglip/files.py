@@ -82,7 +82,7 @@ def prune(path: Path, keep: Callable[[dict], object]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path | str, what: str) -> Iterator[None]:
-    """Make a folder and lock it: one process at a time is `what`, as in "indexing", it.
+    """Make a folder and lock it for one process, which is doing `what`, such as "indexing".
 
     Raises InputError that names the other process. The system frees the lock of a process that was
     killed. Read-only and some network disks cannot be locked: there nothing is checked.

@@ -41,7 +41,7 @@ def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
 
 
 class Masker:
-    """A mask, its settings, and the state that training finds for it; called on pictures, it masks.
+    """A mask, its settings, and the state that training finds for it; a call masks pictures.
 
     The mask is a function of noise, pictures and this state, which a checkpoint holds.
     """

@@ -180,7 +180,7 @@ def similarity(
         x = F.normalize(x, dim=-1)
         return (x if chosen is None else torch.take_along_dim(x, chosen[..., None], dim=1)) @ x.mT
 
-    with torch.autocast(patches.device.type, enabled=False):  # comparisons want all digits
+    with torch.autocast(patches.device.type, enabled=False):  # comparisons need full precision
         found = cosine(patches)
         if embeddings is not None and embedding_weight:
             found = torch.lerp(found, cosine(embeddings.to(found)), embedding_weight)
@@ -190,7 +190,7 @@ def similarity(
 def below(closest: Tensor, threshold: float) -> Tensor:
     """What is not more similar to an anchor than the threshold is visible. (B, N) -> (B, N) bool.
 
-    A picture of which nothing would be visible shows what is least similar.
+    If nothing of a picture would be visible, its least similar patch is.
     """
     return closest <= closest.amin(dim=1, keepdim=True).clamp(min=threshold)
 
@@ -226,7 +226,7 @@ def pgs_scores(
         float, Setting("share masked beyond mask_ratio, at most, where patches are alike", 0, 1)
     ] = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """CLIP-PGS (2503.17080): what is like a few candidates goes, edges stay.
+    """CLIP-PGS (2503.17080): patches like a few candidates are dropped, edges are kept.
 
     noise (B, N), pixels (B, 3, H, W) -> scores (B, N), and hidden (B, N) if mask_range is above 0.
     Candidates are the patches of the highest noise that have no strong edge. A patch is as alike as

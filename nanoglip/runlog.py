@@ -84,7 +84,7 @@ def cut_log(out: Path, state: dict, stages: list[Stage]) -> None:
 
     def before(record: dict) -> bool:
         for name in record.keys() - {"stage"}:
-            math.isnan(0 if record[name] is None else record[name])  # an error but for numbers
+            math.isnan(0 if record[name] is None else record[name])  # raises for all but numbers
         return (order.index(record["stage"]), record["step"]) <= until
 
     prune(out / "log.jsonl", before)
@@ -95,7 +95,7 @@ def cut_log(out: Path, state: dict, stages: list[Stage]) -> None:
 def quarantined(record: dict) -> tuple[str, ...]:
     """(data, where, why) of a record of quarantine.jsonl; else an error of types or keys."""
     row = tuple(record[name] for name in ("data", "where", "why"))
-    "".join(row)  # all are text
+    "".join(row)  # raises an error unless all are text
     return row
 
 

@@ -238,6 +238,8 @@ def test_help_has_every_flag_once_under_its_subject(capsys):
     assert {"data", "mask", "words", "model", "schedule", "machine", "output"} < set(parts[::2])
     wanted = {"sigma": "mask", "text-mask": "words", "lr": "schedule", "micro-batch": "machine"}
     assert wanted.items() < dict(found).items()
+    flat = re.sub(r"[│\s]+", " ", told)  # each has words between its type and its default
+    assert re.findall(r"--([a-z-]+) (?:\{[^}]*\} |[A-Z\[\]|{}. ]+ )?\(default", flat) == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -318,7 +318,7 @@ Columns = dict[str, tuple[Encoder, Masker | None]]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as open_clip and CLIP_benchmark make it: transparency and EXIF's turn are ignored."""
+    """RGB as open_clip and CLIP_benchmark make it: transparency and EXIF's rotation are ignored."""
     return image.convert("RGB")
 
 

@@ -335,7 +335,7 @@ class FetchConfig:
     out: Path  # folder of the shards
     retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # try again what failed
     processes: int = 0  # that fetch (0: one per core)
-    threads: int = 64  # per process
+    threads: int = 64  # downloads at a time, per process
     timeout: float = 20.0  # seconds for a URL, retries included
     retries: int = 2  # further tries where a URL may work later
     contact: str = ""  # a mail address or page in the user agent, so that owners can reach you
