@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 import data
@@ -335,9 +336,10 @@ def publish(
 def results_table(record: dict) -> str:
     """An evaluation on held-out pairs as text."""
     tables, config = record["held_out"], record["config"]
+    masked = " to ".join(f"{r:.1%}" for r in np.atleast_1d(config["mask_ratio"]))
     lines = [
         f"{record['name']}: {config['model']}, {config['data']}, mask {config['mask']} "
-        f"{config['mask_ratio']:.1%}{', A-CLIP' * config['aclip']}, "
+        f"{masked}{', A-CLIP' * config['aclip']}, "
         + f"text mask {config['text_mask']}, " * (config["text_mask"] != "none")
         + f"{'bf16' if record['evaluation_bf16'] else 'fp32'}, seed {config['seed']}; "
         + cli.counted(record["counts"]["held-out pictures"], "held-out picture")

@@ -182,7 +182,7 @@ def run_stage(
     if state:
         checkpoint.restore(state, stage.masker, stage.aclip, network, optimizers)
     if config.compile:
-        compile_towers(model)
+        compile_towers(model, stage.masker.needs("gaze"))
     pin = on.device.type == "cuda"
     batches = loader(stage.batches, start, stage.steps, workers_of(config), pin)
     model.train()
@@ -194,9 +194,10 @@ def run_stage(
             network.update_teacher(momentum_at(step, stage.steps, config.teacher_momentum))
             found = aclip_gradients(network, batch, stage.masker, config.crop_scale, on, shared)
         else:
-            found = compute_gradients(
-                model, batch, stage.masker, config.loss, on, config.micro_batch, shared
-            )
+            with stage.masker.learning(model.visual):
+                found = compute_gradients(
+                    model, batch, stage.masker, config.loss, on, config.micro_batch, shared
+                )
         if config.shard:
             distributed.share_scalars(network)
         lr = lr_at(step, stage.steps, stage.warmup, stage.lr)
@@ -207,9 +208,12 @@ def run_stage(
     return report.whole_model()
 
 
-def compile_towers(model: GLIP) -> None:
-    """torch.compile in place, but not the packing of texts, whose sizes change at every step."""
-    model.visual.compile()
+def compile_towers(model: GLIP, watched: bool = False) -> None:
+    """torch.compile in place, but not the packing of texts, whose sizes change at every step.
+
+    Where a gaze watches the image tower's tokens, they are made outside of what is compiled.
+    """
+    (model.visual.transformer if watched else model.visual).compile()
     model.transformer.compile()
 
 
@@ -442,9 +446,10 @@ def overfit(config: TrainConfig) -> None:
             stage.masker.before_step(step, config.steps, model.visual, stage.batches.sample)
             noise = stage.batches.noise("mask", step * config.batch_size, stage.batches.patches)
             batch = batch._replace(noise=noise)
-            loss, scale, _ = compute_gradients(
-                model, batch, stage.masker, config.loss, on, config.micro_batch
-            )
+            with stage.masker.learning(model.visual):
+                loss, scale, _ = compute_gradients(
+                    model, batch, stage.masker, config.loss, on, config.micro_batch
+                )
             lr = lr_at(step, config.steps, config.warmup, config.lr)
             finite = apply_gradients(model, optimizers, lr, config.clip_grad_norm)
             model.clamp_logit_scale()

@@ -171,7 +171,7 @@ class Mask:
     """Patches that pre-training removes from images."""
 
     mask: Literal[tuple(MASKS)] = "gaussian"  # which patches are kept
-    mask_ratio: float = 0.75  # share of patches removed, in [0, 1)
+    mask_ratio: float | tuple[float, float] = 0.75  # share removed, in [0, 1); two: first, last
     aclip: Switch = False  # attentive: A-CLIP's two views and its other losses
 
 
@@ -494,7 +494,10 @@ def check(config: TrainConfig, world: int) -> None:
     masker = masker_of(config)
     for size in (config.image_size, config.tune_image_size):
         grid = GLIPConfig.named(config.model, size or None).grid
-        masker.num_computed(grid[0] * grid[1])
+        for ratio in masker.mask_ratios:
+            masker.num_computed(grid[0] * grid[1], ratio)
+    refuse(masker.annealed and masker.needs("threshold"),
+           f"--mask {config.mask} finds its threshold for one ratio: give one --mask-ratio")
     model = GLIPConfig.named(config.model, config.image_size or None)
     scale = masker.settings.get("teacher_scale", 1.0)
     refuse(any(side * scale % model.patch_size for side in model.pixels),

@@ -260,7 +260,7 @@ def of_run(config: TrainConfig, stages: list) -> tuple[Machine, list[dict]]:
         patches = model.grid[0] * model.grid[1]
         kept, masker = patches, masker_of(config)
         if first and config.mask != "none":
-            kept = masker.num_computed(patches)
+            kept = round(sum(masker.num_computed(patches, r) for r in masker.mask_ratios) / 2)
         stage = of_stage(config, model, kept, text, batch, on, first)
         found.append(stage | {
             "name": name, "kept": kept, "patches": patches, "text": text, "source": source,

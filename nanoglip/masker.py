@@ -2,10 +2,11 @@
 
     Masker(mask, mask_ratio, **settings)(images, noise, tower)  ->  ids_keep, visible
 
-Cluster Masking's threshold and A-CLIP's teacher are state: a checkpoint holds them. Shapes as in
-masks.py.
+Cluster Masking's threshold, A-CLIP's teacher and the gaze are state: a checkpoint holds them.
+Shapes as in masks.py.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glip import ImageTower, InputError, at_least_fp32, normalise, num_keep, patchify
+from nanoglip.gaze import Gaze
 from nanoglip.masks import (
     MASKS,
     SUPPLIED,
@@ -40,15 +42,24 @@ def embedding_weight_at(step: int, steps: int, last: float) -> float | None:
     return last * places[-1] / 7 if places else None
 
 
+def ratio_at(step: int, steps: int, first: float, last: float) -> float:
+    """The share of patches removed in a step: a straight line from `first` to `last`."""
+    return first + (last - first) * step / max(1, steps - 1)
+
+
 class Masker:
     """A mask, its settings, and the state that training finds for it; a call masks pictures.
 
     The mask is a function of noise, pictures and this state, which a checkpoint holds.
     """
 
-    def __init__(self, mask: str = "none", mask_ratio: float = 0.0, **settings: object) -> None:
+    def __init__(
+        self, mask: str = "none", mask_ratio: float | tuple[float, float] = 0.0, **settings: object
+    ) -> None:
         known = settings_of(MASKS[mask])
-        self.mask, self.mask_ratio = mask, mask_ratio
+        ends = tuple(mask_ratio) if isinstance(mask_ratio, tuple | list) else (mask_ratio,) * 2
+        self.mask, self.mask_ratios = mask, ends
+        self.mask_ratio: float = ends[0]  # now, in training
         self.settings = {name: default for name, (_, default, _) in known.items()} | settings
         for name, value in settings.items():
             if name not in known:
@@ -57,6 +68,12 @@ class Masker:
         self.threshold: float | None = None  # below which a patch is not like an anchor
         self.embedding_weight = self.settings.get("embedding_weight", 0.0)  # now, in training
         self.teacher: nn.Module | None = None
+        self.gaze: Gaze | None = None
+
+    @property
+    def annealed(self) -> bool:
+        """Whether the ratio changes in training."""
+        return self.mask_ratios[0] != self.mask_ratios[1]
 
     def needs(self, name: str) -> bool:
         """Whether the mask takes an input of this name."""
@@ -67,10 +84,10 @@ class Masker:
         row = required_inputs(MASKS[self.mask])
         return [name for name, needed in row.items() if needed and name not in SUPPLIED]
 
-    def num_computed(self, n: int) -> int:
-        """How many of n patches are computed."""
+    def num_computed(self, n: int, ratio: float | None = None) -> int:
+        """How many of n patches are computed, now or at another ratio."""
         share = self.settings.get("min_mask_ratio")
-        return num_computed(self.mask, n, self.mask_ratio, share)
+        return num_computed(self.mask, n, self.mask_ratio if ratio is None else ratio, share)
 
     def summary(self, grid: tuple[int, int]) -> str:
         """How many of a grid's patches are kept, in words."""
@@ -78,6 +95,9 @@ class Masker:
         k, computed = num_keep(n, self.mask_ratio), self.num_computed(n)
         if self.mask == "none":
             return f"no mask: all {n} patches"
+        if self.annealed:
+            last = num_keep(n, self.mask_ratios[1])
+            return f"mask {self.mask} keeps {k} of {n} patches at first, {last} at last"
         text = f"mask {self.mask} keeps {k} of {n} patches ({1 - k / n:.1%} removed)"
         return text + f" on average, and computes {computed}" * (computed != k)
 
@@ -95,6 +115,7 @@ class Masker:
         supplies = {
             "pixels": lambda: images,
             "attention": lambda: self.teacher and self.attention(images, grid),
+            "gaze": lambda: self.looking(tower)(images),
             "embeddings": lambda: self.embeddings(images, tower),
             "threshold": lambda: self.threshold,
             "embedding_weight": lambda: self.embedding_weight,
@@ -102,9 +123,24 @@ class Masker:
         inputs = {name: supply() for name, supply in supplies.items()
                   if self.needs(name) and name not in inputs} | inputs  # fmt: skip
         own = {name: value for name, value in self.settings.items() if self.needs(name)}
-        return sample_mask(
+        ids_keep, visible = sample_mask(
             self.mask, len(images), grid, self.mask_ratio, noise=noise, **(own | inputs)
         )
+        if self.gaze and self.needs("gaze"):
+            self.gaze.keep(inputs["gaze"], ids_keep)
+        return ids_keep, visible
+
+    def looking(self, tower: ImageTower) -> Gaze:
+        """The gaze; at first GLIP's."""
+        if self.gaze is None:
+            device = tower.conv1.weight.device
+            self.gaze = Gaze(tower.config.grid, self.settings["sigma"], device)
+        return self.gaze
+
+    def learning(self, tower: ImageTower) -> contextlib.AbstractContextManager:
+        """A context in which a step's gradients teach the gaze; of other masks it does nothing."""
+        needed = self.needs("gaze")
+        return self.looking(tower).learning(tower) if needed else contextlib.nullcontext()
 
     def embeddings(self, images: Tensor, tower: ImageTower) -> Tensor | None:
         """All patches projected by the tower, in full precision, if weighted. (B, N, D)."""
@@ -122,7 +158,8 @@ class Masker:
     def before_step(
         self, step: int, steps: int, tower: ImageTower, sample: Callable[[], Iterable]
     ) -> None:
-        """Update the teacher, and at fixed steps cluster's threshold on sample()'s blocks."""
+        """Update ratio and teacher, and at some steps the threshold, found on sample()'s blocks."""
+        self.mask_ratio = ratio_at(step, steps, *self.mask_ratios)
         if self.needs("attention"):
             momentum = momentum_at(step, steps, self.settings["teacher_momentum"])
             self.update_teacher(tower, momentum)
@@ -160,19 +197,23 @@ class Masker:
 
     def state(self) -> dict:
         """Plain values and tensors, for a checkpoint."""
-        plain = {key: value for key, value in vars(self).items() if key != "teacher"}
-        return {**plain, "teacher": self.teacher and self.teacher.state_dict()}
+        nets = {"teacher": self.teacher and self.teacher.state_dict(),
+                "gaze": self.gaze and self.gaze.state()}  # fmt: skip
+        return vars(self) | nets
 
     @staticmethod
     def restored(state: dict, tower: nn.Module) -> "Masker":
         """The masker of a state(), beside its tower; InputError for another version's."""
         try:
-            masker = Masker(state["mask"], state["mask_ratio"], **state["settings"])
-            masker.threshold = state["threshold"]
+            ratios = state.get("mask_ratios", state["mask_ratio"])
+            masker = Masker(state["mask"], ratios, **state["settings"])
+            masker.mask_ratio, masker.threshold = state["mask_ratio"], state["threshold"]
             masker.embedding_weight = state["embedding_weight"]
             if state["teacher"]:
                 masker.teacher = copy.deepcopy(tower).requires_grad_(False)
                 masker.teacher.load_state_dict(state["teacher"])
+            if state.get("gaze"):
+                masker.looking(tower).load(state["gaze"])
         except (TypeError, KeyError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoint's mask is of another version ({type(error).__name__}): train again"

@@ -291,6 +291,22 @@ def attentive_scores(noise: Tensor, grid: tuple[int, int], attention: Tensor) ->
     return attention
 
 
+# --- From a gaze ----------------------------------------------------------------------------------
+
+
+def gaze_scores(
+    noise: Tensor, grid: tuple[int, int], gaze: Tensor, sigma: Sigma = 0.2
+) -> Tensor:
+    """Ours: GLIP's densities, handed out by the rank of the gaze instead of the distance.
+
+    gaze (B, N), high where the loss is expected to depend on a patch (gaze.py); noise (B, N) ->
+    scores (B, N). The mask has exactly as much chance in it as GLIP's.
+    """
+    density = glip.gaussian_scores(torch.zeros_like(noise[:1]), grid, sigma)[0]
+    rank = gaze.argsort(dim=1, descending=True, stable=True).argsort(dim=1)    # (B, N)
+    return noise + density.sort(descending=True).values[rank]
+
+
 MASKS = {
     "none": none_scores,
     "random": random_scores,
@@ -302,10 +318,11 @@ MASKS = {
     "cluster": cluster_scores,
     "pgs": pgs_scores,
     "attentive": attentive_scores,
+    "gaze": gaze_scores,
 }
 
 SUPPLIED = {  # inputs that training supplies to a mask that asks for them, and settings of theirs
-    "mask_ratio": {}, "pixels": {},
+    "mask_ratio": {}, "pixels": {}, "gaze": {},
     "attention": {
         "teacher_scale": (float, 1.0, Setting(
             "size of the teacher's pictures; 0.5 is A-CLIP-eff", 1e-3, 1)),

@@ -334,7 +334,7 @@ class Report:
         batch_size = self.stage.batches.order.batch_size
         elapsed = time.perf_counter() - self.begun
         rate, waiting = (step + 1) * batch_size / elapsed, self.waited / elapsed
-        shares = {}
+        shares = {"mask_ratio": self.stage.masker.mask_ratio} if self.stage.masker.annealed else {}
         if visible is not None:  # of this process's pictures
             shares["computed"] = visible.shape[1] / self.stage.batches.patches
             shares["visible"] = visible.float().mean().item() * shares["computed"]

@@ -70,7 +70,12 @@ def prepared(
     if name == FULL:
         step = partial(train.aclip_gradients, network, batch, masker, (0.5, 1.0), on, shared)
     else:
-        step = partial(train.compute_gradients, model, batch, masker, loss, on, micro, shared)
+        def step() -> tuple:
+            with masker.learning(model.visual):
+                return train.compute_gradients(model, batch, masker, loss, on, micro, shared)
+
+        if mask == "gaze":  # whose gradients are compared, too
+            network.gaze = masker.looking(model.visual).to(dtype)
     return network, step
 
 

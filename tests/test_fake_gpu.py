@@ -149,6 +149,8 @@ VARIANTS = [  # every mask, and every other setting with one of them
     {"mask": "pgs", "embedding_weight": 1.0, "mask_range": 0.1, "precision": "bf16"},
     {"mask": "attentive", "precision": "bf16", "teacher_scale": 0.5},
     {"mask": "attentive", "aclip": True},
+    {"mask": "gaze", "precision": "bf16"},
+    {"mask": "gaze", "micro_batch": 8}, {"mask": "gaze", "mask_ratio": (0.75, 0.5)},
 ]
 
 
@@ -200,8 +202,8 @@ def test_a_run_on_a_gpu(variant, config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("variant", [
     {"optimizer": "muon"}, {"micro_batch": 1, "loss": "siglip"},
-    {"mask": "attentive", "aclip": True, "precision": "bf16"},
-], ids=["clip", "siglip", "aclip"])  # fmt: skip
+    {"mask": "attentive", "aclip": True, "precision": "bf16"}, {"mask": "gaze"},
+], ids=["clip", "siglip", "aclip", "gaze"])  # fmt: skip
 def test_the_first_of_eight_processes(variant, config, monkeypatch):
     config = replace(config, device="cuda", steps=5, save_every=5, **variant)
     run, waits = run_on_gpu(config, monkeypatch, 3, world=8)  # DDP settles in the steps before

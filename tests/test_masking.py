@@ -16,6 +16,7 @@ import glip
 from glip import GLIP, GLIPConfig, InputError, num_keep, patchify
 from nanoglip import masks
 from nanoglip.config import TrainConfig, check
+from nanoglip.gaze import Gaze
 from nanoglip.masker import Masker, attend, scaled
 from nanoglip.masks import MASKS, sample_mask
 from nanoglip.sources import emoji
@@ -33,12 +34,13 @@ def sample_ids_keep(*args, **kwargs):
 
 
 def inputs_of(batch, grid, seed=0):
-    """Whatever a row may declare: pictures of 4-pixel patches, and a teacher's attention."""
+    """Whatever a row may declare: pictures of 4-pixel patches, a teacher's attention, a gaze."""
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.rand(batch, 3, 4 * rows, 4 * columns, generator=draw)
     attention = torch.rand(batch, rows * columns, generator=draw).softmax(1)
-    return {"pixels": pixels, "attention": attention}
+    gaze = torch.randn(batch, rows * columns, generator=draw)
+    return {"pixels": pixels, "attention": attention, "gaze": gaze}
 
 
 def keep_map(mask, ratio, sigma=0.2, draws=4000, grid=(14, 14), seed=0):
@@ -76,7 +78,7 @@ def test_masks_depend_on_their_inputs_and_on_nothing_global(mask):
         draw = torch.Generator().manual_seed(seed)
         found.append(sample_ids_keep(mask, 4, 8, 0.5, generator=draw, **inputs))
     assert torch.equal(found[0], found[1])
-    if mask in {"random", "gaussian", "gumbel", "grid", "block", "cluster", "pgs"}:
+    if mask in {"random", "gaussian", "gumbel", "grid", "block", "cluster", "pgs", "gaze"}:
         assert not torch.equal(found[0], found[2])
     # A sample's mask does not depend on who else is in the batch.
     noise, inputs = noise_of(6, 64), inputs_of(6, 8)
@@ -603,12 +605,84 @@ def test_a_masker_lives_on_in_its_checkpoint(mask, tmp_path):
         masker.find_threshold([(images, noise)], model.visual)
     if masker.needs("attention"):
         masker.update_teacher(GLIP(TINY).visual, 0.5)
+    with masker.learning(model.visual):
+        ids_keep, _ = masker(images, noise, model.visual)
+        model.encode_image(images, ids_keep).square().sum().backward()
     glip.save_checkpoint(tmp_path / "a.pt", model, mask=masker.state())
     again, _ = glip.load_model(tmp_path / "a.pt")
     restored = Masker.restored(glip.load_checkpoint(tmp_path / "a.pt")["mask"], again.visual)
     for a, b in zip(masker(images, noise, model.visual), restored(images, noise, again.visual),
                     strict=True):  # fmt: skip
         assert a is b is None or torch.equal(a, b)
+
+
+# --- from a gaze --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.918])
+@pytest.mark.parametrize("sigma", [0.2, (0.1, 0.4)])
+def test_a_gaze_starts_as_glip(ratio, sigma):
+    torch.manual_seed(0)
+    model, images, noise = GLIP(TINY), photographs(6), noise_of(6, 64)
+    ours = Masker("gaze", ratio, sigma=sigma)(images, noise, model.visual)
+    theirs = Masker("gaussian", ratio, sigma=sigma)(images, noise, model.visual)
+    assert torch.equal(ours[0], theirs[0]) and ours[1] is None
+
+
+def test_gaze_hands_out_glips_chances_by_rank():
+    """Any gaze: its highest patch is kept as often as GLIP keeps the centre, and so on down."""
+    n, draws = 49, 20_000
+    gaze = torch.randn(n, generator=torch.Generator().manual_seed(5)).expand(draws, n)
+    kept = torch.zeros(2, n)
+    for row, (mask, inputs) in enumerate({"gaussian": {}, "gaze": {"gaze": gaze}}.items()):
+        ids = sample_ids_keep(mask, draws, 7, 0.75, noise=noise_of(draws, n, row), **inputs)
+        kept[row] = torch.bincount(ids.flatten(), minlength=n) / draws
+    by_density = glip.log_gaussian((7, 7), 0.2, (0.0, 0.0), "cpu")[0].argsort(descending=True)
+    by_gaze = gaze[0].argsort(descending=True)
+    theirs, ours = kept[0][by_density], kept[1][by_gaze]
+    assert (theirs - ours).abs().max() < 4 * (0.25 * 2 / draws) ** 0.5  # 4 deviations
+
+
+def test_a_gaze_learns_from_the_steps_own_gradient(monkeypatch):
+    """What it is told equals autograd's gradient by the tokens; the model's gradients stay."""
+    torch.manual_seed(0)
+    model, images, noise = GLIP(TINY), photographs(6), noise_of(6, 64)
+    tokens, told = glip.tokenize(list("abcdef")), []
+    masker = Masker("gaze", 0.75)
+    monkeypatch.setattr(Gaze, "update", lambda self, *found: told.append(found))
+    with masker.learning(model.visual):
+        ids_keep, _ = masker(images, noise, model.visual)
+        glip.clip_loss(*model(images, tokens, ids_keep)).backward()
+    ((scores, found),) = told
+    theirs = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    x = model.visual.embed(images, (8, 8), ids_keep)
+    alone = model.visual.ln_post(model.visual.transformer(x, glip.Packing(torch.arange(6) * 17)))
+    image_features = nn.functional.normalize(alone @ model.visual.proj, dim=-1)
+    loss = glip.clip_loss(image_features, model.encode_text(tokens), model.logit_scale.exp())
+    (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(found, (x * grad).abs().sum(-1)[:, 1:])
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name])
+    assert torch.equal(scores, masker.gaze(images).gather(1, ids_keep))
+
+
+def test_a_gaze_finds_what_matters():
+    """One bright patch anywhere in a grey picture has all of the gradient: it is found."""
+    masker, draw = Masker("gaze", 0.75), torch.Generator().manual_seed(0)
+    tower = GLIP(TINY).visual
+    gaze = masker.looking(tower)
+    bright = torch.randint(64, (300, 16), generator=draw)
+    for places in bright:
+        pixels = torch.full((16, 64, 48), 128, dtype=torch.uint8)
+        pixels[torch.arange(16), places] = 250
+        images = pixels.unflatten(1, (8, 8)).unflatten(3, (3, 4, 4)).permute(0, 3, 1, 4, 2, 5)
+        images = images.reshape(16, 3, 32, 32)
+        gaze.asked = []
+        scores, gaze.asked = gaze(images), None
+        gaze.update(scores, nn.functional.one_hot(places, 64).float())
+    assert (gaze(images).argmax(1) == places).float().mean() > 0.9
 
 
 # --- the interface ------------------------------------------------------------------------------
@@ -649,6 +723,7 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
         (lambda: sample_mask("gaussian", 1, 4, 0.5, mask_center=(0, 1, 2)), "a row and a column"),
         (lambda: Masker.restored({"mask": "none", "colour": 1}, None), "of another version"),
         (lambda: sample_mask("attentive", 1, 4, 0.5), "mask 'attentive' needs attention"),
+        (lambda: sample_mask("gaze", 1, 4, 0.5), "mask 'gaze' needs gaze"),
         (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=0.0), "sigma 0.0 must be one or"),
         (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=(0.2, -1)), "above 0"),
         (lambda: sample_mask("gaussian", 1, 4, 0.5, sigma=float("nan")), "above 0"),

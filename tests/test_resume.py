@@ -17,6 +17,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import glip
 import train
@@ -260,6 +261,29 @@ def test_what_may_differ(unfinished, straight):
     assert all((one[k] - two[k]).norm() <= 3e-3 * one[k].norm() + 1e-4 for k in one)
     with pytest.raises(InputError, match="holds a finished run already"):
         train.train(config)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--mask", "gaze", "--mask-ratio", "0.8", "0.4"], ["--mask", "gaze", "--micro-batch", "9"],
+    ["--mask", "cluster", "--embedding-weight", "1"],
+], ids=lambda flags: "-".join(flags).replace("--", ""))  # fmt: skip
+def test_what_a_mask_has_found_is_resumed(tmp_path, monkeypatch, flags):
+    """A run that is cut after its third step ends with the weights and the mask of a whole one."""
+    config = parse([*BASE, *flags, "--tune-epochs", "0", "--save-every", "3"])
+    whole, cut = (replace(config, out=str(tmp_path / name)) for name in ("whole", "cut"))
+    train.train(whole)
+
+    def ended(self, model, step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runlog.Report, "write_page", ended)
+        train.train(cut)
+    assert glip.load_checkpoint(tmp_path / "cut/latest.pt")["step"] == 3
+    train.train(cut)
+    one, two = (glip.load_checkpoint(tmp_path / f"{name}/model.pt") for name in ("whole", "cut"))
+    for a, b in zip(*(tree_leaves([x["model"], x["mask"]]) for x in (one, two)), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="module")

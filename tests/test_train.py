@@ -499,6 +499,7 @@ VARIANTS = [
     {"mask": "pgs", "embedding_weight": 1.0, "mask_ratio": 0.25, "mask_range": 0.5},
     {"mask": "attentive", "teacher_scale": 0.5},
     {"mask": "attentive", "aclip": True},
+    {"mask_ratio": (0.9, 0.4)},
     *({"text_mask": text_mask, "text_tokens": 4} for text_mask in TEXT_MASKS),
 ]
 
@@ -529,17 +530,23 @@ def test_every_mask_trains_and_what_it_found_is_kept(variant, tmp_path):
         assert all(r["computed"] == 0.75 and 0.25 <= r["visible"] < 0.75 for r in logged)
     else:
         assert "visible" not in logged[0]
+    if config.mask_ratio != TrainConfig.mask_ratio:
+        assert [r["mask_ratio"] for r in logged] == pytest.approx([0.9, 0.65, 0.4])
+        assert masker.num_computed(16) == 10
     if config.mask == "attentive":
         ours, theirs = model.visual.state_dict(), masker.teacher.state_dict()
         moved = [name for name in ours if not torch.equal(ours[name], theirs[name])]
         assert len(moved) > 10 and ("conv1.weight" in moved) != config.aclip
+    if config.mask == "gaze":
+        assert masker.gaze.optimizer.state_dict()["state"][0]["step"] == config.steps
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [
     ["cluster", "--embedding-weight", "0.5", "--text-mask", "frequency", "--text-tokens", "4"],
     ["attentive", "--aclip", "--teacher-scale", "0.5"],
-], ids=["cluster", "aclip"])  # fmt: skip
+    ["gaze"],
+], ids=["cluster", "aclip", "gaze"])  # fmt: skip
 def test_two_processes_agree_on_state_and_words(mask, tmp_path):
     words = [*ONE_STAGE, "--steps", "6", "--log-every", "1", "--mask", *mask]
     train.train(parse([*words, "--out", str(tmp_path / "one")]))
@@ -556,6 +563,9 @@ def test_two_processes_agree_on_state_and_words(mask, tmp_path):
     if mask[0] == "attentive":
         for name, a in states[0]["teacher"].items():
             torch.testing.assert_close(a, states[1]["teacher"][name], atol=1e-3, rtol=0)
+    if mask[0] == "gaze":
+        for name, a in states[0]["gaze"]["weights"].items():
+            torch.testing.assert_close(a, states[1]["gaze"]["weights"][name], atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow
@@ -632,6 +642,8 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--mask-center", "0", "2"], "--mask-center (0.0, 2.0) is outside [-1, 1]"),
         (["--mask", "cluster", "--min-mask-ratio", "0.9"], "--min-mask-ratio 0.9 is outside"),
         (["--mask", "cluster", "--embedding-weight", "2"], "--embedding-weight 2.0 is outside"),
+        (["--mask-ratio", "0.5", "1.0"], "mask ratio 1.0 is outside [0, 1)"),
+        (["--mask", "cluster", "--mask-ratio", "0.5", "0.4"], "finds its threshold for one ratio"),
         (["--mask", "attentive", "--teacher-scale", "0.3"], "--teacher-scale 0.3 of 64 pixels"),
         (["--mask", "attentive", "--teacher-momentum", "7"], "--teacher-momentum 7.0 is outside"),
         (["--text-mask", "random"], "--text-mask with --text-tokens"),

@@ -22,7 +22,7 @@ from tests.processes import Run
 
 TIMING = {"pairs_per_second", "data_wait", "seconds"}
 SETTINGS = [  # what has state beside weights and optimizer: each in turn
-    ["--mask", "gaussian"], ["--mask", "attentive", "--aclip"],
+    ["--mask", "gaze", "--mask-ratio", "0.9", "0.6"], ["--mask", "attentive", "--aclip"],
     ["--mask", "cluster", "--embedding-weight", "1"], ["--optimizer", "adamw", "--loss", "siglip"],
 ]  # fmt: skip
 # A checkpoint after each step, so that a kill often comes while one is written.

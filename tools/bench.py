@@ -260,8 +260,7 @@ def steady(step: Callable[[], object], seconds: float) -> float:
 def estimated(config: TrainConfig, batch: int) -> float:
     """The estimate of a step, of this machine's rates as they are now."""
     model = GLIPConfig.named(config.model)
-    kept = math.prod(model.grid)
-    kept = kept if config.mask == "none" else glip.num_keep(kept, config.mask_ratio)
+    kept = masker_of(config).num_computed(math.prod(model.grid))
     on = estimate.named("here", "auto", model.width)
     return estimate.of_stage(config, model, kept, TEXT, batch, on, True)["step"]
 

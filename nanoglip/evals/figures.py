@@ -38,7 +38,7 @@ PANELS = {  # title: names in log.jsonl
     ),
     "learning rate": ("lr",),
     "logit_scale": ("logit_scale",),
-    "share of patches": ("computed", "visible"),
+    "share of patches": ("computed", "visible", "mask_ratio"),
     "pairs per second": ("pairs_per_second",),
     "share of time waiting for data": ("data_wait",),
 }  # fmt: skip

@@ -1,0 +1,107 @@
+"""A mask that looks, ours: GLIP's chances go to the patches that the loss depends on most.
+
+    pixels    a small network scores every patch of a picture; the mask ranks the patches by it
+    backward  a training step gives the gradient of each kept patch's token; |gradient x token|,
+              summed over the width, is how much the loss depends on the patch (to first order)
+    update    cross-entropy between these numbers, as shares of their picture, and the softmax of
+              the scores; one step of AdamW
+
+The gradient is the training step's own, so there is no teacher and no further pass through a tower.
+No gradient of the scores enters the model. The scores start as GLIP's log density, so that the mask
+starts as GLIP. Shapes: B pictures, N patches of a (rows, columns) grid, K kept, D tower width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glip import ImageTower, at_least_fp32, log_gaussian
+
+CELLS = 4  # a patch is seen as CELLS x CELLS mean colours
+HIDDEN = 32
+LR = 3e-3
+PRIOR = 0.2  # of GLIP's log density at the start; the mask sees ranks alone, training must undo it
+
+
+class Gaze(nn.Module):
+    """Scores of patches from pixels alone, and the optimizer that teaches them."""
+
+    def __init__(self, grid: tuple[int, int], sigma: float | tuple, device: torch.device) -> None:
+        super().__init__()
+        self.grid = grid
+        with torch.random.fork_rng(devices=[]):  # alike on all ranks; the model's seed is not used
+            torch.manual_seed(0)
+            self.look = nn.Conv2d(6, HIDDEN, CELLS, CELLS)
+            self.judge = nn.Linear(HIDDEN, 1, bias=False)
+        nn.init.zeros_(self.judge.weight)
+        density, _ = log_gaussian(grid, sigma, (0.0, 0.0), torch.device("cpu"))
+        self.position = nn.Parameter(PRIOR * density)                          # (N,)
+        self.to(device)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
+        self.asked: list[Tensor] | None = None  # while it learns: scores of what a step keeps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), bytes or in [0, 1] -> scores (B, N); with a graph while it learns.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            scale = 255.0 if images.dtype == torch.uint8 else 1.0
+            size = [CELLS * n for n in self.grid]
+            x = F.adaptive_avg_pool2d(images.to(self.position) / scale, size) * 4 - 2
+            contrast = (x - x.mean((2, 3), keepdim=True)).abs()                # (B, 3, 4R, 4C)
+            with torch.set_grad_enabled(self.asked is not None):
+                x = F.gelu(self.look(torch.cat([x, contrast], dim=1)))         # (B, 32, R, C)
+                return self.judge(x.flatten(2).mT)[..., 0] + self.position
+
+    def keep(self, scores: Tensor, ids_keep: Tensor) -> None:
+        """While it learns: remember the scores (B, N) of what is kept (B, K)."""
+        if self.asked is not None:
+            with torch.enable_grad():
+                self.asked.append(scores.gather(1, ids_keep))
+
+    @contextlib.contextmanager
+    def learning(self, tower: ImageTower) -> Iterator[None]:
+        """Within it, forward and backward passes of one training step are learned from."""
+        self.asked, found = [], []
+
+        def watch(module: nn.Module, inputs: tuple, tokens: Tensor) -> None:
+            x = at_least_fp32(tokens.detach()[:, 1:])                          # (B, K, D)
+            if tokens.requires_grad:  # --micro-batch has passes without a graph, too
+                tokens.register_hook(lambda grad: found.append(
+                    (x * grad[:, 1:]).abs().sum(dim=-1)                        # (B, K)
+                ))  # fmt: skip
+
+        handle = tower.ln_pre.register_forward_hook(watch)
+        try:
+            yield
+        finally:
+            handle.remove()
+            asked, self.asked = self.asked, None
+        self.update(torch.cat(asked), torch.cat(found))
+
+    def update(self, scores: Tensor, found: Tensor) -> None:
+        """Move the scores (B, K) of kept patches towards what was found of them (B, K)."""
+        shares = found / found.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        loss = -(shares * scores.log_softmax(dim=1)).sum(dim=1).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        if dist.is_initialized():
+            grads = [p.grad for p in self.parameters()]
+            joint = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+            dist.all_reduce(joint)
+            for grad, part in zip(grads, joint.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        self.optimizer.step()
+
+    def state(self) -> dict:
+        """Weights and optimizer, for a checkpoint."""
+        return {"weights": self.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict) -> "Gaze":
+        """The same gaze with a state()'s content."""
+        self.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return self
