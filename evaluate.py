@@ -51,7 +51,7 @@ class EvaluateConfig:
         str, tyro.conf.Positional, tyro.conf.arg(metavar="[OTHER]", help_behavior_hint="(optional)")
     ] = ""
     """folder of a second run: compare both, example by example"""
-    search: str = ""  # a text: which of --images fit it best; needs no data of the run's
+    search: str = ""  # a text: which of --images fit it best; needs none of the run's data
     images: str = ""  # a folder of pictures, for --search
     classify: str = ""  # a picture: which of --names fits it best
     names: str = ""  # names or whole captions, with commas between, for --classify
@@ -108,7 +108,7 @@ class Run:
     masker: Masker  # of pre-training
 
     def columns(self) -> dict[str, tuple[Encoder, Masker | None]]:
-        """The paper's columns that the run can have: the model, and the mask of its pictures."""
+        """Those of the paper's columns that the run has: a model, and the mask of its pictures."""
         tuned = self.content["stage"] == "tune"
         columns = {
             "masked inference": self.masker.mask != "none" and (self.before, self.masker),
@@ -118,7 +118,7 @@ class Run:
         return {column: how for column, how in columns.items() if how}
 
     def pairs(self, own: Encoder) -> tuple[Source, HeldOut]:
-        """The run's training and held-out pairs, in the size that a model of it sees."""
+        """The run's training and held-out pairs, at the image size of one of its models."""
         config = self.content["config"]
         return data.load(
             config["data"], own.model.config.pixels[0], tuple(config["vendors"]),
@@ -142,7 +142,7 @@ def run_folder(name: str) -> Path:
     if not name and not models:
         raise InputError("runs/ holds no finished run: start one with python train.py")
     folder = Path(name or models[-1].parent)
-    folder = folder.resolve() if folder.name in ("", "..") else folder  # results have its name
+    folder = folder.resolve() if folder.name in ("", "..") else folder  # results are named after it
     if not (folder / "model.pt").is_file():
         raise InputError(f"{folder}: no model.pt in it; name the folder of a finished run")
     return folder

@@ -266,7 +266,7 @@ def backward_cached(
     """The same gradients with the activations of micro_batch pairs at a time.
 
     GradCache (2101.06983): all features without a graph, their gradients by the loss, then each
-    part again with a graph, under the masks that it had.
+    part again with a graph, under the same masks.
     """
     parts = [slice(i, i + micro_batch) for i in range(0, len(images), micro_batch)]
     features, masks = [], []
@@ -323,7 +323,7 @@ def apply_gradients(
 def first_model(config: TrainConfig, wanted: GLIPConfig, state: dict) -> GLIP:
     """A new model, or the weights of --init; for a resumed run, its checkpoint's towers.
 
-    Raises InputError for an --init that is no model, or of other towers than the run's.
+    Raises InputError for an --init that holds no model, or one of other towers than the run's.
     """
     wanted = replace(wanted, siglip=config.loss == "siglip")
     if state:

@@ -68,7 +68,7 @@ def save_latest(folder: Path, model: GLIP, **record: object) -> None:
 
 
 def stamp_of(pairs: Source) -> str:
-    """What tells these training data from others."""
+    """A short key of the training data, which differs for other data."""
     return digest([], pairs.stamp(np.arange(0)))[:16]
 
 

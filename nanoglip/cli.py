@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from glip import InputError
 
-# What stands in the messages of torch where memory is short, and where another process has ended.
+# Parts of torch's messages when memory is short, and when another process has ended.
 SHORT = ("out of memory", "allocate memory", "shared memory", "DataLoader worker")
 LOST = ("gloo/transport", "Connection closed", "remote process exited")
 STOPPED = 75  # the exit code of a run that was asked to stop and can be resumed
@@ -121,7 +121,7 @@ def message_of(error: BaseException) -> tuple[int, list[str]]:
 def print_once(text: str) -> None:
     """Print to stderr on one rank, before any rank exits: torchrun then ends the others.
 
-    The processes meet in the store of their launcher, which is there before they have a group.
+    The processes share their launcher's store, which is there before they have a group.
     """
     store, wait = None, timedelta(seconds=10)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):

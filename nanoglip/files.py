@@ -26,7 +26,7 @@ def room_for(path: Path | str) -> Iterator[None]:
     """Turn a full or read-only disk into one InputError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by either
+    except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
         why = f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
             if shutil.disk_usage(Path(path).parent).free < 2**26:
@@ -40,7 +40,7 @@ def room_for(path: Path | str) -> Iterator[None]:
 def write_safely(path: Path | str, write: Callable[[io.BufferedWriter], object]) -> None:
     """Write a file by `write(file)`; it gets its name only when all of it is on disk.
 
-    Raises InputError where there is no room; what had the name before is then still there.
+    Raises InputError where there is no room; a file that had the name before is then unchanged.
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -171,7 +171,7 @@ def cached(path: Path, make: Callable[[], dict]) -> dict:
 
 def open_regular(path: Path | str, most: int = 2**63) -> io.BufferedReader:
     """Open a regular file of at most `most` bytes; raises OSError for anything else."""
-    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe would be waited for
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # opening a pipe would block
     file = os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
     found = os.fstat(file.fileno())
     if stat.S_ISREG(found.st_mode) and found.st_size <= most:

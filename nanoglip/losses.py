@@ -35,7 +35,7 @@ def siglip_rows(
     images: Tensor, texts: Tensor, all_images: None, some_texts: Tensor, own: Tensor,
     logit_scale: Tensor, logit_bias: Tensor,
 ) -> Tensor:  # fmt: skip
-    """SigLIP: some rows (R, E) against texts (B, E), theirs at `own`, or at -1: not among them."""
+    """SigLIP: some rows (R, E) against texts (B, E); own (R,): where theirs is, -1 if nowhere."""
     logits = logit_scale * images @ some_texts.T + logit_bias                  # (R, B)
     theirs = own[:, None] == torch.arange(logits.shape[1], device=own.device)
     return -F.logsigmoid(torch.where(theirs, logits, -logits)).sum() / len(images)

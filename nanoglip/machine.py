@@ -27,7 +27,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """The processor's features by Linux; empty elsewhere."""
+    """The processor's features as Linux lists them; empty elsewhere."""
     for line in read_lines("/proc/cpuinfo"):
         if line.startswith(("flags", "Features")):
             return set(line.split())
@@ -68,7 +68,7 @@ class Device:
 
 
 def resolve(device: str | torch.device, precision: str) -> Device:
-    """The device and precision that `--device` and `--precision` name; devices may be picked."""
+    """The device and precision that --device and --precision name; a torch.device is kept."""
     device = pick_device(device) if isinstance(device, str) else device
     return Device(device, use_bf16(precision, device))
 
@@ -88,7 +88,7 @@ def keep_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         glibc = ctypes.CDLL(None)
         glibc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-        glibc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks, too, are of the heap
+        glibc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks also come from the heap
         glibc.malloc.restype = ctypes.c_void_p
         size = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2  # of addresses, not yet of memory
         block = glibc.malloc(ctypes.c_size_t(size))

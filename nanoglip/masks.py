@@ -407,7 +407,7 @@ def sample_mask(
 
 
 def num_computed(mask: str, n: int, mask_ratio: float, min_mask_ratio: float | None = None) -> int:
-    """K, the patches of n that a mask computes: all of "none", more than are seen of "cluster"."""
+    """K, how many of n patches are computed: all for "none", more than are seen for "cluster"."""
     kept = num_keep(n, mask_ratio)
     if mask == "none":
         return n

@@ -3,7 +3,7 @@
     pandas.read_json("results/runs.jsonl", lines=True)
 
 A line has the run's name, its flags, the settings that differ from the recipe, the commit, the id
-of the machine (in machines.json), and the metrics. Whoever writes here waits for the other writers.
+of the machine (in machines.json), and the metrics. Writers wait for each other.
 """
 
 import contextlib

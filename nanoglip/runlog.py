@@ -238,7 +238,7 @@ class Report:
             dist.all_gather_object(news, self.news)
         bad, self.news = [row for rows in news for row in rows], []
         path = self.out / "quarantine.jsonl"
-        if not self.quarantined and path.exists():  # of the run before it was cut short
+        if not self.quarantined and path.exists():  # from before the run was interrupted
             for line in path.read_text().splitlines():
                 with contextlib.suppress(ValueError, LookupError, TypeError):  # still being written
                     self.quarantined.add(quarantined(json.loads(line)))
@@ -261,7 +261,7 @@ class Report:
         last, done = step + 1 == self.stage.steps, step + 1
         due = last or done % self.config.log_every == 0
         stop, save = bool(asked_to_stop), self.save_is_due()
-        if due or (self.world > 1 and done % 10 == 0):  # here all hear of the others
+        if due or (self.world > 1 and done % 10 == 0):  # here the ranks share counts and requests
             sums = torch.stack([loss.float(), *loss.new_tensor([self.bad, stop, save]).float()])
             if self.world > 1:
                 dist.all_reduce(sums)
@@ -373,7 +373,7 @@ class Report:
 
     def check_bad(self, bad: int, read: int) -> None:
         """Stop if too many pictures cannot be read; all ranks have the same numbers."""
-        if bad > self.config.max_bad * max(read, 1000):  # too few tell nothing
+        if bad > self.config.max_bad * max(read, 1000):  # the share of fewer says little
             self.bar.close()
             raise InputError(
                 f"{bad} of {read} pictures cannot be read, more than --max-bad "

@@ -68,7 +68,7 @@ def frequency_text(
 ) -> Tensor:  # fmt: skip
     """CLIPF (2412.16148, method section): frequent words are dropped more often. -> scores (B, T).
 
-    A word with the share f of all words goes with probability 1 - sqrt(t / f), t the
+    A word with the share f of all words is dropped with probability 1 - sqrt(t / f), t the
     text_threshold; that is subtracted from the noise, GLIP's rule for words. word_shares (B, T).
     """
     return noise - (1 - (text_threshold / word_shares.clamp(min=1e-12)).sqrt()).clamp(min=0)

@@ -1,6 +1,6 @@
 """A model's features of pictures and texts, and its answers on held-out pairs.
 
-What is asked of held-out pairs comes as ranks: {question: (Q,) of its right answers}.
+Answers on held-out pairs are ranks: {question: (Q,), the rank of each right answer}.
 """
 
 import math
