@@ -514,7 +514,8 @@ def try_mask(masker: Masker, model: GLIPConfig) -> None:
     """Raise InputError if the mask does not give scores (B, N) for two black pictures."""
     noise = torch.linspace(0, 0.99, 2 * math.prod(model.grid)).view(2, -1)
     inputs = {name: value for name, value in masker.settings.items() if masker.needs(name)}
-    inputs |= {"pixels": torch.zeros(2, 3, *model.pixels, dtype=torch.uint8), "attention": noise}
+    inputs |= {"pixels": torch.zeros(2, 3, *model.pixels, dtype=torch.uint8), "attention": noise,
+               "gaze": noise}  # fmt: skip
     sample_mask(masker.mask, 2, model.grid, masker.mask_ratio, noise=noise, **inputs)
 
 

@@ -44,13 +44,16 @@ ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 RATIOS = (0.75, 0.918, 0.5)
 HOME = "scenes-center"  # where every mask runs at every ratio
-AWAY = ("emoji", "scenes-corner")  # where most run, at 75 %
+AWAY = ("emoji", "scenes-corner", "scenes-anywhere")  # where most run, at 75 %
 HOME_ONLY = {"grid", "block"}
 SMALL = "small pictures"  # RECLIP's in the table of costs
+ACLIP = "the whole A-CLIP"  # two views, all losses; at 75 % and equal time alone
+ALL = (*masks.MASKS, SMALL, ACLIP)
 MASKED = set(masks.MASKS) - {"none"}  # of which the mask alone has a cost
 SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
 ART = ("Goog", "Appl", "FB", "Sams")  # to train on the first 1, 2, 4: the question of scale
 TUNING = {1: 2.86, 2: 1.43, 4: 0.74}  # epochs of their art that are the comparison's 20 steps
+RECOVERY = {1788: 0.5, 1520: 2.0, 450: 8.0}  # steps at 91.8 %, and epochs of tuning of equal cost
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def mask_flags(mask: str, ratio: float) -> list[str]:
     if mask == SMALL:  # tuned at the full size
         full = GLIPConfig.named(TrainConfig().model).image_size
         return f"--mask none --image-size {partner(ratio)} --tune-image-size {full}".split()
+    if mask == ACLIP:
+        return ["--mask", "attentive", "--aclip", "--mask-ratio", str(ratio)]
     return ["--mask", mask] + (["--mask-ratio", str(ratio)] if mask != "none" else [])
 
 
@@ -113,10 +118,15 @@ def step_seconds(mask: str, ratio: float, threads: int, steps: int) -> tuple[lis
     return [later - earlier for earlier, later in pairwise(ends)][1:], alone[2:]
 
 
+def ratios_of(mask: str) -> tuple[float, ...]:
+    """The ratios at which a mask is measured."""
+    return (0.0,) if mask == "none" else RATIOS[:1] if mask == ACLIP else RATIOS
+
+
 def measure_cost(threads: int, names: list[str], rounds: int = 3, steps: int = 12) -> dict:
     """Seconds of a training step, and of its mask alone, for masks at every ratio, alternating."""
     torch.set_num_threads(threads)  # as many as a run will have
-    variants = [(name, ratio) for name in names for ratio in (RATIOS if name != "none" else (0.0,))]
+    variants = [(name, ratio) for name in names for ratio in ratios_of(name)]
     found = {variant: ([], []) for variant in variants}
     for _, variant in product(range(rounds), variants):
         for values, new in zip(found[variant], step_seconds(*variant, threads, steps), strict=True):
@@ -139,7 +149,7 @@ def complete_cost(cost: dict, threads: int) -> dict:
 
     A new mask is measured beside GLIP's, and scaled to the seconds of the table's GLIP.
     """
-    lacking = [name for name in (*masks.MASKS, SMALL)
+    lacking = [name for name in ALL
                if name not in {row["mask"] for row in cost.get("seconds", [])}]  # fmt: skip
     if not cost or not lacking:
         return cost or measure_cost(threads, lacking)
@@ -200,6 +210,7 @@ def planned(cost: dict) -> list[Run]:
         places = [(HOME, mask) for mask in (*masks.MASKS, SMALL)]
         if ratio == RATIOS[0]:
             places += product(AWAY, [mask for mask in masks.MASKS if mask not in HOME_ONLY])
+            places += product((HOME, *AWAY), [ACLIP] * (equal == "time"))
         for name, mask in places:
             steps = affordable(cost, mask, ratio, full) if equal == "time" else full
             words = ["--recipe", "compare", "--data", name, *mask_flags(mask, ratio)]
@@ -215,10 +226,13 @@ def questions() -> list[Run]:
     three, shifts = ("none", "random", "gaussian"), ("--robustness", "--linear-probe")
     asked = [  # data, mask, flags of train.py, seeds, flags of evaluate.py
         *((HOME, "gaussian", f"--sigma {s}", 3, ()) for s in (0.05, 0.1, 0.4, 0.8)),
-        *(("scenes-anywhere", mask, "", 2, ()) for mask in (*three, "attentive")),
         *(("emoji", mask, f"--vendors {' '.join(ART[:n])} --tune-epochs {epochs}", 1, shifts)
           for n, epochs in TUNING.items() for mask in three),
         *((HOME, "gaussian", f, 2, ()) for f in ("--sigma 0.1 0.4", "--mask-center 0 0.5")),
+        *((name, "gaussian", f"--mask-ratio {ends}", 3, ())
+          for name in (HOME, "emoji") for ends in ("0.9 0.6", "0.6 0.9")),
+        *((HOME, "gaussian", f"--mask-ratio 0.918 --steps {steps} --tune-epochs {epochs}", 3, ())
+          for steps, epochs in RECOVERY.items()),
     ]  # fmt: skip
     runs = []
     for seed, (name, mask, flags, seeds, more) in product(SEEDS, asked):
@@ -269,9 +283,9 @@ def main() -> None:
     cli.check_numbers(options, above_0=("jobs",))
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     cost = results.load("cost")
-    unknown = [mask for mask in options.masks if mask not in (*masks.MASKS, SMALL)]
+    unknown = [mask for mask in options.masks if mask not in ALL]
     if unknown:
-        choices = ", ".join((*masks.MASKS, f"'{SMALL}'"))
+        choices = ", ".join((*masks.MASKS, f"'{SMALL}'", f"'{ACLIP}'"))
         raise InputError(f"--masks {unknown[0]}: choose from {choices}")
     if not options.list:
         commit = machine(torch.device("cpu"))["commit"]
@@ -282,7 +296,7 @@ def main() -> None:
     if not options.list or not cost:
         cost = complete_cost(cost, threads)
         results.save("cost", cost)
-    wanted = options.masks or (*masks.MASKS, SMALL)
+    wanted = options.masks or ALL
     runs = {run.name: run for run in (*planned(cost), *questions()) if run.mask in wanted}
     done = {run["name"] for run in results.load_runs()}
     if options.list:

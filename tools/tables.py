@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[1]
 NOT_RUN, NOT_PUBLISHED = "not run", "not published"
 
 STAGES = ("masked inference", "full picture", "after tuning")  # the paper's columns
-ALL_MASKS = (*masks.MASKS, sweep.SMALL)
 
 
 def mean_range(values: Iterable[float], full: int = 1) -> str:
@@ -114,7 +113,7 @@ def mask_table(found: dict, cost: dict, title: str, columns: dict[str, tuple[str
     """Every mask in columns of (data, ratio); masks of equal cost have one row for both budgets."""
     full, rows = parse(["--recipe", "compare"]).steps, []
     ratios = sorted({ratio for _, ratio in columns.values()})
-    for mask in ALL_MASKS:
+    for mask in sweep.ALL:
         steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
         shared = steps == [full] * len(ratios)
         budgets = {"steps": mask if shared else f"{mask}, equal steps"}
@@ -131,7 +130,7 @@ def stage_table(runs: list[dict], cost: dict) -> str:
     """The paper's three columns, for every mask and ratio on the centred scenes."""
     found, rows = [cells(runs, cost, column) for column in STAGES], []
     for ratio in (0.0, *sorted(sweep.RATIOS)):
-        for mask in (m for m in ALL_MASKS if (m == "none") == (ratio == 0)):
+        for mask in (m for m in (*masks.MASKS, sweep.SMALL) if (m == "none") == (ratio == 0)):
             key = (sweep.HOME, mask, ratio or sweep.RATIOS[0], "steps")
             first, *others = (column[key] for column in found)
             masked = mask not in ("none", sweep.SMALL)
@@ -181,7 +180,7 @@ def cost_table(cost: dict) -> str:
     """What a training step costs under each mask, and the mask alone."""
     seconds = {(row["mask"], row["mask_ratio"]): row for row in cost["seconds"]}
     ratios, rows = sorted({ratio for _, ratio in seconds if ratio}), []
-    for mask in ALL_MASKS:
+    for mask in sweep.ALL:
         line = [seconds.get((mask, 0.0 if mask == "none" else ratio)) for ratio in ratios]
         times = [f"{row['step'] / seconds['gaussian', ratio]['step']:.2f}" if row
                  else "not measured" for row, ratio in zip(line, ratios, strict=True)]  # fmt: skip
