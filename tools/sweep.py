@@ -48,7 +48,6 @@ AWAY = ("emoji", "scenes-corner", "scenes-anywhere")  # where most run, at 75 %
 HOME_ONLY = {"grid", "block"}
 SMALL = "small pictures"  # RECLIP's in the table of costs
 ACLIP = "the whole A-CLIP"  # two views, all losses; at 75 % and equal time alone
-ALL = (*masks.MASKS, SMALL, ACLIP)
 MASKED = set(masks.MASKS) - {"none"}  # of which the mask alone has a cost
 SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
 ART = ("Goog", "Appl", "FB", "Sams")  # to train on the first 1, 2, 4: the question of scale
@@ -118,6 +117,11 @@ def step_seconds(mask: str, ratio: float, threads: int, steps: int) -> tuple[lis
     return [later - earlier for earlier, later in pairwise(ends)][1:], alone[2:]
 
 
+def rows() -> tuple[str, ...]:
+    """Every mask of the registry and what is compared with them."""
+    return (*masks.MASKS, SMALL, ACLIP)
+
+
 def ratios_of(mask: str) -> tuple[float, ...]:
     """The ratios at which a mask is measured."""
     return (0.0,) if mask == "none" else RATIOS[:1] if mask == ACLIP else RATIOS
@@ -149,7 +153,7 @@ def complete_cost(cost: dict, threads: int) -> dict:
 
     A new mask is measured beside GLIP's, and scaled to the seconds of the table's GLIP.
     """
-    lacking = [name for name in ALL
+    lacking = [name for name in rows()
                if name not in {row["mask"] for row in cost.get("seconds", [])}]  # fmt: skip
     if not cost or not lacking:
         return cost or measure_cost(threads, lacking)
@@ -238,7 +242,7 @@ def questions() -> list[Run]:
     for seed, (name, mask, flags, seeds, more) in product(SEEDS, asked):
         if seed < seeds:
             words = f"--recipe compare --data {name} --mask {mask} {flags} --seed {seed}".split()
-            ratio = 0.0 if mask == "none" else RATIOS[0]
+            ratio = 0.0 if mask == "none" else RATIOS["0.918" in words]
             runs.append(Run(name, mask, ratio, "steps", seed, tuple(words), more))
     return runs
 
@@ -283,7 +287,7 @@ def main() -> None:
     cli.check_numbers(options, above_0=("jobs",))
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     cost = results.load("cost")
-    unknown = [mask for mask in options.masks if mask not in ALL]
+    unknown = [mask for mask in options.masks if mask not in rows()]
     if unknown:
         choices = ", ".join((*masks.MASKS, f"'{SMALL}'", f"'{ACLIP}'"))
         raise InputError(f"--masks {unknown[0]}: choose from {choices}")
@@ -296,7 +300,7 @@ def main() -> None:
     if not options.list or not cost:
         cost = complete_cost(cost, threads)
         results.save("cost", cost)
-    wanted = options.masks or ALL
+    wanted = options.masks or rows()
     runs = {run.name: run for run in (*planned(cost), *questions()) if run.mask in wanted}
     done = {run["name"] for run in results.load_runs()}
     if options.list:

@@ -113,7 +113,7 @@ def mask_table(found: dict, cost: dict, title: str, columns: dict[str, tuple[str
     """Every mask in columns of (data, ratio); masks of equal cost have one row for both budgets."""
     full, rows = parse(["--recipe", "compare"]).steps, []
     ratios = sorted({ratio for _, ratio in columns.values()})
-    for mask in sweep.ALL:
+    for mask in sweep.rows():
         steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
         shared = steps == [full] * len(ratios)
         budgets = {"steps": mask if shared else f"{mask}, equal steps"}
@@ -180,7 +180,7 @@ def cost_table(cost: dict) -> str:
     """What a training step costs under each mask, and the mask alone."""
     seconds = {(row["mask"], row["mask_ratio"]): row for row in cost["seconds"]}
     ratios, rows = sorted({ratio for _, ratio in seconds if ratio}), []
-    for mask in sweep.ALL:
+    for mask in sweep.rows():
         line = [seconds.get((mask, 0.0 if mask == "none" else ratio)) for ratio in ratios]
         times = [f"{row['step'] / seconds['gaussian', ratio]['step']:.2f}" if row
                  else "not measured" for row, ratio in zip(line, ratios, strict=True)]  # fmt: skip
