@@ -3,6 +3,7 @@
     python evaluate.py                      the run written last
     python evaluate.py runs/demo --linear-probe
     python evaluate.py runs/demo --robustness               the same pictures, blurred, turned, ...
+    python evaluate.py runs/demo --checkpoints              all that train.py --keep-every kept
     python evaluate.py runs/demo --publish                  adds its numbers to results/
     python evaluate.py runs/demo --zero-shot DIR --retrieval DIR            published sets:
     python evaluate.py runs/demo --suite paper --root DIR                   see docs/evaluation.md
@@ -11,8 +12,8 @@
     python evaluate.py runs/demo --search "a red apple" --images DIR        which fit a text
 
 Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
-answer), loss.png, masks.png, top5.png and retrieval.png; report.html shows them. Of the emoji only
-Google's and Twitter's are drawn, whose licences allow it.
+answer), loss.png, masks.png, top5.png, retrieval.png and checkpoints.png; report.html shows them.
+Of the emoji only Google's and Twitter's are drawn, whose licences allow it.
 """
 
 import json
@@ -22,6 +23,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 import data
 import glip
@@ -61,6 +63,7 @@ class EvaluateConfig:
     few_shot: bool = False  # probe with few pictures, too
     robustness: bool = False  # also on blurred, turned, recoloured pictures
     publish: bool = False  # add it to results/runs.jsonl
+    checkpoints: bool = False  # instead: every checkpoint that --keep-every kept, of any run
     zero_shot: tuple[str, ...] = ()  # instead: published sets in folders
     retrieval: tuple[str, ...] = ()  # instead: published sets with captions, in folders
     suite: Literal["none", "paper"] = "none"  # instead: the paper's sets that --root holds
@@ -77,10 +80,11 @@ def run_command(options: EvaluateConfig) -> None:
     """Do everything that `python evaluate.py` does."""
     own_pictures, pair = search.given_flags(options), ["a second run"] * bool(options.other)
     sets, problems = ["published sets"] * options.names_sets(), []
+    alone = [*own_pictures, *["--checkpoints"] * options.checkpoints]
     flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish")
     more = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
-    given = [*own_pictures, *pair, *sets, *more]
-    if (own_pictures and len(given) > 1) or (pair and more) or (sets and options.robustness):
+    given = [*alone, *pair, *sets, *more]
+    if (alone and len(given) > 1) or (pair and more) or (sets and options.robustness):
         raise InputError(f"{' and '.join(given)}: give one at a time")
     if pair:
         problems = compare_runs(options)
@@ -88,6 +92,8 @@ def run_command(options: EvaluateConfig) -> None:
         folder, on = run_folder(options.run), resolve(options.device, options.precision)
         model = glip.load_model(folder / "model.pt")[0].to(on.device)
         search.use(Encoder(model, on), folder, options)
+    elif alone:
+        run_checkpoints(options)
     elif sets:
         with processes(options.device, options.precision) as among:
             _, problems = run_benchmarks(options, *among)
@@ -119,11 +125,7 @@ class Run:
 
     def pairs(self, own: Encoder) -> tuple[Source, HeldOut]:
         """The run's training and held-out pairs, at the image size of one of its models."""
-        config = self.content["config"]
-        return data.load(
-            config["data"], own.model.config.pixels[0], tuple(config["vendors"]),
-            config["held_out"], max_bad=config.get("max_bad", MAX_BAD),
-        )  # fmt: skip
+        return pairs_of(self.content["config"], own)
 
     def known_results(self) -> dict:
         """What results.json holds already, with the record of the training."""
@@ -146,6 +148,14 @@ def run_folder(name: str) -> Path:
     if not (folder / "model.pt").is_file():
         raise InputError(f"{folder}: no model.pt in it; name the folder of a finished run")
     return folder
+
+
+def pairs_of(config: dict, own: Encoder) -> tuple[Source, HeldOut]:
+    """Training and held-out pairs by a run's settings, at the image size of one of its models."""
+    return data.load(
+        config["data"], own.model.config.pixels[0], tuple(config["vendors"]), config["held_out"],
+        max_bad=config.get("max_bad", MAX_BAD),
+    )
 
 
 def open_run(options: EvaluateConfig, on: Device) -> tuple[Run, list[tuple]]:
@@ -173,10 +183,15 @@ def open_run(options: EvaluateConfig, on: Device) -> tuple[Run, list[tuple]]:
 # --- Held-out pairs and published sets ------------------------------------------------------------
 
 
-def run_evaluation(options: EvaluateConfig) -> dict:
-    """Evaluate a run on its held-out pairs; the content of results.json is returned."""
+def refuse_processes() -> None:
+    """Raise InputError under torchrun with several processes."""
     if cli.place()[2] > 1:
         raise InputError("several processes are for --zero-shot, --retrieval and --suite alone")
+
+
+def run_evaluation(options: EvaluateConfig) -> dict:
+    """Evaluate a run on its held-out pairs; the content of results.json is returned."""
+    refuse_processes()
     on = resolve(options.device, options.precision)
     run, labelled = open_run(options, on)
     train, test = run.pairs(run.final)
@@ -215,6 +230,52 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     return record
 
 
+def run_checkpoints(options: EvaluateConfig) -> dict[int, dict[str, tuple[float, float, float]]]:
+    """(share, lower, upper end of its 95 % interval) by steps of training and metric.
+
+    Evaluates what a run has kept so far, finished or not, on held-out pairs without a mask.
+    """
+    refuse_processes()
+    folder = Path(options.run) if options.run else run_folder("")
+    kept, on = [*folder.glob("step-*.pt")], resolve(options.device, options.precision)
+    if not kept:
+        raise InputError(f"{folder}: no step-*.pt in it, which train.py --keep-every N keeps")
+    ended = [folder / name for name in ("pretrained.pt", "model.pt") if (folder / name).is_file()]
+    found, opened, tuned = {}, {}, 0
+    for path in tqdm([*kept, *ended], "checkpoints", leave=False, disable=None):
+        content = checkpoint.load(path)
+        steps, own = sum(content["steps"].values()), Encoder(glip.build(content).to(on.device), on)
+        size = own.model.config.image_size
+        if size not in opened:
+            opened[size] = pairs_of(content["config"], own)[1]
+        pairs = opened[size]
+        if not len(pairs.concept):
+            raise InputError(f"{folder}: its data held out no pair to ask about: add pairs")
+        if steps not in found:
+            ranks = encoder.rank_pairs(own, pairs)
+            shares, between = encoder.shares_of(ranks), encoder.intervals_of(ranks)
+            found[steps] = {name: (shares[name], *between[name])
+                            for name in encoder.metrics_of(pairs) if name in shares}  # fmt: skip
+        tuned = steps if content["stage"] == "tune" else tuned
+    found = dict(sorted(found.items()))
+    metrics = next(iter(found.values()))
+    title = f"{folder.name}, steps, in {on.precision}"
+    lines = [f"{title:40}" + "".join(f"{name:>24}" for name in metrics)]
+    for steps, each in found.items():
+        cells = (f"{100 * share:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+                 for share, low, high in each.values())  # fmt: skip
+        label = f"{steps:,}" + ", after tuning" * (steps == tuned)
+        lines.append(f"{label:40}" + "".join(f"{cell:>24}" for cell in cells))
+    text = "\n".join(lines)
+    cli.say(text)
+    files.write_bytes(
+        folder / "checkpoints.png", figures.to_png(figures.draw_checkpoints(found, tuned))
+    )
+    results.save("results", results.load("results", folder) | {"checkpoints": found}, folder)
+    publish(folder, options, "kept checkpoints", text, ["checkpoints.png"])
+    return found
+
+
 def run_probes(run: Run, options: EvaluateConfig, labelled: list, record: dict) -> list[str]:
     """Probe the final model and add what is found to `record`; returns it as lines."""
     found = probe.probe_all(run.final, run.folder, labelled, options.linear_probe, options.few_shot)
@@ -250,7 +311,7 @@ def run_benchmarks(
     record, text, lines = run.known_results(), [], []
     record["benchmarks"] = {**record.get("benchmarks", {}), **new}
     if new:
-        text = [benchmarks.sets_table(new, on.precision)]
+        text = [sets_table(new, on.precision)]
         save_results(run, record, text[0])
     try:
         side = run.final.model.config.pixels[0]
@@ -366,6 +427,28 @@ def results_table(record: dict) -> str:
     for name, table in record.get("robustness", {}).items():
         metric, value = next(iter(table.items()))
         lines.append(f"{metric}, {name:{30 - len(metric)}}{100 * value:>16.1f} %")
+    return "\n".join(lines)
+
+
+def sets_table(results: dict[str, dict], precision: str) -> str:
+    """A run's results as text: each set's metric, also with one prompt, and its drop or aupr."""
+    columns = list(next(iter(results.values()))["columns"])
+    title = f"set, metric (%, 95 % interval), in {precision}"
+    lines = [f"{title:58}" + "".join(f"{c:>22}" for c in columns)]
+    for name, entry in sorted(results.items()):
+        each, metric = entry["columns"], entry["metric"]
+        shown = [metric, f"{metric}_one_prompt", "drop", "aupr"]
+        if entry["kind"] == "retrieval":
+            shown = list(each[columns[0]])
+        tables = (table for table, names in benchmarks.SETS.items() if name in names)
+        title = " ".join([name, *tables])
+        for label in (label for label in shown if label in each[columns[0]]):
+            cells = ""
+            for column in columns:
+                low, high = entry["intervals"][column].get(label, (0, 0))
+                between = f" ({100 * low:.1f}-{100 * high:.1f})" if high else ""
+                cells += f"{f'{100 * each[column][label]:.1f}{between}':>22}"
+            lines.append(f"{f'{title}, {label}':58}" + cells)
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ import glip
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, checkpoint, cli, distributed, estimate, files
 from nanoglip.config import MACHINE, TrainConfig, check, masker_of, parse, run_name
+from nanoglip.evals.benchmarks import open_sets
 from nanoglip.files import locked
 from nanoglip.losses import cached_gradients, contrastive_loss, rows_at_once
 from nanoglip.machine import Device, keep_memory, memory_of
@@ -54,6 +55,7 @@ def lr_at(step: int, steps: int, warmup: int, lr: float) -> float:
 
 MOST = 2**48  # pairs of a run; the largest published ones have 2**37
 FREE = MACHINE | {"max_bad"}  # settings that may differ when a run is resumed
+LENGTH = {"steps", "epochs", "extend"}  # and when it is extended
 MUON_SCALE = 2.0  # Muon's learning rate over AdamW's; docs/training.md has the search
 
 
@@ -353,8 +355,10 @@ def check_out(out: Path, config: TrainConfig) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: name a folder")
     if (out / "model.pt").exists():
+        longer = f"--extend {out} makes it longer in a folder of its own; "
         raise InputError(
-            f"--out {out} holds a finished run already: choose another --out, or remove the folder"
+            f"--out {out} holds a finished run already: {longer * (out / 'extend.pt').exists()}"
+            "choose another --out, or remove the folder"
         )
     if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
         if not (out / "config.json").is_file():
@@ -381,6 +385,7 @@ def train(config: TrainConfig) -> Path:
             keep_memory()
         out = Path(config.out or Path("runs") / run_name(config))
         check_out(out, config)
+        sets = open_sets(config.eval_sets, rank, world)
         stages = plan(config, rank, world)  # all ranks meet here, then rank 0 writes
 
         def claim() -> None:
@@ -388,20 +393,30 @@ def train(config: TrainConfig) -> Path:
             check_out(out, config)  # what another process may have finished since
 
         distributed.on_rank_0(rank, world, claim)
-        state = checkpoint.latest(out, asdict(config), FREE, stages[0].batches.pairs, on.bf16)
+        own, pairs, told = asdict(config), stages[0].batches.pairs, "resuming"
+        state = checkpoint.latest(out, own, FREE, pairs, on.bf16)
+        extending = bool(config.extend) and not state
+        if extending:
+            source, told = Path(config.extend), f"extending {config.extend}"
+            state = checkpoint.to_extend(
+                source, own, FREE | LENGTH, pairs, on.bf16, stages[0].steps
+            )  # fmt: skip
         checkpoint.check_same(out, state, world)  # before anything is written
         torch.manual_seed(config.seed)
         model = first_model(config, stages[0].model, state).to(on.device)
         if rank == 0:
             text = json.dumps(asdict(config), indent=2)
             files.write_bytes(out / "config.json", text.encode())
+            for name in ("log.jsonl", "quarantine.jsonl") if extending else ():
+                if (source / name).is_file():
+                    files.write_bytes(out / name, (source / name).read_bytes())
             cut_log(out, state, stages)
             for torn in out.glob("*.tmp"):  # of a run that was killed while it wrote
                 torn.unlink()
-            told = f", resuming after {state['stage']} step {state['step']}" if state else ""
+            told = f", {told} after {state['stage']} step {state['step']}" if state else ""
             cli.say(f"{config.model} on {on.device.type}, writing to {out}{told}")
         logs = stack.enter_context(opened_logs(config, out, state, rank, world))
-        report = Report(config, out, rank, world, on, logs)
+        report = Report(config, out, rank, world, on, logs, sets)
         if state:
             report.resume(state)
         for stage in stages:
@@ -416,6 +431,7 @@ def train(config: TrainConfig) -> Path:
             if rank == 0:
                 last = stage is stages[-1]
                 report.save("model.pt" if last else "pretrained.pt", model, stage.steps)
+            distributed.meet(rank, world)
         if rank == 0:
             for name in ("latest.pt", "previous.pt"):
                 (out / name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Checkpoints of train.py: what they hold, and how they are written and read.
 
-    model.pt, pretrained.pt   the model and RECORD        latest.pt, previous.pt   and RESUME
+    model.pt, pretrained.pt, step-000800.pt   the model and RECORD
+    latest.pt, previous.pt, extend.pt         and RESUME
 
 glip.py has the file format: a version, the model's config and its weights.
 """
@@ -84,27 +85,54 @@ def latest(out: Path, config: dict, free: set[str], pairs: Source, bf16: bool) -
         except InputError as error:
             print(printable(f"{error}; going back to the checkpoint before"), file=sys.stderr)
             continue
-        then = state["config"]
-        for key in sorted(config.keys() - free):
-            if key not in then or config[key] != then[key]:
-                raise InputError(
-                    f"--out {out} holds another run: its --{key.replace('_', '-')} was "
-                    f"{then.get(key)}, not {config[key]}; give that, or choose another --out"
-                )
-        if state["bf16"] != bf16:
-            raise InputError(
-                f"--out {out}: this run multiplies in {'bf16' if state['bf16'] else 'fp32'}, which "
-                "--precision auto does not do here: resume it on the kind of device it began on"
-            )
-        if state["data_stamp"] != stamp_of(pairs):
-            raise InputError(
-                f"--out {out}: the data have changed since this run began; bring them back, or "
-                "choose another --out"
-            )
+        check_alike(state, "--out", out, config, free, pairs, bf16)
         return state
     if names:
         raise InputError(f"--out {out}: no checkpoint in it is whole; remove the folder")
     return {}
+
+
+def to_extend(
+    run: Path, config: dict, free: set[str], pairs: Source, bf16: bool, steps: int
+) -> dict:  # fmt: skip
+    """A finished run as its pre-training ended, to go on to more `steps`.
+
+    Raises InputError where it did not keep that, has as many steps, or differs in what is not free.
+    """
+    path = run / "extend.pt"
+    if not path.is_file():
+        raise InputError(
+            f"--extend {run}: no extend.pt in it, which a run with --keep-every leaves; start from "
+            f"its weights with --init {run}"
+        )
+    state = load(path, resume=True) | {"file": path}
+    check_alike(state, "--extend", run, config, free, pairs, bf16)
+    if state["step"] >= steps:
+        raise InputError(f"--extend {run} has {state['step']} steps: give more --steps or --epochs")
+    return state
+
+
+def check_alike(
+    state: dict, flag: str, run: Path, config: dict, free: set[str], pairs: Source, bf16: bool
+) -> None:
+    """Raise InputError unless a checkpoint of the run that a flag names is of this run's kind."""
+    then = state["config"]
+    for key in sorted(config.keys() - free):
+        if key not in then or config[key] != then[key]:
+            raise InputError(
+                f"{flag} {run} holds another run: its --{key.replace('_', '-')} was "
+                f"{then.get(key)}, not {config[key]}; give that, or choose another {flag}"
+            )
+    if state["bf16"] != bf16:
+        raise InputError(
+            f"{flag} {run}: this run multiplies in {'bf16' if state['bf16'] else 'fp32'}, which "
+            "--precision auto does not do here: resume it on the kind of device it began on"
+        )
+    if state["data_stamp"] != stamp_of(pairs):
+        raise InputError(
+            f"{flag} {run}: the data have changed since this run began; bring them back, or "
+            f"choose another {flag}"
+        )
 
 
 def check_same(out: Path, state: dict, world: int) -> None:

@@ -201,6 +201,7 @@ class Schedule:
     batch_size: int = 512  # pairs per step, over all processes
     steps: int = 800  # updates
     epochs: float = 0.0  # passes over the data, instead of steps
+    extend: str = ""  # run with --keep-every whose pre-training goes on, to more steps or epochs
     lr: float = 2e-3  # peak learning rate (Muon's is twice that); half a cosine takes it to 0
     weight_decay: float = 1.0  # of matrices; vectors and scalars have none
     beta2: float = 0.98  # AdamW's second decay
@@ -255,7 +256,9 @@ class Output:
     out: str = ""  # folder of the run (none: runs/ and what differs from the recipe)
     log_every: int = 10  # steps between records in log.jsonl
     eval_every: int = 0  # steps between evaluations (0: four in a stage)
+    eval_sets: tuple[str, ...] = ()  # folders of published sets, or DIR/CLASS/*.jpg, to evaluate on
     save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
+    keep_every: int = 0  # steps of pre-training between weights that stay (0: none do)
     resume: Literal["auto", "never"] = "auto"  # auto: an unfinished run in --out is resumed
     tensorboard: Switch = False  # write its records for TensorBoard, too
     wandb: Switch = False  # to Weights & Biases, too
@@ -276,8 +279,9 @@ class TrainConfig(
 
 GROUPS = TrainConfig.__bases__[::-1]
 MACHINE = {  # what no result depends on
-    "device", "workers", "out", "log_every", "eval_every", "save_every", "resume", "micro_batch",
-    "recompute", "compile", "shard", "tensorboard", "wandb", "trackio", "estimate", "overfit",
+    "device", "workers", "out", "log_every", "eval_every", "eval_sets", "save_every", "keep_every",
+    "resume", "micro_batch", "recompute", "compile", "shard", "tensorboard", "wandb", "trackio",
+    "estimate", "overfit",
 }  # fmt: skip
 
 # --- The command line -----------------------------------------------------------------------------
@@ -463,7 +467,7 @@ def check(config: TrainConfig, world: int) -> None:
     check_numbers(
         config, ("steps", "lr", "tune_lr", "log_every"),
         ("epochs", "tune_epochs", "weight_decay", "warmup", "tune_warmup", "eval_every",
-         "save_every", "micro_batch", "clip_grad_norm", "seed"),
+         "save_every", "keep_every", "micro_batch", "clip_grad_norm", "seed"),
     )
     for name, declared in used_settings(config).items():
         if declared:
@@ -557,7 +561,7 @@ def run_name(config: TrainConfig) -> str:
         if f.name == "mask_ratio" and config.mask == "none":
             continue
         values = value if isinstance(value, tuple) else (value,)
-        if f.name in ("data", "clusters", "init"):  # a path's name, not a machine's folders
+        if f.name in ("data", "clusters", "init", "extend"):  # a path's name, not its folders
             values = [path_name(name) for name in values]
         value = "-".join(map(str, values))
         value = re.sub(r"[^\w.-]+", "-", value)

@@ -9,11 +9,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from time import sleep
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 from glip import InputError
@@ -21,6 +23,7 @@ from nanoglip import cli
 from nanoglip.machine import Device, resolve
 
 T = TypeVar("T")
+LIMIT = timedelta(minutes=30)  # how long ranks wait for one another in a step, but not in meet()
 
 
 @contextlib.contextmanager
@@ -35,9 +38,9 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
             raise InputError(f"{told}: give torchrun --nproc_per_node {there} at most")
         on = replace(on, device=torch.device("cuda", local))
         torch.cuda.set_device(on.device)
-    if world > 1:  # the others wait while the first decodes, checks pictures or evaluates
+    if world > 1:
         backend = "nccl" if on.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
+        dist.init_process_group(backend, timeout=LIMIT)
     leave = world > 1  # not after an error, so that others do not fail before it is told
     try:
         yield rank, world, on
@@ -49,6 +52,22 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
             dist.destroy_process_group()
 
 
+def meet(rank: int, world: int) -> None:
+    """Return once all ranks are here, however long rank 0 works alone; all ranks call it.
+
+    A collective ends the run where one rank comes later than LIMIT. In a store ranks only look.
+    """
+    if world == 1:
+        return
+    store = _get_default_store()
+    turn = store.add(f"meetings of rank {rank}", 1)  # on all ranks the same
+    if rank == 0:
+        store.set(f"meeting {turn}", "")
+    while rank and not store.check([f"meeting {turn}"]):
+        sleep(0.05)
+    dist.barrier()
+
+
 def on_rank_0(rank: int, world: int, work: Callable[[], T]) -> T | None:
     """The result of `work` on rank 0, None on the others; all ranks raise its InputError."""
     found, problem = None, [None]
@@ -57,6 +76,7 @@ def on_rank_0(rank: int, world: int, work: Callable[[], T]) -> T | None:
             found = work()
         except InputError as error:
             problem = [str(error)]
+    meet(rank, world)
     if world > 1:
         dist.broadcast_object_list(problem)
     if problem[0]:

@@ -291,6 +291,10 @@ def tell(config: TrainConfig, stages: list) -> str:
     ]
     kept = 3 * (12 * total - 4 * (config.optimizer == "muon") * learned["blocks"]) + 4 * total
     disk = f"disk: {kept / 1e9:.3g} GB of checkpoints (two and one being written, pretrained.pt)"
+    if config.keep_every:
+        count = found[0]["steps"] // config.keep_every
+        own = (kept - 4 * total) / 3 + 4 * total * count  # extend.pt, and the weights
+        disk += f", {own / 1e9:.3g} GB of what --keep-every keeps ({count} steps)"
     if not config.data and config.recipe in PAIRS:
         pairs = PAIRS[config.recipe]
         disk += (f", {pairs * SHARD_BYTES / 1e9:,.0f} GB of shards ({pairs:,} pairs, pictures of "

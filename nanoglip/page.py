@@ -25,6 +25,7 @@ td { padding: .1em 1em .1em 0; vertical-align: top } tr.changed td { font-weight
 """
 
 FIGURES = {  # of an evaluation
+    "checkpoints.png": "Kept checkpoints, with 95 % intervals; a star is the tuned model",
     "top5.png": "Held-out pictures and their likeliest five captions; the right one in blue",
     "retrieval.png": "Captions and the pictures found for them, best first; right ones framed",
     "masks.png": "Every mask on the same pictures, and how often it keeps each patch",

@@ -19,7 +19,9 @@ from nanoglip.config import MACHINE, RECIPES, TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "results"
 DIGITS = 5  # after the decimal point: with fewer, means print differently
-LEFT_OUT = {"command", "config", "trained_on", "evaluated_on", "intervals", "chance"}
+LEFT_OUT = {
+    "command", "config", "trained_on", "evaluated_on", "intervals", "chance", "checkpoints",
+}  # fmt: skip
 
 
 def load(name: str, folder: Path = FOLDER) -> dict:
@@ -99,8 +101,9 @@ def portable(config: dict) -> dict:
     """A run's settings without the folders of this machine."""
     names = [config["data"]] if isinstance(config["data"], str) else config["data"]
     names = " ".join(Path(name).name for name in names)
-    paths = {key: Path(config.get(key, "")).name for key in ("out", "clusters", "init")}
-    return {**config, **paths, "data": names}
+    paths = {key: Path(config.get(key, "")).name for key in ("out", "clusters", "init", "extend")}
+    sets = [Path(name).name for name in config.get("eval_sets", ())]
+    return {**config, **paths, "eval_sets": sets, "data": names}
 
 
 def rounded(content: object) -> object:

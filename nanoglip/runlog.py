@@ -3,6 +3,7 @@
     config.json       every setting           log.jsonl    a record a line: the source of truth
     latest.pt         all that resuming needs; previous.pt is the one before
     pretrained.pt     before the tuning       model.pt     at the end
+    step-000800.pt    kept on the way         extend.pt    all that a longer run needs
     report.html       the run on one page     tensorboard/, wandb/ if asked for
     quarantine.jsonl  pictures that could not be read, bad-batch.json: a batch that was not finite
 """
@@ -29,9 +30,10 @@ from tqdm import tqdm
 
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import checkpoint, distributed, files, page
-from nanoglip.cli import Stopped, counted, say
+from nanoglip.cli import Stopped, counted, printable, say
 from nanoglip.config import RECIPES, TrainConfig
-from nanoglip.evals.encoder import quick
+from nanoglip.evals.benchmarks import Benchmark, score_sets
+from nanoglip.evals.encoder import Encoder, quick
 from nanoglip.files import prune
 from nanoglip.machine import Device, machine
 from nanoglip.masker import Masker
@@ -189,10 +191,11 @@ class Report:
 
     def __init__(
         self, config: TrainConfig, out: Path, rank: int, world: int, on: Device,
-        logs: list[Write],
+        logs: list[Write], sets: list[Benchmark],
     ) -> None:  # fmt: skip
         self.logs = logs
         self.config, self.out, self.rank, self.world, self.on = config, out, rank, world, on
+        self.sets, self.scored = sets, ""  # what is evaluated besides held-out pairs, and the last
         self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
         self.read, self.bad, self.quarantined, self.news, self.told = 0, 0, set(), [], 0
         self.chance = config.loss == "clip" and not config.aclip  # guessing loses ln(batch)
@@ -275,27 +278,22 @@ class Report:
             stop = save = False
         self.bar.update()
         evaluating = last or done % self.every == 0
-        if evaluating or stop:
-            self.seconds[self.stage.name] = time.perf_counter() - self.begun
-            self.steps[self.stage.name] = done
+        self.seconds[self.stage.name] = time.perf_counter() - self.begun
+        self.steps[self.stage.name] = done
         model = None
         if evaluating or stop or save or self.save_step(done):
             self.check_finite(step)
             self.quarantine()
             model = self.whole_model()
         if evaluating:
-            if self.rank == 0:
-                self.evaluate(model, done)
-            if self.world > 1:
-                dist.barrier()
+            self.evaluate(model, done)
+            distributed.meet(self.rank, self.world)
             self.begun = time.perf_counter() - self.seconds[self.stage.name]
         if model is not None:
-            self.seconds[self.stage.name] = time.perf_counter() - self.begun
             self.save_latest(model, done)
+            distributed.meet(self.rank, self.world)
         if stop and not last:
             self.bar.close()
-            if self.world > 1:
-                dist.barrier()  # torchrun ends the others soon after the first leaves
             raise Stopped(
                 f"stopped after {self.stage.name} step {done}, saved; the same command goes on"
             )
@@ -308,8 +306,13 @@ class Report:
         self.ready = time.perf_counter()
 
     def save_step(self, done: int) -> bool:
-        """Whether --save-every asks for a checkpoint here."""
-        return bool(self.config.save_every) and done % self.config.save_every == 0
+        """Whether --save-every or --keep-every asks for a checkpoint here."""
+        return self.kept(done) or bool(self.config.save_every and not done % self.config.save_every)
+
+    def kept(self, done: int) -> bool:
+        """Whether the weights of this step stay."""
+        every = self.config.keep_every * (self.stage.name == "pretrain")
+        return bool(every) and done % every == 0
 
     def save_is_due(self) -> bool:
         """Whether rank 0 asks for a checkpoint: by default after ten minutes."""
@@ -346,7 +349,8 @@ class Report:
         )  # fmt: skip
         guess = f" (ln batch {math.log(batch_size):.2f})" * self.chance  # what guessing gives
         self.bar.set_postfix_str(
-            f"loss {loss:.3f}{guess}, {rate:,.0f} pairs/s, {waiting:.0%} waiting for data",
+            f"loss {loss:.3f}{guess}, {rate:,.0f} pairs/s, {waiting:.0%} waiting for data"
+            + self.scored,
             refresh=False,
         )
 
@@ -387,14 +391,22 @@ class Report:
         return ", ".join(f"{why} ({n})" for why, n in found.most_common(3))
 
     def evaluate(self, model: GLIP, step: int) -> None:
-        """Evaluate the full picture on the held-out pairs."""
-        result = quick(model, self.stage.held_out, self.on)
-        self.write(stage=self.stage.name, step=step, **result)
-        self.bar.write(
-            f"{self.stage.name} step {step}: "
-            + ", ".join(f"{name} {value:.1%}" for name, value in result.items())
-        )
+        """Evaluate the full picture: on all ranks on sets, then on rank 0 on held-out pairs."""
+        begun = time.perf_counter()
+        encoder = Encoder(model, self.on)
+        found, problems = score_sets(self.sets, encoder, self.rank, self.world)
+        result = quick(encoder, self.stage.held_out) if self.rank == 0 else {}
         self.model.train()
+        if self.rank > 0:
+            return
+        scores = [f"{name} {value:.1%}" for name, value in found.items()]
+        self.scored = "".join(f", {score}" for score in scores[:1])
+        seconds = time.perf_counter() - begun
+        self.write(stage=self.stage.name, step=step, **result, **found, evaluation_seconds=seconds)
+        scores = [f"{name} {value:.1%}" for name, value in result.items()] + scores
+        self.bar.write(f"{self.stage.name} step {step}: {', '.join(scores)}; {seconds:.1f} s")
+        for problem in problems:
+            self.bar.write(printable(f"no number of a set: {problem}"))
 
     def record(self, step: int) -> dict:
         """What a checkpoint tells of the training."""
@@ -406,11 +418,11 @@ class Report:
         }  # fmt: skip
 
     def save(self, name: str, model: GLIP, step: int) -> None:
-        """Write a finished stage's model."""
+        """Write a model with the record of its training."""
         checkpoint.save(self.out / name, model, **self.record(step))
 
     def save_latest(self, model: GLIP, step: int) -> None:
-        """Write latest.pt, all that resuming needs, and the page."""
+        """Write latest.pt, all that resuming needs, what --keep-every asks for, and the page."""
         optimizers = [distributed.gather_full(x.state_dict()) for x in self.optimizers]
         bad = torch.tensor(self.bad, device=self.on.device)
         if self.world > 1:
@@ -421,11 +433,17 @@ class Report:
         heads = {}
         if self.stage.aclip:
             heads = {k: v for k, v in self.network.state_dict().items() if k[:6] != "model."}
-        checkpoint.save_latest(
-            self.out, model, **self.record(step), heads=heads, optimizers=optimizers,
-            data_stamp=checkpoint.stamp_of(self.stage.batches.pairs),
-            read=self.read * self.world, bad=int(bad), pairs=dict(self.pairs),
-        )  # fmt: skip
+        more = {
+            "heads": heads, "optimizers": optimizers, "pairs": dict(self.pairs), "bad": int(bad),
+            "read": self.read * self.world,
+            "data_stamp": checkpoint.stamp_of(self.stage.batches.pairs),
+        }  # fmt: skip
+        if self.kept(step):
+            self.save(f"step-{step:06}.pt", model, step)
+        ended = self.stage.name == "pretrain" and step == self.stage.steps
+        if ended and self.config.keep_every:
+            checkpoint.save(self.out / "extend.pt", model, **self.record(step), **more)
+        checkpoint.save_latest(self.out, model, **self.record(step), **more)
         self.write_page(model, step)
         self.saved = time.perf_counter()
 

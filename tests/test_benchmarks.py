@@ -24,6 +24,7 @@ from clip_benchmark.metrics import (
 )
 from PIL import Image
 
+import evaluate
 import glip
 from nanoglip.config import TrainConfig
 from nanoglip.evals import benchmarks, probe, significance
@@ -207,15 +208,18 @@ def test_sugar_crepe_equals_clip_benchmark(models, tmp_path):
 
 
 def test_pictures_are_prepared_as_open_clip_does(tmp_path):
-    """The same bytes, whatever the format, the mode, the shape or the size."""
-    transform = open_clip.image_transform(SIDE, is_train=False)
-    transform.transforms.pop()  # the normalisation
+    """The same bytes, whatever the format, the mode, the shape or the size, square or not."""
+    sizes = [(SIDE, SIDE), (24, 40), (40, 16)]
+    transforms = [open_clip.image_transform(size, is_train=False) for size in sizes]
+    for transform in transforms:
+        transform.transforms.pop()  # the normalisation
     for i in range(48):
         content = encoded(i)[1]
         benchmark = benchmarks.Benchmark("x", "choice", np.arange(1), lambda _, c=content: c, str)
-        wanted = transform(Image.open(io.BytesIO(content)).convert("RGB"))
-        (found,) = benchmarks.preprocess(benchmark, 0, [SIDE])
-        assert torch.equal(found, (wanted * 255).round().to(torch.uint8)), i
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        found = benchmarks.preprocess(benchmark, 0, sizes)
+        for transform, mine in zip(transforms, found, strict=True):
+            assert torch.equal(mine, (transform(image) * 255).round().to(torch.uint8)), i
 
 
 # --- properties -----------------------------------------------------------------------------------
@@ -231,7 +235,7 @@ class Oracle:
         assert masker is None and images.shape[1:] == (3, SIDE, SIDE)
         return self.given[start : start + len(images)]
 
-    def texts(self, captions):
+    def text_block(self, captions):
         return torch.stack([self.words(caption) for caption in captions])
 
 
@@ -379,7 +383,7 @@ def test_robustness_is_compared_on_the_same_classes(models, tmp_path):
     assert found["objectnet"]["against"] == "imagenet1k, 7 classes, 90 pictures"
     assert drop["imagenet-o"] is None and drop["alone"] is None
     assert 0 < found["imagenet-o"]["columns"]["full picture"]["aupr"] < 1
-    table = benchmarks.sets_table(found, "fp32")
+    table = evaluate.sets_table(found, "fp32")
     assert "imagenet-a T3, drop" in table and "imagenet1k T1 T2 T6 T7, acc1_one_prompt" in table
 
 
@@ -559,7 +563,7 @@ def test_a_mean_over_classes_has_its_own_interval(models, tmp_path):
     low, high = found["intervals"]["full picture"]["mean_per_class_recall"]
     assert 0.5 <= low < share < high < 0.65
     told = f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-    assert told in benchmarks.sets_table({"pets": found}, "fp32")
+    assert told in evaluate.sets_table({"pets": found}, "fp32")
 
 
 def test_answers_about_one_picture_are_one_example(models, tmp_path):

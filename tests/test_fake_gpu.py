@@ -24,10 +24,11 @@ import glip
 import train
 from nanoglip import runlog
 from nanoglip.config import TrainConfig
-from nanoglip.evals import probe, search
+from nanoglip.evals import benchmarks, probe, search
 from nanoglip.evals.encoder import Encoder
 from nanoglip.machine import resolve
 from tests.fake_gpu import fake_gpu
+from tests.test_benchmarks import write_tree
 from tests.test_probe import make_folder
 from tools import convert, finetune
 
@@ -49,12 +50,17 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture
 def config(pairs, tmp_path, monkeypatch):
-    """Four steps, of which three are before a checkpoint, and one of tuning."""
+    """Four steps, of which three are before a checkpoint, and one of tuning.
+
+    Besides held-out pairs eight pictures of four classes are evaluated.
+    """
     monkeypatch.setitem(glip.SIZES, "ViT-nano-8", SIZE)
+    classes = write_tree(tmp_path / "classes", ["a", "b", "c", "d"], 2)
+    (classes / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}")
     return TrainConfig(
         data=(str(pairs),), batch_size=16, tune_batch_size=16, steps=4, tune_epochs=0.5, warmup=1,
         optimizer="adamw", precision="fp32", workers=0, log_every=100, eval_every=100,
-        save_every=3,
+        save_every=3, eval_sets=(str(classes),),
         out=str(tmp_path / "run"),
     )  # fmt: skip
 
@@ -154,9 +160,13 @@ VARIANTS = [  # every mask, and every other setting with one of them
 ]
 
 
-def losses_of(run):
+def logged_of(run, name):
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in logged if "loss" in record]
+    return [record[name] for record in logged if name in record]
+
+
+def losses_of(run):
+    return logged_of(run, "loss")
 
 
 def run_on_gpu(config, monkeypatch, quiet, world=1):
@@ -198,6 +208,8 @@ def test_a_run_on_a_gpu(variant, config, tmp_path, monkeypatch):
     train.train(replace(config, device="cpu", out=str(tmp_path / "cpu")))
     near = {"rel": 0.05} if config.precision == "bf16" else {"rel": 1e-3}
     assert losses_of(run) == pytest.approx(losses_of(tmp_path / "cpu"), **near)
+    found, wanted = (logged_of(where, "classes/acc1") for where in (run, tmp_path / "cpu"))
+    assert len(found) == 2 and (found == wanted or config.precision == "bf16")
 
 
 @pytest.mark.parametrize("variant", [
@@ -206,8 +218,11 @@ def test_a_run_on_a_gpu(variant, config, tmp_path, monkeypatch):
 ], ids=["clip", "siglip", "aclip", "gaze"])  # fmt: skip
 def test_the_first_of_eight_processes(variant, config, monkeypatch):
     config = replace(config, device="cuda", steps=5, save_every=5, **variant)
+    monkeypatch.setattr(benchmarks, "BLOCK", 1)  # as many blocks as processes
+    monkeypatch.setattr(benchmarks, "TEXTS", 1)
     run, waits = run_on_gpu(config, monkeypatch, 3, world=8)  # DDP settles in the steps before
     assert waits == [] and glip.load_checkpoint(run / "model.pt")["world"] == 8
+    assert len(logged_of(run, "classes/acc1")) == 2
 
 
 def test_overfitting_on_a_gpu(config):

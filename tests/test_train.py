@@ -102,6 +102,7 @@ def test_open_clips_flags_set_what_they_say(capsys):
         "--train-data": ("x", {"data": ("x",)}), "--wd": ("0.3", {"weight_decay": 0.3}),
         "--force-image-size": ("32", {"image_size": 32}), "--siglip": (None, {"loss": "siglip"}),
         "--force-context-length": ("16", {"context_length": 16}),
+        "--imagenet-val": ("sets/imagenet1k", {"eval_sets": ("sets/imagenet1k",)}),
         "--force-patch-dropout": ("0.6", {"mask": "random", "mask_ratio": 0.6}),
         "--opt adamw": (None, {"optimizer": "adamw"}), "--lr-scheduler cosine": (None, {}),
         "--grad-clip-norm": ("1", {"clip_grad_norm": 1.0}), "--local-loss": (None, {}),

@@ -20,7 +20,7 @@ from nanoglip import files, runlog
 from nanoglip.sources.order import Batches
 from tests.processes import Run
 
-TIMING = {"pairs_per_second", "data_wait", "seconds"}
+TIMING = {"pairs_per_second", "data_wait", "seconds", "evaluation_seconds"}
 SETTINGS = [  # what has state beside weights and optimizer: each in turn
     ["--mask", "gaze", "--mask-ratio", "0.9", "0.6"], ["--mask", "attentive", "--aclip"],
     ["--mask", "cluster", "--embedding-weight", "1"], ["--optimizer", "adamw", "--loss", "siglip"],

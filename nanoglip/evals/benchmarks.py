@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from glip import InputError
 from nanoglip.cli import counted, printable
 from nanoglip.evals import metrics
-from nanoglip.evals.encoder import Encoder
+from nanoglip.evals.encoder import TEXTS, Encoder
 from nanoglip.evals.significance import by_unit, interval
 from nanoglip.files import FOREIGN, open_regular, read_regular, text_of
 from nanoglip.masker import Masker
@@ -322,67 +322,134 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocess(benchmark: Benchmark, i: int, sides: Sequence[int]) -> list[Tensor]:
-    """A picture as in open_clip's evaluation, for each side S: (3, S, S) bytes."""
+def preprocess(
+    benchmark: Benchmark, i: int, sizes: Sequence[tuple[int, int]]
+) -> list[Tensor]:  # fmt: skip
+    """A picture as in open_clip's evaluation, for each (height, width): (3, H, W) bytes."""
     try:
         image, found = Image.fromarray(decode(benchmark.read(i), 2**16, to_rgb)), []
-        for side in sides:
-            size = [int(side * length / min(image.size)) for length in image.size]
+        for height, width in sizes:
+            size = [int(height * length / min(image.size)) for length in image.size]
+            if height != width:
+                ratio = min(image.height / height, image.width / width)
+                size = [round(length / ratio) for length in image.size]
             check_pixels(*size)
-            left, top = (round((length - side) / 2) for length in size)
+            left, top = (round((a - b) / 2) for a, b in zip(size, (width, height), strict=True))
             resized = image.resize(size, Image.Resampling.BICUBIC)
-            square = resized.crop((left, top, left + side, top + side))
-            found.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
+            centre = resized.crop((left, top, left + width, top + height))
+            found.append(torch.from_numpy(np.array(centre)).permute(2, 0, 1))
         return found
     except (OSError, SyntaxError, ValueError) as error:  # PIL's, and BadPicture
         why = f"not a readable picture ({error}): copy the set anew"
         raise InputError(f"{benchmark.where(i)}: {why}") from None
 
 
-def image_features(columns: Columns, benchmark: Benchmark, rank: int, world: int) -> list:
-    """This process's blocks of image_features (B, E) by column; every picture is decoded once."""
-    sides = sorted({encoder.model.config.pixels[0] for encoder, _ in columns.values()})
-    blocks, found = torch.arange(len(benchmark.labels)).split(BLOCK), []
-    blocks = [blocks[i] for i in np.array_split(np.arange(len(blocks)), world)[rank]]
+def share_of(count: int, size: int, rank: int, world: int) -> list[Tensor]:
+    """This process's blocks of the numbers below `count`."""
+    blocks = torch.arange(count).split(size) if count else ()
+    return [blocks[i] for i in np.array_split(np.arange(len(blocks)), world)[rank]]
+
+
+def decoded(
+    benchmark: Benchmark, sizes: Sequence[tuple[int, int]], rank: int, world: int
+) -> Iterator[tuple[int, dict[tuple[int, int], Tensor]]]:  # fmt: skip
+    """(number of the first, pictures (B, 3, H, W) by size) of this process's blocks.
+
+    Raises InputError for a picture that cannot be read.
+    """
+    blocks = share_of(len(benchmark.labels), BLOCK, rank, world)
     with ThreadPoolExecutor() as pool:
 
         def start(ids: Sequence[int]) -> list:
-            return [pool.submit(preprocess, benchmark, int(i), sides) for i in ids]
+            return [pool.submit(preprocess, benchmark, int(i), sizes) for i in ids]
 
         waiting = start(blocks[0] if blocks else ())
-        bar = tqdm(blocks, benchmark.name, leave=False, disable=rank > 0)
+        bar = tqdm(blocks, benchmark.name, leave=False, disable=True if rank else None)
         for ids, following in zip(bar, (*blocks[1:], ())):
             images, waiting = [job.result() for job in waiting], start(following)
-            stacks = dict(zip(sides, map(torch.stack, zip(*images)), strict=True))
-            found.append({
-                column: encoder.block(stacks[encoder.model.config.pixels[0]], int(ids[0]), mask)
-                for column, (encoder, mask) in columns.items()
-            })  # fmt: skip
+            yield int(ids[0]), dict(zip(sizes, map(torch.stack, zip(*images)), strict=True))
+
+
+def image_features(columns: Columns, benchmark: Benchmark, rank: int, world: int) -> list:
+    """This process's blocks of image_features (B, E) by column; every picture is decoded once."""
+    sizes = sorted({encoder.model.config.pixels for encoder, _ in columns.values()})
+    return [
+        {column: encoder.block(images[encoder.model.config.pixels], start, mask)
+         for column, (encoder, mask) in columns.items()}
+        for start, images in decoded(benchmark, sizes, rank, world)
+    ]  # fmt: skip
+
+
+def text_features(columns: Columns, benchmark: Benchmark, rank: int, world: int) -> list:
+    """This process's blocks of text_features (B, E) by column: captions, or prompts with classes.
+    """
+    texts, found = list(chain(*benchmark.captions)), []
+    if not texts:
+        texts = prompted(benchmark.classes, (*benchmark.prompts, ONE_PROMPT))
+    for ids in share_of(len(texts), TEXTS, rank, world):
+        encoders = {encoder for encoder, _ in columns.values()}  # columns may share one
+        each = {encoder: encoder.text_block([texts[i] for i in ids]) for encoder in encoders}
+        found.append({column: each[encoder] for column, (encoder, _) in columns.items()})
     return found
 
 
 def joined(parts: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """image_features (M, E) by column, from every process's blocks."""
+    """Features (n, E) by column, from every process's blocks."""
     blocks = list(chain(*parts))
     return {column: torch.cat([block[column] for block in blocks]) for column in blocks[0]}
 
 
+def encode_sets(
+    columns: Columns, opened: Callable[[], list[Benchmark]], rank: int, world: int
+) -> list[tuple[Benchmark, dict[str, Tensor], dict[str, Tensor]]]:  # fmt: skip
+    """(set, image_features (M, E), text_features (n, E), both by column) of the `opened` sets.
+
+    All processes share the work, and all raise the InputError of one.
+    """
+    own, problem = [], ""
+    try:
+        own = [(benchmark, *(features(columns, benchmark, rank, world)
+                             for features in (image_features, text_features)))
+               for benchmark in opened()]  # fmt: skip
+    except InputError as error:
+        problem = str(error)
+    parts = [(problem, [blocks for _, *blocks in own])] * world
+    if world > 1:
+        dist.all_gather_object(parts, parts[rank])
+    for problem in (problem for problem, _ in parts if problem):
+        raise InputError(problem)
+    return [
+        (benchmark, *(joined([blocks[number][kind] for _, blocks in parts]) for kind in (0, 1)))
+        for number, (benchmark, *_) in enumerate(own)
+    ]
+
+
+def prompted(classes: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """All classes in the first prompt, then in the next."""
+    return [prompt.replace("{c}", name) for prompt in prompts for name in classes]
+
+
 def class_features(encoder: Encoder, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
     """Each class's text_features over all prompts: their mean, normalised again. (C, E)."""
-    texts = [prompt.replace("{c}", name) for prompt in prompts for name in classes]
-    features = encoder.texts(texts).unflatten(0, (len(prompts), -1))           # (P, C, E)
-    return F.normalize(features.mean(dim=0), dim=-1)
+    return class_means(encoder.texts(prompted(classes, prompts)), len(classes))
+
+
+def class_means(texts: Tensor, classes: int) -> Tensor:
+    """Each class's mean of text_features (P C, E) of prompted(), normalised again. (C, E)."""
+    return F.normalize(texts.unflatten(0, (-1, classes)).mean(dim=0), dim=-1)
 
 
 # --- Results --------------------------------------------------------------------------------------
 
 
 def measure(
-    benchmark: Benchmark, encoder: Encoder, images: Tensor
+    benchmark: Benchmark, images: Tensor, texts: Tensor
 ) -> tuple[dict[str, float], dict[str, Tensor], Tensor | None]:
-    """Metrics from image_features (M, E), answers (n,) by metric, and scores (M, C) of classes."""
+    """Metrics from image_features (M, E) and text_features (n, E) of encode_sets().
+
+    Also answers (n,) by metric, and scores (M, C) of classes.
+    """
     if benchmark.captions:
-        texts = encoder.texts(list(chain(*benchmark.captions)))
         if benchmark.kind == "choice":
             scores = (texts.unflatten(0, (len(images), -1)) @ images[:, :, None])[:, :, 0]
             hits = {"text_acc": scores.argmax(dim=1) == 0}
@@ -391,16 +458,16 @@ def measure(
             owner = torch.arange(len(images)).repeat_interleave(counts)
             hits = metrics.retrieved(images, texts, owner)
         return metrics.shares(hits), hits, None
-    labels = torch.from_numpy(benchmark.labels)
-    scores, single = (images @ class_features(encoder, benchmark.classes, prompts).T
-                      for prompts in (benchmark.prompts, [ONE_PROMPT]))  # fmt: skip
+    labels, count = torch.from_numpy(benchmark.labels), len(benchmark.classes)
+    scores, single = (images @ class_means(part, count).T
+                      for part in (texts[:-count], texts[-count:]))  # fmt: skip
     found, other = (metrics.classification(each, labels) for each in (scores, single))
     found |= {f"{metric}_one_prompt": value for metric, value in other.items()}
     return found, metrics.named(scores, labels), scores
 
 
 def evaluate_set(
-    benchmark: Benchmark, columns: Columns, features: dict[str, Tensor]
+    benchmark: Benchmark, images: dict[str, Tensor], texts: dict[str, Tensor]
 ) -> tuple[dict, dict[str, dict[str, np.ndarray]], dict[str, Tensor | None]]:
     """A set's entry of results.json, its answers by column and metric, and scores by column."""
     entry = {
@@ -409,8 +476,8 @@ def evaluate_set(
         "captions": sum(map(len, benchmark.captions)), "columns": {}, "intervals": {},
     }  # fmt: skip
     answers, scores = {}, {}
-    for column, (encoder, _) in columns.items():
-        found, hits, scores[column] = measure(benchmark, encoder, features[column])
+    for column in images:
+        found, hits, scores[column] = measure(benchmark, images[column], texts[column])
         answers[column] = {metric: benchmark.by_picture(metric, right.numpy())
                            for metric, right in hits.items()}  # fmt: skip
         between = {metric: interval(right) for metric, right in answers[column].items()}
@@ -432,30 +499,65 @@ def evaluate_sets(
     """
     results, answers, problems, scored = {}, {}, [], {}
     for place in (*places, *captioned):
-        problem, own = "", []
-        try:
-            for benchmark in open_benchmarks(place):
+
+        def opened(place: str = place) -> list[Benchmark]:
+            own = open_benchmarks(place)
+            for benchmark in own:
                 if bool(benchmark.captions) != (place in captioned):
                     flag = "--zero-shot" if place in captioned else "--retrieval"
                     raise InputError(f"{place}: a set for {benchmark.kind}: give it to {flag}")
                 if benchmark.name in results:
                     raise InputError(f"{place}: another set is called {benchmark.name}: rename it")
-                own.append((benchmark, image_features(columns, benchmark, rank, world)))
+            return own
+
+        try:
+            encoded = encode_sets(columns, opened, rank, world)
         except InputError as error:
-            problem = str(error)
-        parts = [(problem, [blocks for _, blocks in own])] * world
-        if world > 1:
-            dist.all_gather_object(parts, parts[rank])
-        broken = [problem for problem, _ in parts if problem]
-        problems += broken[:1]
-        for number, (benchmark, _) in enumerate(() if broken or rank else own):
-            features = joined([blocks[number] for _, blocks in parts])
+            problems.append(str(error))
+            continue
+        for benchmark, *features in encoded if rank == 0 else ():
             name = benchmark.name
-            results[name], answers[name], scores = evaluate_set(benchmark, columns, features)
+            results[name], answers[name], scores = evaluate_set(benchmark, *features)
             if name in SETS["T1"] + SETS["T3"] and benchmark.kind == "classification":
                 scored[name] = benchmark, scores
     compare_with_imagenet(results, scored, columns)
     return results, answers, problems
+
+
+def open_sets(places: Sequence[str], rank: int, world: int) -> list[Benchmark]:
+    """The sets in folders, of each kind; all pictures are decoded once, shared by all processes.
+
+    All raise the InputError of one: for an incomplete set, or two of one name.
+    """
+
+    def opened() -> list[Benchmark]:
+        sets = list(chain(*map(open_benchmarks, places)))
+        for name, count in Counter(benchmark.name for benchmark in sets).items():
+            if count > 1:
+                raise InputError(f"--eval-sets: {count} sets are called {name}: rename the others")
+        return sets
+
+    return [benchmark for benchmark, *_ in encode_sets({}, opened, rank, world)]
+
+
+def score_sets(
+    sets: list[Benchmark], encoder: Encoder, rank: int, world: int
+) -> tuple[dict[str, float], list[str]]:
+    """A model's metrics by SET/METRIC, on rank 0, and errors of sets that cannot be read now."""
+    found, problems = {}, []
+    for benchmark in sets:
+        try:
+            ((_, *features),) = encode_sets(
+                {"": (encoder, None)}, lambda own=benchmark: [own], rank, world
+            )
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if rank == 0:
+            scores = measure(benchmark, *(each[""] for each in features))[0]
+            found |= {f"{benchmark.name}/{metric}": scores[metric]
+                      for metric in (benchmark.metric, "acc5") if metric in scores}  # fmt: skip
+    return found, problems
 
 
 def compare_with_imagenet(results: dict[str, dict], scored: dict, columns: Columns) -> None:
@@ -489,24 +591,3 @@ def compare_with_imagenet(results: dict[str, dict], scored: dict, columns: Colum
             else:
                 right = same.argmax(dim=1) == wanted[rows].int().argmax(dim=1)
                 found["drop"] = right.double().mean().item() - found["acc1"]
-
-
-def sets_table(results: dict[str, dict], precision: str) -> str:
-    """A run's results as text: each set's metric, also with one prompt, and its drop or aupr."""
-    columns = list(next(iter(results.values()))["columns"])
-    title = f"set, metric (%, 95 % interval), in {precision}"
-    lines = [f"{title:58}" + "".join(f"{c:>22}" for c in columns)]
-    for name, entry in sorted(results.items()):
-        each, metric = entry["columns"], entry["metric"]
-        shown = [metric, f"{metric}_one_prompt", "drop", "aupr"]
-        if entry["kind"] == "retrieval":
-            shown = list(each[columns[0]])
-        title = " ".join([name, *(table for table, names in SETS.items() if name in names)])
-        for label in (label for label in shown if label in each[columns[0]]):
-            cells = ""
-            for column in columns:
-                low, high = entry["intervals"][column].get(label, (0, 0))
-                between = f" ({100 * low:.1f}-{100 * high:.1f})" if high else ""
-                cells += f"{f'{100 * each[column][label]:.1f}{between}':>22}"
-            lines.append(f"{f'{title}, {label}':58}" + cells)
-    return "\n".join(lines)

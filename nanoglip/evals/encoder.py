@@ -21,6 +21,8 @@ from nanoglip.masker import Masker
 from nanoglip.noise import uniform
 from nanoglip.sources.pictures import HeldOut
 
+TEXTS = 512  # that a model gets at a time: the same for every number of processes
+
 
 class Encoder:
     """A model on its device; encodes in blocks, without gradients."""
@@ -50,16 +52,17 @@ class Encoder:
         with self.on.autocast():
             return masker(images, noise.to(self.device), self.model.visual)
 
-    @torch.inference_mode()
     def texts(self, captions: list[str]) -> Tensor:
         """text_features (n, E) of n captions."""
-        features, tokens = [], glip.tokenize(captions, self.model.config.context_length)
-        for ids in cli.blocks(len(tokens), 512, "texts"):
-            block = tokens[ids]
-            block = block[:, : int(glip.lengths(block).max())]
-            with self.on.autocast():
-                features.append(self.model.encode_text(block).cpu())
-        return torch.cat(features)
+        return torch.cat([self.text_block([captions[i] for i in ids])
+                          for ids in cli.blocks(len(captions), TEXTS, "texts")])  # fmt: skip
+
+    @torch.inference_mode()
+    def text_block(self, captions: list[str]) -> Tensor:
+        """text_features (B, E) of a block of captions."""
+        tokens = glip.tokenize(captions, self.model.config.context_length)
+        with self.on.autocast():
+            return self.model.encode_text(tokens[:, : int(glip.lengths(tokens).max())]).cpu()
 
 
 # --- Held-out pairs -------------------------------------------------------------------------------
@@ -111,15 +114,17 @@ def chance(pairs: HeldOut) -> dict[str, float]:
     return {metric: 1 / n for metric, n in choices.items() if n}
 
 
-def quick(model: GLIP, pairs: HeldOut, on: Device) -> dict[str, float]:
-    """What training shows at intervals: zero-shot for emoji, retrieval for own pictures."""
-    if not len(pairs.concept):
-        return {}
-    full = shares_of(rank_pairs(Encoder(model, on), pairs))
-    names = ("zero-shot top-1", "zero-shot top-5")
+def metrics_of(pairs: HeldOut) -> tuple[str, ...]:
+    """The metrics of held-out pairs: zero-shot for emoji, retrieval for own pictures."""
     if pairs.flags is None:
-        names = ("image to text R@1", "image to text R@5", "text to image R@5")
-    return {name: full[name] for name in names if name in full}
+        return "image to text R@1", "image to text R@5", "text to image R@5"
+    return "zero-shot top-1", "zero-shot top-5"
+
+
+def quick(encoder: Encoder, pairs: HeldOut) -> dict[str, float]:
+    """A model's metrics of held-out pairs, {} where there are none."""
+    full = shares_of(rank_pairs(encoder, pairs)) if len(pairs.concept) else {}
+    return {name: full[name] for name in metrics_of(pairs) if name in full}
 
 
 def prompted(encoder: Encoder, pairs: HeldOut, images: Tensor) -> dict[str, float]:

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
 
 GOOD, OTHER, BAD = "#0072b2", "#d55e00", "#999999"  # readable without telling red from green
 
-COLOURS = (GOOD, OTHER, "#009e73", "#cc79a7", "#e69f00")
+COLOURS = (GOOD, OTHER, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 PANELS = {  # title: names in log.jsonl
     "loss (dashed: of guessing)": ("loss", "ln_batch"),
     "held-out pictures, without a mask": (
         "zero-shot top-1", "zero-shot top-5", "image to text R@1", "image to text R@5",
         "text to image R@5",
     ),
+    "published and own sets, without a mask": (),  # names with a "/"
     "learning rate": ("lr",),
     "logit_scale": ("logit_scale",),
     "share of patches": ("computed", "visible", "mask_ratio"),
@@ -83,8 +85,9 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first = max((r["step"] for r in records if r["stage"] == "pretrain"), default=0)
     panels = defaultdict(dict)
+    sets = sorted({name for r in records for name in r if "/" in name and name[-5:] != "/acc5"})
     for title, names in PANELS.items():
-        for name in names:
+        for name in names or sets:
             line = [(r["step"] + first * (r["stage"] == "tune"), r[name])
                     for r in records if r.get(name) is not None]  # fmt: skip
             if line and (chance or name != "ln_batch"):
@@ -93,7 +96,7 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
     fig = figure(2 * rows, 8, left=0.08, bottom=0.15 / rows, top=1 - 0.15 / rows, hspace=0.4)
     for place, (title, lines) in enumerate(panels.items(), 1):
         axes = fig.add_subplot(rows, 2, place)
-        for (name, line), colour in zip(lines.items(), COLOURS, strict=False):
+        for (name, line), colour in zip(lines.items(), cycle(COLOURS)):
             look = "--" if name == "ln_batch" else ".-" if len(line) < 20 else "-"
             axes.plot(*zip(*line, strict=True), look, color=colour, label=name)
         axes.axhline(0, color="#dddddd", linewidth=0.8)
@@ -101,6 +104,23 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
         axes.tick_params(labelsize=7)
         if len(PANELS[title]) > 1:  # else the title names the curve
             axes.legend(fontsize=7)
+    return fig
+
+
+def draw_checkpoints(found: dict[int, dict[str, tuple[float, ...]]], tuned: int) -> "Figure":
+    """Metrics (share, low, high) over the steps of training; of `tuned` steps: after tuning."""
+    fig = figure(4, 8)
+    axes = fig.add_subplot()
+    before = {steps: each for steps, each in found.items() if steps != tuned}
+    for name, colour in zip(next(iter(found.values())), COLOURS):
+        share, low, high = zip(*(each[name] for each in before.values()))
+        axes.plot(list(before), share, ".-", color=colour, label=name)
+        axes.fill_between(list(before), low, high, color=colour, alpha=0.2)
+        if tuned in found:
+            share, low, high = found[tuned][name]
+            axes.errorbar([tuned], [share], [[share - low], [high - share]], fmt="*", color=colour)
+    axes.set(xlabel="step", ylabel="held-out pairs, without a mask", ylim=(0, None))
+    axes.legend(fontsize=8)
     return fig
 
 

@@ -292,7 +292,7 @@ def open_set(folder: str, image_size: int) -> LabelledSet:
 
     def read(i: int) -> Tensor:
         source, own = (train, i) if i < count else (test, i - count)
-        return benchmarks.preprocess(source, int(own), [image_size])[0]
+        return benchmarks.preprocess(source, int(own), [(image_size, image_size)])[0]
 
     return LabelledSet(test.name, labels, split, stamp, lambda ids: stack_images(read, ids))
 
