@@ -544,7 +544,7 @@ def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
     )
     assert " of 24 differences are real" in lines[-2]  # in 3 columns 2 metrics, and 6
     for words, told in (
-        ((*runs, "--zero-shot", classes, "--publish"), "published sets and --publish: one at a"),
+        ((*runs, "--zero-shot", classes, "--publish"), "published sets and --publish: give one at a"),
         ((runs[0], "--zero-shot", classes, "--robustness"), "published sets and --robustness: one"),
     ):
         code, _, err = run_main(monkeypatch, capsys, *words)

@@ -215,7 +215,7 @@ def test_every_kept_checkpoint_is_evaluated(finished, tmp_path, monkeypatch, cap
         path.unlink()
     with pytest.raises(glip.InputError, match=r"no step-\*\.pt in it, which train.py --keep-every"):
         evaluate.run_checkpoints(options)
-    with pytest.raises(glip.InputError, match="--checkpoints and --publish: one at a time"):
+    with pytest.raises(glip.InputError, match="--checkpoints and --publish: give one at a time"):
         evaluate.run_command(replace(options, publish=True))
 
 
