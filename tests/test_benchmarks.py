@@ -544,8 +544,8 @@ def test_two_runs_are_compared_on_published_sets(tmp_path, monkeypatch, capsys):
     )
     assert " of 24 differences are real" in lines[-2]  # in 3 columns 2 metrics, and 6
     for words, told in (
-        ((*runs, "--zero-shot", classes, "--publish"), "published sets and --publish: give one at a"),
-        ((runs[0], "--zero-shot", classes, "--robustness"), "published sets and --robustness: one"),
+        ((*runs, "--zero-shot", classes, "--publish"), "published sets and --publish: give"),
+        ((runs[0], "--zero-shot", classes, "--robustness"), "sets and --robustness: give"),
     ):
         code, _, err = run_main(monkeypatch, capsys, *words)
         assert code == 2 and told in err

@@ -635,7 +635,7 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--device", "mps"], "this machine or its torch has none"),
         (["--mask", "none", "--mask-ratio", "0.5"], "leave --mask-ratio out"),
         (["--mask", "random", "--mask-center", "0", "0"], "belongs to --mask gaussian, gumbel, "),
-        (["--mask", "random", "--sigma", "0.3"], ", gumbel, gaze: leave it out, or choose one of them"),
+        (["--mask", "random", "--sigma", "0.3"], ", gumbel, gaze: leave it out, or choose one"),
         (["--aclip"], "--aclip belongs to --mask attentive: leave it out, or choose that"),
         (["--data", "mine/", "--vendors", "Goog"], "--vendors is for emoji, not for --data mine/"),
         (["--data", "mine/", "--captions", "names"], "--captions is for emoji, not for"),
