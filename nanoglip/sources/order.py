@@ -25,7 +25,7 @@ from nanoglip.text import cut_tokens
 
 # --- Orders ---------------------------------------------------------------------------------------
 
-WINDOW = 16  # shards whose samples are shuffled together: near enough for disks, and mixed enough
+WINDOW = 16  # shards whose samples are shuffled together: more mix better, fewer are read faster
 
 
 def make_order(
@@ -107,7 +107,7 @@ class ConceptOrder(Order):
             concept = self.concept[pictures]
             grouped = np.argsort(concept, kind="stable")  # a concept's pictures side by side
             _, first, size = np.unique(concept[grouped], return_index=True, return_counts=True)
-            turn = np.arange(len(pictures)) - np.repeat(first, size)  # p: which of its concept's
+            turn = np.arange(len(pictures)) - np.repeat(first, size)  # p: place in its concept
             place = np.repeat(grouped[first], size)  # where in the shuffle its concept comes first
             ids = pictures[grouped[np.lexsort((place, turn))]][: self.length]
             self.last = (number, ids)
@@ -208,7 +208,7 @@ class MixedOrder(Order):
         """How many pictures of each source stand before a place of the epoch; they add up to it.
 
         Source i's k-th picture belongs at (k + 1/2) / quota of the epoch: all are merged by that,
-        in whole numbers, so that no source ever goes back.
+        in whole numbers, so that no source's share ever falls.
         """
         scale = 2 * self.length
 

@@ -2,7 +2,7 @@
 
 Pictures are not trusted. The size in a header is checked before anything is decoded, five formats
 are allowed, and a picture that cannot be decoded whole is counted by reason and replaced by the
-next one, a function of its number alone.
+next one. Which one that is depends on its number alone.
 """
 
 import csv
