@@ -287,7 +287,8 @@ def tell(config: TrainConfig, stages: list) -> str:
         f"(image {learned['image'] / 1e6:.1f}, text {learned['text'] / 1e6:.1f}), "
         f"on {on.name}: {on.products / 1e12:.3g} TFLOP/s, {on.memory_rate / 1e9:.3g} GB/s",
         *(paragraph(stage, on) for stage in found),
-        f"in all {duration(hours)}, times {counted(on.count, 'device')}; data not counted",
+        f"in all {duration(hours)}" + f", times {on.count} devices" * (on.count > 1)
+        + "; data not counted",
     ]
     kept = 3 * (12 * total - 4 * (config.optimizer == "muon") * learned["blocks"]) + 4 * total
     disk = f"disk: {kept / 1e9:.3g} GB of checkpoints (two and one being written, pretrained.pt)"
