@@ -61,6 +61,7 @@ class EvaluateConfig:
     linear_probe: bool = False  # also probe the features
     probe_data: tuple[str, ...] = ()  # labelled folders (DIR/train/CLASS/*.jpg) to probe them on
     few_shot: bool = False  # probe with few pictures, too
+    positions: bool = False  # scenes: also accuracy by the object's place, a map of 7 x 7
     robustness: bool = False  # also on blurred, turned, recoloured pictures
     publish: bool = False  # add it to results/runs.jsonl
     checkpoints: bool = False  # instead: every checkpoint that --keep-every kept, of any run
@@ -81,10 +82,11 @@ def run_command(options: EvaluateConfig) -> None:
     own_pictures, pair = search.given_flags(options), ["a second run"] * bool(options.other)
     sets, problems = ["published sets"] * options.names_sets(), []
     alone = [*own_pictures, *["--checkpoints"] * options.checkpoints]
-    flags = ("linear_probe", "probe_data", "few_shot", "robustness", "publish")
+    flags = ("linear_probe", "probe_data", "few_shot", "robustness", "positions", "publish")
     more = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag)]
     given = [*alone, *pair, *sets, *more]
-    if (alone and len(given) > 1) or (pair and more) or (sets and options.robustness):
+    held_out_alone = options.robustness or options.positions
+    if (alone and len(given) > 1) or (pair and more) or (sets and held_out_alone):
         raise InputError(f"{' and '.join(given)}: give one at a time")
     if pair:
         problems = compare_runs(options)
@@ -195,6 +197,8 @@ def run_evaluation(options: EvaluateConfig) -> dict:
     on = resolve(options.device, options.precision)
     run, labelled = open_run(options, on)
     train, test = run.pairs(run.final)
+    if options.positions:
+        test.placed(0, 0)  # refused at once where nothing can be moved
     same = run.before.model.config == run.final.model.config
     before_test = test if same else run.pairs(run.before)[1]
     ranks, last = {}, None
@@ -218,6 +222,11 @@ def run_evaluation(options: EvaluateConfig) -> dict:
         run_probes(run, options, labelled, record)
     if options.robustness and len(test.concept):
         record["robustness"] = encoder.robustness(run.final, test)
+    if options.positions:
+        record["positions"] = {
+            column: encoder.accuracy_by_place(own, test if own is run.final else before_test)
+            for column, (own, mask) in run.columns().items() if mask is None
+        }
     text = results_table(record)
     save_results(run, record, text)
     asked = json.dumps([test.examples(), test.captions, test.concept.tolist()])
@@ -427,6 +436,9 @@ def results_table(record: dict) -> str:
     for name, table in record.get("robustness", {}).items():
         metric, value = next(iter(table.items()))
         lines.append(f"{metric}, {name:{30 - len(metric)}}{100 * value:>16.1f} %")
+    for column, rows in record.get("positions", {}).items():
+        lines.append(f"zero-shot top-1 (%) by the object's place, {column}")
+        lines += ["".join(f"{100 * value:>8.1f}" for value in row) for row in rows]
     return "\n".join(lines)
 
 

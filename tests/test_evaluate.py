@@ -19,7 +19,14 @@ import evaluate
 import glip
 import train
 from nanoglip.evals import probe
-from nanoglip.evals.encoder import Encoder, prompted, robustness, shares_of
+from nanoglip.evals.encoder import (
+    EVERY,
+    Encoder,
+    accuracy_by_place,
+    prompted,
+    robustness,
+    shares_of,
+)
 from nanoglip.evals.metrics import ranks, retrieval, zero_shot
 from nanoglip.machine import Device
 from nanoglip.masker import Masker
@@ -65,6 +72,29 @@ def test_without_flags_neither_asks_for_nor_offers_flags():
     scores = (images[2:] @ names[2:].T).argmax(1) + 2
     wanted = (scores == torch.tensor([2, 3])).double().mean().item()
     assert result["zero-shot top-1 without flags"] == wanted
+
+
+def test_an_object_is_moved_to_each_place():
+    """A stand-in that is right where the object lies in the upper left quarter."""
+    test = data.load("scenes-center", 32, ("Goog",), "Twtr")[1]
+    test.concept = test.concept[:12]
+    bare = test.placed(0, 0)
+    bare.parts[0][0].art = bare.parts[0][0].art * 0  # without an object
+
+    class Eyes:
+        def images(self, render, count):
+            seen = (render(np.arange(count)) != bare.render(EVERY * np.arange(count))).any(1)
+            seen = seen.float().mean(0)                                        # (32, 32)
+            self.features = torch.eye(len(test.captions))[test.concept[::EVERY]]
+            return self.features if seen[:16, :16].sum() > 0.9 * seen.sum() else -self.features
+
+        def texts(self, captions):
+            return torch.eye(len(captions))
+
+    found = np.array(accuracy_by_place(Eyes(), test))
+    assert found.shape == (7, 7) and found[:2, :2].all() and found.sum() == 4
+    with pytest.raises(glip.InputError, match="name a run on scenes"):
+        data.load("emoji", 32, ("Goog",), "Twtr")[1].placed(0, 0)
 
 
 def test_robustness_changes_pixels_and_only_them():

@@ -170,6 +170,12 @@ def test_costs_are_measured(monkeypatch):
     assert 0 < row["mask alone"] < row["step"]
 
 
+def test_a_run_is_made_again_where_its_line_lacks_an_answer():
+    run = sweep.Run("emoji", "gaussian", 0.75, "steps", 1, (), ("--robustness", "--linear-probe"))
+    assert sweep.lacks(None, run) and sweep.lacks({"robustness": {}}, run)
+    assert not sweep.lacks({"robustness": {}, "linear_probe": {}}, run)
+
+
 def test_a_run_of_the_sweep_is_trained_then_published_and_its_failure_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     started = []
@@ -198,7 +204,7 @@ def test_the_sweep_lists_what_results_has_and_lacks(monkeypatch, capsys):
     new = {"gaze", "pgs", "scenes-anywhere"}  # whose runs are still to be made
     planned = [run for run in sweep.planned(load("cost")) if not new & {run.mask, run.data}]
     assert {run.name for run in planned} <= names
-    assert sum(line.startswith("done ") for line in lines) == len(names) - 3  # the demo's seeds
+    assert sum(line.startswith("done ") for line in lines) == len(names) - 3 - 9  # the demo's; maps
     runs = [run for run in load_runs() if run["name"] != "compare_mask=none_seed=1"]
     monkeypatch.setattr(sweep.results, "load_runs", lambda: runs)
     sweep.main()

@@ -52,6 +52,7 @@ MASKED = set(masks.MASKS) - {"none"}  # of which the mask alone has a cost
 SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
 ART = ("Goog", "Appl", "FB", "Sams")  # to train on the first 1, 2, 4: the question of scale
 TUNING = {1: 2.86, 2: 1.43, 4: 0.74}  # epochs of their art that are the comparison's 20 steps
+MAPPED = {"scenes-center", "scenes-anywhere"}, {"none", "random", "gaussian", "gaze"}  # by place
 RECOVERY = {1788: 0.5, 1520: 2.0, 450: 8.0}  # steps at 91.8 %, and epochs of tuning of equal cost
 
 
@@ -219,9 +220,11 @@ def planned(cost: dict) -> list[Run]:
             steps = affordable(cost, mask, ratio, full) if equal == "time" else full
             words = ["--recipe", "compare", "--data", name, *mask_flags(mask, ratio)]
             words += [] if steps == full else ["--steps", str(steps)]
+            mapped = (ratio, steps) == (RATIOS[0], full) and name in MAPPED[0] and mask in MAPPED[1]
             if steps is not None:
                 words += ["--seed", str(seed)]
-                runs.append(Run(name, mask, ratio, equal, seed, tuple(words)))
+                more = ("--positions",) * mapped
+                runs.append(Run(name, mask, ratio, equal, seed, tuple(words), more))
     return runs
 
 
@@ -280,6 +283,11 @@ def carry_out(run: Run, threads: int) -> str:
     return ""
 
 
+def lacks(line: dict | None, run: Run) -> bool:
+    """Whether the line of a run is not there, or lacks an answer that its flags ask for."""
+    return line is None or any(flag[2:].replace("-", "_") not in line for flag in run.more)
+
+
 @cli.guarded
 def main() -> None:
     """The command line."""
@@ -302,13 +310,13 @@ def main() -> None:
         results.save("cost", cost)
     wanted = options.masks or rows()
     runs = {run.name: run for run in (*planned(cost), *questions()) if run.mask in wanted}
-    done = {run["name"] for run in results.load_runs()}
+    done = {run["name"]: run for run in results.load_runs()}
+    missing = [run for run in runs.values() if lacks(done.get(run.name), run)]
     if options.list:
-        for name, run in runs.items():
-            print("done   " if name in done else "missing", "python train.py", *run.flags)
+        for run in runs.values():
+            print("missing" if run in missing else "done   ", "python train.py", *run.flags)
         return
     with ThreadPoolExecutor(options.jobs) as pool:
-        missing = [run for name, run in runs.items() if name not in done]
         failed = [problem for problem in pool.map(lambda run: carry_out(run, threads), missing)
                   if problem]  # fmt: skip
     if failed:

@@ -172,3 +172,22 @@ def robustness(encoder: Encoder, pairs: HeldOut) -> dict[str, dict[str, float]]:
         }
     changes["grey"] = partial(change.rgb_to_grayscale, num_output_channels=3)
     return {name: shares_of(rank_pairs(encoder, pairs, None, f)) for name, f in changes.items()}
+
+
+PLACES, EVERY = 7, 3  # rows and columns of a map; of the held-out pictures every third is moved
+
+
+def accuracy_by_place(encoder: Encoder, pairs: HeldOut) -> list[list[float]]:
+    """Zero-shot top-1 with the object at each of 7 x 7 places, rows from the top.
+
+    Raises InputError for pictures whose object cannot be moved.
+    """
+    concept, texts = pairs.concept[::EVERY], encoder.texts(pairs.captions)
+    shares = np.linspace(0, 1, PLACES).tolist()
+
+    def top1(down: float, across: float) -> float:
+        scenes = pairs.placed(down, across)
+        images = encoder.images(lambda ids: scenes.render(EVERY * ids), len(concept))
+        return shares_of(zero_shot(images, texts, concept, pairs.flags))["zero-shot top-1"]
+
+    return [[top1(down, across) for across in shares] for down in shares]

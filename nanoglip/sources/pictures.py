@@ -181,6 +181,7 @@ class Source:
     sources: Sequence["Source"] = ()  # that this one consists of
     weights: Sequence[float] = ()  # passes over each of them in an epoch
     publishable = True  # whether figures may show the pictures
+    placed: Callable[[float, float], "Source"] | None = None  # the object elsewhere, (down, across)
 
     def __len__(self) -> int:
         return len(self.concept)
@@ -342,6 +343,13 @@ class HeldOut:
     def examples(self) -> list[str]:
         """What tells these pictures from others, wherever the data lie."""
         return [example for source, ids in self.parts for example in source.examples(ids)]
+
+    def placed(self, down: float, across: float) -> "HeldOut":
+        """The same pairs, every object at one place, shares of the room; InputError if it has none.
+        """
+        if not all(source.placed for source, _ in self.parts):
+            raise InputError("--positions moves the object of a scene: name a run on scenes-...")
+        return HeldOut([s.placed(down, across) for s, _ in self.parts], [i for _, i in self.parts])
 
     def render(self, ids: np.ndarray) -> Tensor:
         """Pictures `ids` (B,), (B, 3, S, S) bytes. Raises InputError."""
