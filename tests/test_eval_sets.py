@@ -89,7 +89,9 @@ def test_curves_and_tensorboard_show_the_sets(straight, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, _ = straight
-    panels, _ = drawn(tmp_path, records(run))
+    panels, fig = drawn(tmp_path, records(run))
+    (legend,) = (axes.get_legend() for axes in fig.axes if "sets" in axes.get_title())
+    assert [text.get_text() for text in legend.get_texts()] == sorted({*NAMES} - {"colours/acc5"})
     (panel,) = (lines for title, lines in panels.items() if "sets" in title)
     assert list(panel) == [name for name in NAMES if name != "colours/acc5"]
     before = [found["garden/acc1"] for (stage, _), found in scores(run).items()

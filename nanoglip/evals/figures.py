@@ -102,7 +102,7 @@ def draw_curves(run: Path, chance: bool = True) -> "Figure":
         axes.axhline(0, color="#dddddd", linewidth=0.8)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
-        if len(PANELS[title]) > 1:  # else the title names the curve
+        if len(PANELS[title]) != 1:  # else the title names the curve
             axes.legend(fontsize=7)
     return fig
 
@@ -120,7 +120,7 @@ def draw_checkpoints(found: dict[int, dict[str, tuple[float, ...]]], tuned: int)
             share, low, high = found[tuned][name]
             axes.errorbar([tuned], [share], [[share - low], [high - share]], fmt="*", color=colour)
     axes.set(xlabel="step", ylabel="held-out pairs, without a mask", ylim=(0, None))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")  # a rising curve leaves it free
     return fig
 
 
