@@ -1,11 +1,13 @@
-"""The README's two figures, accuracy.png and three_masks.png in docs/figures/.
+"""The figures of README and docs that our runs give, in docs/figures/.
 
-    python -m tools.figures
+    python -m tools.figures           accuracy.png and three_masks.png, from results/
+    python -m tools.figures gaze      gaze.png, from the folders of four runs in runs/sweep/
 
 What they show is free: the Hubble eXtreme Deep Field (NASA), scikit-image's photograph of a cat
 (Stefan van der Walt), and Google's emoji (Apache-2.0).
 """
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import glip
 from nanoglip import masks, results
 from nanoglip.evals.figures import figure, grey_out, seen_patches, show, to_png
+from nanoglip.masker import Masker
+from nanoglip.noise import uniform
 from nanoglip.sources.emoji import Emoji
 from tools import sweep
 
@@ -29,6 +34,7 @@ SETS = {  # title, shorter runs of CLIP, mask ratios of FLIP and GLIP
     "emoji": ("object fills the picture", (152,), (0.75,)),
     "scenes-corner": ("object in a corner", (152,), (0.75,)),
 }
+SIDE, WATCHED, GAZED = 64, sweep.WATCHED, 6  # pixels; steps between kept weights; pictures
 GRID, RATIO, MIDDLE = 14, 0.75, slice(4, 10)  # of the mask figure: ViT-B/16 at 224 pixels
 
 
@@ -108,8 +114,45 @@ def planet() -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def draw_gaze(folders: dict[str, Path]) -> object:
+    """How often the gaze keeps each patch at three times, and where it looks, by set.
+
+    `folders` are runs of --mask gaze with --keep-every WATCHED. Pictures are the held-out vendor's.
+    """
+    fig = figure(1.75 * len(folders), 10.5)
+    axes = fig.subplots(len(folders), 3 + GAZED)
+    for row, (data, folder) in zip(axes, folders.items(), strict=True):
+        test = Emoji(data, SIDE, ("Twtr",), "test")
+        images = test.render(np.arange(len(test)))
+        after = {"at first": None, f"{WATCHED} steps": f"step-{WATCHED:06d}.pt",
+                 f"{STEPS} steps": "pretrained.pt"}  # fmt: skip
+        for cell, (title, name) in zip(row, after.items(), strict=False):
+            content = glip.load_checkpoint(folder / (name or "pretrained.pt"))
+            tower, masker = glip.build(content).visual, Masker("gaze", RATIO)
+            masker = Masker.restored(content["mask"], tower) if name else masker
+            noise = torch.from_numpy(uniform(0, "gaze", 0, len(images), SIDE * SIDE // 64))
+            kept = masker(images, noise, tower)
+            share = seen_patches(kept, len(images), tower.config.grid).float().mean(0)
+            cell.imshow(share, cmap="viridis", vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[], title=title if cell in axes[0] else "")
+        row[0].set_ylabel(data)
+        picks = np.random.default_rng(5).choice(len(images), GAZED, replace=False)
+        for cell, image in zip(row[3:], images[picks], strict=True):
+            gaze = masker.gaze(image[None])[0].unflatten(0, tower.config.grid)
+            show(cell, image)
+            rank = gaze.flatten().argsort().argsort().view_as(gaze).numpy()
+            cell.imshow(rank, cmap="magma", alpha=0.55, extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
+    return fig
+
+
 def main() -> None:
-    """Write both figures."""
+    """Write the figures that are asked for."""
+    if sys.argv[1:] == ["gaze"]:
+        names = {data: f"compare_data={data}_mask=gaze" for data in (sweep.HOME, *sweep.AWAY)}
+        names["emoji"] = "compare_mask=gaze"
+        folders = {data: Path("runs/sweep") / name for data, name in names.items()}
+        (FOLDER / "gaze.png").write_bytes(to_png(draw_gaze(folders)))
+        return
     time = draw_time(results.load_runs(), results.load("cost"))
     (FOLDER / "accuracy.png").write_bytes(to_png(time))
     (FOLDER / "three_masks.png").write_bytes(to_png(draw_masks(planet())))

@@ -53,6 +53,7 @@ SAME = 1.15  # a step that costs less than this many of GLIP's counts as equal
 ART = ("Goog", "Appl", "FB", "Sams")  # to train on the first 1, 2, 4: the question of scale
 TUNING = {1: 2.86, 2: 1.43, 4: 0.74}  # epochs of their art that are the comparison's 20 steps
 MAPPED = {"scenes-center", "scenes-anywhere"}, {"none", "random", "gaussian", "gaze"}  # by place
+WATCHED = 100  # steps between the weights that the figure of the gaze is drawn from
 RECOVERY = {1788: 0.5, 1520: 2.0, 450: 8.0}  # steps at 91.8 %, and epochs of tuning of equal cost
 
 
@@ -220,9 +221,11 @@ def planned(cost: dict) -> list[Run]:
             steps = affordable(cost, mask, ratio, full) if equal == "time" else full
             words = ["--recipe", "compare", "--data", name, *mask_flags(mask, ratio)]
             words += [] if steps == full else ["--steps", str(steps)]
-            mapped = (ratio, steps) == (RATIOS[0], full) and name in MAPPED[0] and mask in MAPPED[1]
+            whole = (ratio, steps) == (RATIOS[0], full)
+            mapped = whole and name in MAPPED[0] and mask in MAPPED[1]
             if steps is not None:
                 words += ["--seed", str(seed)]
+                words += ["--keep-every", str(WATCHED)] * (whole and mask == "gaze")
                 more = ("--positions",) * mapped
                 runs.append(Run(name, mask, ratio, equal, seed, tuple(words), more))
     return runs
