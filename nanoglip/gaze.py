@@ -23,8 +23,7 @@ from glip import ImageTower, at_least_fp32, log_gaussian
 
 CELLS = 4  # a patch is seen as CELLS x CELLS mean colours
 HIDDEN = 32
-LR = 3e-3
-PRIOR = 0.2  # of GLIP's log density at the start; the mask sees ranks alone, training must undo it
+LR = 3e-3  # searched, as the features and the start, on a validation vendor
 
 
 class Gaze(nn.Module):
@@ -39,7 +38,7 @@ class Gaze(nn.Module):
             self.judge = nn.Linear(HIDDEN, 1, bias=False)
         nn.init.zeros_(self.judge.weight)
         density, _ = log_gaussian(grid, sigma, (0.0, 0.0), torch.device("cpu"))
-        self.position = nn.Parameter(PRIOR * density)                          # (N,)
+        self.position = nn.Parameter(density)                                  # (N,)
         self.to(device)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
         self.asked: list[Tensor] | None = None  # while it learns: scores of what a step keeps
