@@ -302,9 +302,9 @@ def gaze_scores(
     gaze (B, N), high where the loss is expected to depend on a patch (gaze.py); noise (B, N) ->
     scores (B, N). The mask has exactly as much chance in it as GLIP's.
     """
-    density = glip.gaussian_scores(torch.zeros_like(noise[:1]), grid, sigma)[0]
-    rank = gaze.argsort(dim=1, descending=True, stable=True).argsort(dim=1)    # (B, N)
-    return noise + density.sort(descending=True).values[rank]
+    hill = glip.gaussian_scores(torch.zeros_like(noise[:1]), grid, sigma).sort(descending=True)
+    order = gaze.argsort(dim=1, descending=True, stable=True)                  # (B, N)
+    return noise + torch.empty_like(noise).scatter_(1, order, hill.values.expand_as(noise))
 
 
 MASKS = {
