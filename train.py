@@ -427,11 +427,10 @@ def train(config: TrainConfig) -> Path:
             if state:
                 model.load_state_dict(state["model"])
             model = run_stage(stage, model, config, world, on, report, state)
-            state = {}
-            if rank == 0:
-                last = stage is stages[-1]
-                report.save("model.pt" if last else "pretrained.pt", model, stage.steps)
-            distributed.meet(rank, world)
+            state, name = {}, "model.pt" if stage is stages[-1] else "pretrained.pt"
+            with distributed.rank_0_alone(rank, world):
+                if rank == 0:
+                    report.save(name, model, stage.steps)
         if rank == 0:
             for name in ("latest.pt", "previous.pt"):
                 (out / name).unlink(missing_ok=True)

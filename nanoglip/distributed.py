@@ -6,6 +6,7 @@ towers that one device cannot hold.
 """
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +24,7 @@ from nanoglip import cli
 from nanoglip.machine import Device, resolve
 
 T = TypeVar("T")
-LIMIT = timedelta(minutes=30)  # how long ranks wait for one another in a step, but not in meet()
+LIMIT = timedelta(minutes=30)  # of waiting for one another, but for rank_0_alone()
 
 
 @contextlib.contextmanager
@@ -52,18 +53,24 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
             dist.destroy_process_group()
 
 
-def meet(rank: int, world: int) -> None:
-    """Return once all ranks are here, however long rank 0 works alone; all ranks call it.
+@contextlib.contextmanager
+def rank_0_alone(rank: int, world: int) -> Iterator[None]:
+    """A block that no rank leaves before rank 0, however long rank 0 works in it; all enter it.
 
-    A collective ends the run where one rank comes later than LIMIT. In a store ranks only look.
+    In a collective they would give up after LIMIT. So they look for a key in the store, one of its
+    own for every block: a run that torchrun restarts finds the keys of the run before.
     """
     if world == 1:
+        yield
         return
-    store = _get_default_store()
-    turn = store.add(f"meetings of rank {rank}", 1)  # on all ranks the same
-    if rank == 0:
-        store.set(f"meeting {turn}", "")
-    while rank and not store.check([f"meeting {turn}"]):
+    key, store = [secrets.token_hex(8)], _get_default_store()
+    dist.broadcast_object_list(key)
+    try:
+        yield
+    finally:
+        if rank == 0:
+            store.set(key[0], "")
+    while rank and not store.check(key):
         sleep(0.05)
     dist.barrier()
 
@@ -71,12 +78,12 @@ def meet(rank: int, world: int) -> None:
 def on_rank_0(rank: int, world: int, work: Callable[[], T]) -> T | None:
     """The result of `work` on rank 0, None on the others; all ranks raise its InputError."""
     found, problem = None, [None]
-    if rank == 0:
-        try:
-            found = work()
-        except InputError as error:
-            problem = [str(error)]
-    meet(rank, world)
+    with rank_0_alone(rank, world):
+        if rank == 0:
+            try:
+                found = work()
+            except InputError as error:
+                problem = [str(error)]
     if world > 1:
         dist.broadcast_object_list(problem)
     if problem[0]:

@@ -286,12 +286,12 @@ class Report:
             self.quarantine()
             model = self.whole_model()
         if evaluating:
-            self.evaluate(model, done)
-            distributed.meet(self.rank, self.world)
+            with distributed.rank_0_alone(self.rank, self.world):
+                self.evaluate(model, done)
             self.begun = time.perf_counter() - self.seconds[self.stage.name]
         if model is not None:
-            self.save_latest(model, done)
-            distributed.meet(self.rank, self.world)
+            with distributed.rank_0_alone(self.rank, self.world):
+                self.save_latest(model, done)
         if stop and not last:
             self.bar.close()
             raise Stopped(

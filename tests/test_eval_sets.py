@@ -1,5 +1,6 @@
 """What training evaluates at intervals, on the user's sets, and what it costs nobody."""
 
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 import glip
 import train
-from nanoglip import distributed, runlog
+from nanoglip import checkpoint, distributed, runlog
 from nanoglip.config import parse
 from nanoglip.evals import benchmarks, figures
 from nanoglip.evals.encoder import Encoder
@@ -204,21 +205,29 @@ def test_a_set_that_breaks_while_the_model_trains_gives_no_number(sets, tmp_path
     assert "no number of a set: " in capsys.readouterr().out and (run / "model.pt").exists()
 
 
-def slow_first(seconds, limit):
-    """Rank 0 evaluates for longer than collectives may last."""
+ALONE = {  # what rank 0 does alone
+    "decoding": (train.data, "load"), "evaluation": (runlog, "quick"),
+    "checkpoint": (checkpoint, "save"),
+}  # fmt: skip
+
+
+def slow_first(what, seconds, limit):
+    """Rank 0 works alone for longer than collectives may last."""
     tiny()
     distributed.LIMIT = timedelta(seconds=limit)
-    evaluate = runlog.quick
+    owner, name = ALONE[what]
+    work = getattr(owner, name)
 
-    def slowly(*arguments):
-        time.sleep(seconds)
-        return evaluate(*arguments)
+    def slowly(*arguments, **how):
+        time.sleep(seconds * (os.environ["RANK"] == "0"))
+        return work(*arguments, **how)
 
-    runlog.quick = slowly
+    setattr(owner, name, slowly)
 
 
-def test_an_evaluation_outlasts_the_limit_of_collectives(tmp_path):
+@pytest.mark.parametrize("what", ALONE)
+def test_work_of_rank_0_outlasts_the_limit_of_collectives(tmp_path, what):
     words = [*BASE, "--steps", "2", "--save-every", "0", "--tune-epochs", "0"]
-    run = start(tmp_path / "run", words, world=2, before=partial(slow_first, 12.0, 6.0))
+    run = start(tmp_path / "run", words, world=2, before=partial(slow_first, what, 12.0, 6.0))
     code, printed = run.finish()
     assert code == 0 and (tmp_path / "run/model.pt").exists(), printed[-3000:]
