@@ -6,6 +6,7 @@ towers that one device cannot hold.
 """
 
 import contextlib
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -41,7 +42,14 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
         torch.cuda.set_device(on.device)
     if world > 1:
         backend = "nccl" if on.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=LIMIT)
+        store = next(dist.rendezvous("env://", timeout=LIMIT))[0]
+        # torchrun keeps its store when it restarts a run: without a name of their own the ranks
+        # would find the addresses of the run before, and wait for processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        store = dist.PrefixStore(f"attempt{attempt}", store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=LIMIT
+        )  # fmt: skip
     leave = world > 1  # not after an error, so that others do not fail before it is told
     try:
         yield rank, world, on

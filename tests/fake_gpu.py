@@ -213,6 +213,7 @@ def fake_gpu(world=1):
         distributed: {"DistributedDataParallel": Shared},
         dist: {
             "init_process_group": joined, "broadcast_object_list": lambda found: None,
+            "rendezvous": lambda *words, **how: iter([(FakeStore(), 0, world)]),
             "all_gather_object": lambda found, own: found.__setitem__(slice(None), [own] * world),
         },
     }  # fmt: skip
