@@ -3,8 +3,8 @@
     pixels    a small network scores every patch of a picture; the mask ranks the patches by it
     backward  a training step gives the gradient of each kept patch's token; |gradient x token|,
               summed over the width, is how much the loss depends on the patch (to first order)
-    update    cross-entropy between these numbers, as shares of their picture, and the softmax of
-              the scores; one step of AdamW
+    update    every fourth step: cross-entropy between these numbers, as shares of their picture,
+              and the softmax of the scores; one step of AdamW
 
 The gradient is the training step's own, so there is no teacher and no further pass through a tower.
 No gradient of the scores enters the model. The scores start as GLIP's log density, so that the mask
