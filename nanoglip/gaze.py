@@ -3,7 +3,7 @@
     pixels    a small network scores every patch of a picture; the mask ranks the patches by it
     backward  a training step gives the gradient of each kept patch's token; |gradient x token|,
               summed over the width, is how much the loss depends on the patch (to first order)
-    update    every fourth step: cross-entropy between these numbers, as shares of their picture,
+    update    every second step: cross-entropy between these numbers, as shares of their picture,
               and the softmax of the scores; one step of AdamW
 
 The gradient is the training step's own, so there is no teacher and no further pass through a tower.
@@ -19,11 +19,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glip import ImageTower, at_least_fp32, log_gaussian
+from glip import ImageTower, at_least_fp32, log_gaussian, patchify
 
 CELLS = 4  # a patch is seen as CELLS x CELLS of its pixels
 HIDDEN = 32
-EVERY, LR = 4, 1e-2  # steps between updates; searched on a validation vendor
+EVERY, LR = 2, 5e-3  # steps between updates; searched on a validation vendor
 
 
 class Gaze(nn.Module):
@@ -35,7 +35,7 @@ class Gaze(nn.Module):
         with torch.random.fork_rng(devices=[]):  # alike on all ranks; the model's seed is not used
             torch.manual_seed(0)
             self.look = nn.Conv2d(6, HIDDEN, CELLS, CELLS)
-            self.judge = nn.Conv2d(HIDDEN, 1, 1, bias=False)
+            self.judge = nn.Linear(HIDDEN, 1, bias=False)
         nn.init.zeros_(self.judge.weight)
         density, _ = log_gaussian(grid, sigma, (0.0, 0.0), torch.device("cpu"))
         self.position = nn.Parameter(density)                                  # (N,)
@@ -43,24 +43,29 @@ class Gaze(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
         self.asked: list[Tensor] | None = None  # while it learns: scores of what a step keeps
 
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), bytes or in [0, 1] -> scores (B, N); with a graph while it learns.
-        """
+        """Images (B, 3, H, W), bytes or in [0, 1] -> scores (B, N)."""
         for side, n in enumerate(self.grid, 2):  # the middle pixel of each cell
             middles = (torch.arange(CELLS * n, device=images.device) + 0.5) / (CELLS * n)
             images = images.index_select(side, (middles * images.shape[side]).long())
         x = images.to(self.position) * (4 / 255 if images.dtype == torch.uint8 else 4) - 2
         contrast = (x - x.mean((2, 3), keepdim=True)).abs()  # to the picture's mean colour
-        learns = torch.set_grad_enabled(self.asked is not None)
-        with torch.autocast(images.device.type, enabled=False), learns:
-            x = F.gelu(self.look(torch.cat([x, contrast], dim=1)))             # (B, 32, R, C)
-            return self.judge(x).flatten(1) + self.position
+        self.seen = torch.cat([x, contrast], dim=1)                            # (B, 6, 4R, 4C)
+        with torch.autocast(images.device.type, enabled=False):
+            x = F.gelu(self.look(self.seen))                                   # (B, 32, R, C)
+            return F.conv2d(x, self.judge.weight[..., None, None]).flatten(1) + self.position
 
-    def keep(self, scores: Tensor, ids_keep: Tensor) -> None:
-        """While it learns: remember the scores (B, N) of what is kept (B, K)."""
+    @torch.enable_grad()
+    def keep(self, ids_keep: Tensor) -> None:
+        """While it learns: score what is kept (B, K) of the pictures seen last, with a graph."""
         if self.asked is not None:
-            with torch.enable_grad():
-                self.asked.append(scores.gather(1, ids_keep))
+            with torch.autocast(ids_keep.device.type, enabled=False):
+                x = patchify(self.seen, self.grid, ids_keep)                   # (B, K, 6cc)
+                x = F.gelu(F.linear(x, self.look.weight.flatten(1), self.look.bias))
+                place = F.embedding(ids_keep, self.position[:, None])          # (B, K, 1)
+                self.asked.append((self.judge(x) + place)[..., 0])
+        del self.seen
 
     @contextlib.contextmanager
     def learning(self, tower: ImageTower) -> Iterator[None]:

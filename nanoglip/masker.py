@@ -127,7 +127,7 @@ class Masker:
             self.mask, len(images), grid, self.mask_ratio, noise=noise, **(own | inputs)
         )
         if self.gaze and self.needs("gaze"):
-            self.gaze.keep(inputs["gaze"], ids_keep)
+            self.gaze.keep(ids_keep)
         return ids_keep, visible
 
     def looking(self, tower: ImageTower) -> Gaze:
