@@ -148,7 +148,7 @@ def test_bad_folders_are_told_in_a_sentence(tmp_path):
     good = make_folder(tmp_path / "good", (6, 6))
     cases = {"nowhere": "is no folder"}
     (tmp_path / "empty").mkdir()
-    cases["empty"] = "0 classes"
+    cases["empty"] = "fewer than two classes"
     make_folder(tmp_path / "alone", (6, 6), parts=("train",))
     cases["alone"] = "has train/ alone"
     shutil.copytree(good, tmp_path / "hole")
@@ -202,7 +202,7 @@ def test_the_command_probes_folders(tmp_path, monkeypatch, capsys):
     (tmp_path / "x").mkdir()
     shutil.copytree("colours", "x/colours")
     for extra, sentence in ((["--few-shot"], "add --linear-probe"),
-                            (["--probe-data", "x", "no"], "--probe-data x: 1 classes"),
+                            (["--probe-data", "x", "no"], "--probe-data x: fewer than two classes"),
                             (["--probe-data", "colours", "x/colours"], "rename one")):  # fmt: skip
         code, _, told = run_main(monkeypatch, capsys, *words, *extra)
         assert code == 2 and sentence in told

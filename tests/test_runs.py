@@ -61,7 +61,7 @@ def test_a_divided_run_is_the_same_run_and_goes_on_undivided(tmp_path, monkeypat
     [
         (["--optimizer", "adamw"], 1, "start them with torchrun"),
         ([], 2, "--optimizer adamw"),
-        (["--optimizer", "adamw", "--mask", "attentive"], 2, "leave --shard out"),
+        (["--optimizer", "adamw", "--mask", "attentive"], 2, "which --shard divides"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(flags, world, words):
