@@ -196,7 +196,7 @@ def run_stage(
             network.update_teacher(momentum_at(step, stage.steps, config.teacher_momentum))
             found = aclip_gradients(network, batch, stage.masker, config.crop_scale, on, shared)
         else:
-            with stage.masker.learning(model.visual, step):
+            with stage.masker.learning(model.visual):
                 found = compute_gradients(
                     model, batch, stage.masker, config.loss, on, config.micro_batch, shared
                 )
@@ -461,7 +461,7 @@ def overfit(config: TrainConfig) -> None:
             stage.masker.before_step(step, config.steps, model.visual, stage.batches.sample)
             noise = stage.batches.noise("mask", step * config.batch_size, stage.batches.patches)
             batch = batch._replace(noise=noise)
-            with stage.masker.learning(model.visual, step):
+            with stage.masker.learning(model.visual):
                 loss, scale, _ = compute_gradients(
                     model, batch, stage.masker, config.loss, on, config.micro_batch
                 )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glip import ImageTower, InputError, at_least_fp32, normalise, num_keep, patchify
-from nanoglip.gaze import EVERY, Gaze
+from nanoglip.gaze import Gaze
 from nanoglip.masks import (
     MASKS,
     SUPPLIED,
@@ -137,11 +137,10 @@ class Masker:
             self.gaze = Gaze(tower.config.grid, self.settings["sigma"], device)
         return self.gaze
 
-    def learning(self, tower: ImageTower, step: int) -> contextlib.AbstractContextManager:
+    def learning(self, tower: ImageTower) -> contextlib.AbstractContextManager:
         """A context in which a step's gradients teach the gaze; of other masks it does nothing."""
-        if not self.needs("gaze") or step % EVERY:
-            return contextlib.nullcontext()
-        return self.looking(tower).learning(tower)
+        needed = self.needs("gaze")
+        return self.looking(tower).learning(tower) if needed else contextlib.nullcontext()
 
     def embeddings(self, images: Tensor, tower: ImageTower) -> Tensor | None:
         """All patches projected by the tower, in full precision, if weighted. (B, N, D)."""

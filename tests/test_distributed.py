@@ -71,7 +71,7 @@ def prepared(
         step = partial(train.aclip_gradients, network, batch, masker, (0.5, 1.0), on, shared)
     else:
         def step() -> tuple:
-            with masker.learning(model.visual, 0):
+            with masker.learning(model.visual):
                 return train.compute_gradients(model, batch, masker, loss, on, micro, shared)
 
         if mask == "gaze":  # whose gradients are compared, too

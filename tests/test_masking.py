@@ -605,7 +605,7 @@ def test_a_masker_lives_on_in_its_checkpoint(mask, tmp_path):
         masker.find_threshold([(images, noise)], model.visual)
     if masker.needs("attention"):
         masker.update_teacher(GLIP(TINY).visual, 0.5)
-    with masker.learning(model.visual, 0):
+    with masker.learning(model.visual):
         ids_keep, _ = masker(images, noise, model.visual)
         model.encode_image(images, ids_keep).square().sum().backward()
     glip.save_checkpoint(tmp_path / "a.pt", model, mask=masker.state())
@@ -650,7 +650,7 @@ def test_a_gaze_learns_from_the_steps_own_gradient(monkeypatch):
     tokens, told = glip.tokenize(list("abcdef")), []
     masker = Masker("gaze", 0.75)
     monkeypatch.setattr(Gaze, "update", lambda self, *found: told.append(found))
-    with masker.learning(model.visual, 0):
+    with masker.learning(model.visual):
         ids_keep, _ = masker(images, noise, model.visual)
         glip.clip_loss(*model(images, tokens, ids_keep)).backward()
     ((scores, found),) = told
