@@ -134,7 +134,8 @@ def with_settings(group: type, registry: dict) -> type:
     """A group of settings, followed by those that a registry's rows declare."""
     fields = declared_settings(registry)
     made = make_dataclass(group.__name__, fields, bases=(group,), frozen=True)
-    made.__doc__, made.__module__ = group.__doc__, group.__module__  # where tyro finds the help
+    for name in {"__doc__", "__module__", "__firstlineno__"} & vars(group).keys():
+        setattr(made, name, vars(group)[name])  # where tyro finds the help
     return made
 
 
