@@ -63,7 +63,7 @@ def test_notebook_runs_and_its_exercises_can_be_solved(path, kernel):
     book = nbformat.read(path, as_version=4)
     text = (FOLDER / "solutions" / f"{path.stem}.py").read_text()
     solutions = re.split(r"^# %% exercise \d$", text, flags=re.MULTILINE)[1:]
-    assert len(tagged(book.cells, "exercise")) == len(solutions) == 3
+    assert len(tagged(book.cells, "exercise")) == len(solutions) >= 3
     asked = tagged(book.cells, "check")
     solved = [nbformat.v4.new_code_cell(cell.source) for cell in asked]
     for solution, check in zip(solutions, solved, strict=True):
