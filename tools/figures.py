@@ -115,11 +115,12 @@ def planet() -> Tensor:
 
 
 def draw_gaze(folders: dict[str, Path]) -> object:
-    """How often the gaze keeps each patch at three times, and where it looks, by set.
+    """How often the gaze keeps each patch at three times, and where it looks at last, by set.
 
-    `folders` are runs of --mask gaze with --keep-every WATCHED. Pictures are the held-out vendor's.
+    Patches that it ranks low are dark. `folders` are runs of --mask gaze with --keep-every WATCHED;
+    the pictures are the held-out vendor's.
     """
-    fig = figure(1.75 * len(folders), 10.5)
+    fig = figure(1.22 * len(folders) + 0.2, 10.5)
     axes = fig.subplots(len(folders), 3 + GAZED)
     for row, (data, folder) in zip(axes, folders.items(), strict=True):
         test = Emoji(data, SIDE, ("Twtr",), "test")
@@ -138,10 +139,11 @@ def draw_gaze(folders: dict[str, Path]) -> object:
         row[0].set_ylabel(data)
         picks = np.random.default_rng(5).choice(len(images), GAZED, replace=False)
         for cell, image in zip(row[3:], images[picks], strict=True):
-            gaze = masker.gaze(image[None])[0].unflatten(0, tower.config.grid)
-            show(cell, image)
-            rank = gaze.flatten().argsort().argsort().view_as(gaze).numpy()
-            cell.imshow(rank, cmap="magma", alpha=0.55, extent=(-0.5, SIDE - 0.5, SIDE - 0.5, -0.5))
+            rank = masker.gaze(image[None])[0].argsort().argsort()             # (N,)
+            light = (0.1 + 0.9 * rank / len(rank)).unflatten(0, tower.config.grid)
+            for side in (0, 1):
+                light = light.repeat_interleave(SIDE // len(light[0]), dim=side)
+            show(cell, (image * light).byte())
     return fig
 
 

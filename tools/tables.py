@@ -109,11 +109,17 @@ def cells(
     return {key: mean_range(values, len(sweep.SEEDS)) for key, values in found.items()}
 
 
-def mask_table(found: dict, cost: dict, title: str, columns: dict[str, tuple[str, float]]) -> str:
-    """Every mask in columns of (data, ratio); masks of equal cost have one row for both budgets."""
+def mask_table(
+    found: dict, cost: dict, title: str, columns: dict[str, tuple[str, float]],
+    names: Iterable[str] = (),
+) -> str:  # fmt: skip
+    """Every mask, or those of `names`, in columns of (data, ratio).
+
+    Masks of equal cost have one row for both budgets.
+    """
     full, rows = parse(["--recipe", "compare"]).steps, []
     ratios = sorted({ratio for _, ratio in columns.values()})
-    for mask in sweep.rows():
+    for mask in names or sweep.rows():
         steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
         shared = steps == [full] * len(ratios)
         budgets = {"steps": mask if shared else f"{mask}, equal steps"}
@@ -174,6 +180,14 @@ def compare_table(runs: list[dict], cost: dict) -> str:
         f"{len(runs)} of {len(names)} runs; {machine_line(runs)}.",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
+
+
+def short_table(runs: list[dict], cost: dict) -> str:
+    """README's choice of the comparison."""
+    first = sweep.RATIOS[0]
+    sets = {name: (name, first) for name in (sweep.HOME, "emoji", "scenes-corner")}
+    chosen = ("none", "random", "gaussian", "gaze", "attentive")
+    return mask_table(cells(runs, cost), cost, f"{first:.0%} masked, top-1 (%)", sets, chosen)
 
 
 def cost_table(cost: dict) -> str:
@@ -440,6 +454,7 @@ def flags_table() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo_table(load_runs()),
     "compare": lambda: compare_table(load_runs(), load("cost")),
+    "short": lambda: short_table(load_runs(), load("cost")),
     "cost": lambda: cost_table(load("cost")),
     "data": lambda: data_table(load("bench")),
     "training": lambda: training_table(load("bench")),
