@@ -1,6 +1,6 @@
 """The comparison of masks: every mask at equal steps and at equal time, for three seeds.
 
-    python -m tools.sweep            runs what results/ lacks; about six hours on two cores
+    python -m tools.sweep            runs what results/ lacks; about nine hours on two cores
     python -m tools.sweep --jobs 1   one run at a time, on all cores
     python -m tools.sweep --masks border gaussian     these masks alone
     python -m tools.sweep --list     prints the runs, and which of them results/ has
@@ -11,7 +11,7 @@ Equal time is computed from the cost of a step, which is measured once for each 
 runs (results/cost.json): a mask whose step costs more than GLIP's at the same ratio gets as many
 steps as cost the same. Where a step costs the same, one run serves both comparisons.
 
-The last runs are for the notebooks 05 and 06 alone: other sigmas, fewer vendors, other scenes.
+The last runs are for notebooks and questions: other sigmas, fewer vendors, annealed ratios, tuning.
 """
 
 import json
