@@ -18,7 +18,7 @@ import data
 import evaluate
 import glip
 import train
-from nanoglip.evals import probe
+from nanoglip.evals import figures, probe
 from nanoglip.evals.encoder import (
     EVERY,
     Encoder,
@@ -30,6 +30,7 @@ from nanoglip.evals.encoder import (
 from nanoglip.evals.metrics import ranks, retrieval, zero_shot
 from nanoglip.machine import Device
 from nanoglip.masker import Masker
+from nanoglip.masks import MASKS
 from nanoglip.noise import uniform
 from nanoglip.sources.emoji import Emoji
 from nanoglip.sources.pictures import HeldOut
@@ -72,6 +73,20 @@ def test_without_flags_neither_asks_for_nor_offers_flags():
     scores = (images[2:] @ names[2:].T).argmax(1) + 2
     wanted = (scores == torch.tensor([2, 3])).double().mean().item()
     assert result["zero-shot top-1 without flags"] == wanted
+
+
+def test_the_gallery_shows_the_runs_own_gaze():
+    """A gaze that was taught the upper left corner keeps it in the gallery, too."""
+    test = data.load("emoji", 32, ("Goog",), "Twtr")[1]
+    test.concept = test.concept[:200]
+    model, own = glip.GLIP(glip.GLIPConfig.named("ViT-nano-8", 32)), Masker("gaze", 0.75)
+    with torch.no_grad():
+        own.looking(model.visual).position.copy_(-torch.arange(16.0))
+    drawn = figures.draw_masks(test, np.arange(2), model, own)
+    kept = {axes.get_title(): axes for axes in drawn.axes if axes.get_title()}
+    column = drawn.axes[: len(MASKS)].index(kept["gaze"])
+    share = drawn.axes[2 * len(MASKS) + column].images[0].get_array()
+    assert share.argmax() == 0 and share[0, 0] > 2 * share[2, 2]
 
 
 def test_an_object_is_moved_to_each_place():

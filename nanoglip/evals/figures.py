@@ -145,7 +145,8 @@ def grey_out(images: Tensor, seen: Tensor, grey: int = 128) -> Tensor:
 def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "Figure":
     """Every registered mask on the same pictures, and how often it keeps each patch.
 
-    All use the ratio of `own`, the run's mask, and its teacher or else the run's image tower.
+    All use the ratio and the gaze of `own`, the run's mask, and its teacher or else the run's image
+    tower.
     """
     tower, grid, device = model.visual, model.config.grid, model.logit_scale.device
     ratio = own.mask_ratio or 0.75
@@ -158,7 +159,7 @@ def draw_masks(pairs: HeldOut, picks: np.ndarray, model: GLIP, own: Masker) -> "
         column[0].set_title(mask, fontsize=9)
         known = masks.settings_of(masks.MASKS[mask])
         masker = Masker(mask, ratio, **{k: v for k, v in own.settings.items() if k in known})
-        masker.teacher = own.teacher or tower
+        masker.teacher, masker.gaze = own.teacher or tower, own.gaze
         masker.threshold = own.threshold if mask == own.mask else None
         if masker.missing_inputs():
             column[0].set_title(f"{mask} needs {', '.join(masker.missing_inputs())}", fontsize=7)
