@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from glip import ImageTower, at_least_fp32, log_gaussian, patchify
 
@@ -94,10 +95,9 @@ class Gaze(nn.Module):
         loss.backward()
         if dist.is_initialized():
             grads = [p.grad for p in self.parameters()]
-            joint = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+            joint = parameters_to_vector(grads) / dist.get_world_size()
             dist.all_reduce(joint)
-            for grad, part in zip(grads, joint.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+            vector_to_parameters(joint, grads)
         self.optimizer.step()
 
     def state(self) -> dict:

@@ -28,3 +28,14 @@ def finished_run(tmp_path_factory):
 def run_copy(finished_run, tmp_path):
     """A copy of the finished run's folder, which a test may change."""
     return shutil.copytree(finished_run[0], tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    """The demo's model with tiny towers, in this process; others call torture.tiny."""
+    import glip
+    from tests.torture import TINY
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+        yield

@@ -21,17 +21,16 @@ from tests.processes import Run
 from tests.test_benchmarks import write_captions, write_classes, write_tree
 from tests.test_page import drawn
 from tests.test_train import records
-from tests.torture import BASE, TINY, differences, finish, start, tiny
+from tests.torture import BASE, differences, finish, start, tiny
 
-pytestmark = pytest.mark.slow  # it trains, kills or fetches
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_model")]
 
 FLAGS = [*BASE, "--log-every", "1", "--eval-every", "4", "--save-every", "0"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_model():
+def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(glip.SIZES, "ViT-nano-8", TINY)
         patch.setattr(benchmarks, "BLOCK", 5)
         yield
 

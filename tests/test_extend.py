@@ -20,18 +20,11 @@ from nanoglip.evals import encoder
 from nanoglip.machine import resolve
 from tests.test_evaluate import inside
 from tests.test_train import records
-from tests.torture import BASE, TIMING, TINY, differences, finish, tiny
+from tests.torture import BASE, TIMING, differences, finish, tiny
 
-pytestmark = pytest.mark.slow  # it trains, kills or fetches
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_model")]
 
 FLAGS = [*BASE, "--log-every", "1", "--save-every", "0", "--keep-every", "3"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(glip.SIZES, "ViT-nano-8", TINY)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,6 @@ from tests.test_shards import make_shards
 from tests.torture import (
     BASE,
     MOMENTS,
-    TINY,
     die,
     differences,
     finish,
@@ -41,17 +40,9 @@ from tests.torture import (
     wait_for_checkpoint,
 )
 
-pytestmark = pytest.mark.slow  # it trains, kills or fetches
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_model")]
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_model():
-    """The demo's model with tiny towers, in this process; others call `tiny`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(glip.SIZES, "ViT-nano-8", TINY)
-        yield
 
 
 @pytest.fixture(scope="module")
