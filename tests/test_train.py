@@ -10,13 +10,16 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from open_clip_train import params
 from PIL import Image
+from timm.optim.muon import _COEFFICIENTS, zeropower_via_newtonschulz
 
 import glip
 import train
@@ -327,16 +330,14 @@ def test_every_parameter_has_one_optimizer_and_decay_is_for_matrices(name):
         assert len(groups[-1]["params"]) == 12
 
 
-def test_muon_is_torchs_muon():
-    """timm's, which we use because torch before 2.9 has none, against torch's own."""
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon to compare with")
+def muon_and(make_other, weight_decay=0.1):
+    """Our Muon and another's after each of three steps: their weights, and those before."""
     torch.manual_seed(0)
     model = glip.GLIP(glip.GLIPConfig(16, 8, 24, 1, 1, 4, 24, 1, 1, 9, 20))
     twin = copy.deepcopy(model)
-    _, ours = train.make_optimizers(model, TrainConfig(weight_decay=0.1))
+    _, ours = train.make_optimizers(model, TrainConfig(weight_decay=weight_decay))
     matrices = [p for n, p in twin.named_parameters() if "resblocks" in n and p.ndim == 2]
-    theirs = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    theirs = make_other(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for p, q in zip(ours.param_groups[0]["params"], matrices, strict=True):
             p.grad = torch.randn_like(p)
@@ -345,9 +346,43 @@ def test_muon_is_torchs_muon():
         for optimizer in (ours, theirs):
             optimizer.param_groups[0]["lr"] = 1e-3
             optimizer.step()
-        for p, q, old in zip(ours.param_groups[0]["params"], matrices, before, strict=True):
-            assert (p - q).norm() < 0.05 * (q - old).norm()
-            q.data.copy_(p.data)
+        yield from zip(ours.param_groups[0]["params"], matrices, before, strict=True)
+
+
+def test_muon_is_timms_and_torchs(monkeypatch):
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx512_bf16"})  # as theirs are: in bf16
+    same = partial(timm.optim.Muon, momentum=0.95, nesterov=True, ns_coefficients="original")
+    for ours, theirs, _ in muon_and(same):
+        assert torch.equal(ours, theirs)
+    if hasattr(torch.optim, "Muon"):  # which bounds the norm otherwise
+        for ours, theirs, before in muon_and(torch.optim.Muon):
+            assert (ours - theirs).norm() < 0.05 * (theirs - before).norm()
+            theirs.data.copy_(ours.data)
+
+
+def test_muon_emulates_no_bf16(monkeypatch):
+    """The products are in fp32 where the processor has no bf16: emulation takes a minute a step."""
+    seen = []
+    monkeypatch.setattr(train, "orthogonal", lambda x, dtype: seen.append(dtype) or x)
+    for flags, dtype in ({"avx2"}, torch.float32), ({"amx_bf16"}, torch.bfloat16):
+        monkeypatch.setattr(machine, "cpu_flags", lambda flags=flags: flags)
+        seen.clear()
+        list(muon_and(timm.optim.Muon))
+        assert set(seen) == {dtype}
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 96), (96, 48)])
+def test_updates_are_orthogonal(shape):
+    """Against the singular value decomposition, and timm's own iteration in fp32."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = train.orthogonal(matrix, torch.float32)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ found @ v.T  # diagonal where both have the same singular vectors
+    assert (inner - inner.diag().diag()).abs().max() < 1e-4
+    large = s > 0.02 * s.norm()  # five iterations do not lift the smallest
+    assert ((inner.diag()[large] > 0.6) & (inner.diag()[large] < 1.3)).all()
+    rows = _COEFFICIENTS["original"]
+    assert torch.equal(found, zeropower_via_newtonschulz(matrix, 5, rows, dtype=torch.float32))
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch):
