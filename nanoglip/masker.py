@@ -214,7 +214,7 @@ class Masker:
                 masker.teacher.load_state_dict(state["teacher"])
             if state.get("gaze"):
                 masker.looking(tower).load(state["gaze"])
-        except (TypeError, KeyError, RuntimeError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"the checkpoint's mask is of another version ({type(error).__name__}): train again"
             ) from None

@@ -19,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import evaluate
 import glip
 import train
 from nanoglip import runlog
 from nanoglip.config import TrainConfig
 from nanoglip.evals import benchmarks, probe, search
-from nanoglip.evals.encoder import Encoder
+from nanoglip.evals.encoder import Encoder, accuracy_by_place
 from nanoglip.machine import resolve
 from tests.fake_gpu import fake_gpu
 from tests.test_benchmarks import write_tree
@@ -281,6 +282,19 @@ def test_search_classification_and_attention_on_a_gpu(run, pairs):
     wanted, found = both(work)
     assert [path for path, _ in found[0]] == [path for path, _ in wanted[0]]
     torch.testing.assert_close(found[1], wanted[1])
+
+
+def test_a_map_of_places_on_a_gpu(run):
+    pairs = data.load("scenes-center", 16, ("Goog",), "Twtr")[1]
+    pairs.concept = pairs.concept[:9]
+
+    def work(device):
+        device = torch.device(device)
+        encoder = Encoder(glip.load_model(run / "model.pt")[0].to(device), resolve(device, "fp32"))
+        return accuracy_by_place(encoder, pairs)
+
+    wanted, found = both(work)
+    assert found == wanted and len(found) == 7
 
 
 def test_fine_tuning_on_a_gpu(run, tmp_path, monkeypatch):

@@ -629,6 +629,18 @@ def test_a_gaze_starts_as_glip(ratio, sigma):
     assert torch.equal(ours[0], theirs[0]) and ours[1] is None
 
 
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_a_gaze_that_is_no_gaze_is_told_in_a_sentence(part):
+    tower = GLIP(TINY).visual
+    masker = Masker("gaze", 0.5)
+    masker.looking(tower)
+    for wrong in ({}, {"state": {}, "param_groups": []}, None):
+        state = masker.state()
+        state["gaze"] = state["gaze"] | {part: wrong}
+        with pytest.raises(InputError, match="of another version"):
+            Masker.restored(state, tower)
+
+
 def test_gaze_hands_out_glips_chances_by_rank():
     """Any gaze: its highest patch is kept as often as GLIP keeps the centre, and so on down."""
     n, draws = 49, 20_000
