@@ -28,7 +28,7 @@ gpu: setup  ## tests of an NVIDIA GPU; without one each says that it was skipped
 bench: setup  ## training steps in turn with open_clip's: 40 minutes on an idle machine
 	$(RUN) tests/against_open_clip.py
 
-sweep: setup  ## the comparison of masks and the notebooks' runs: 9 hours on 2 cores, resumable
+sweep: setup  ## the comparison of masks and the notebooks' runs: 12 hours on 2 cores, resumable
 	$(RUN) -m tools.sweep
 
 readme: setup  ## rewrite the generated tables of README.md and docs/ from results/

@@ -4,6 +4,7 @@
     scenes-center    the same art, small, on photographs, in the centre
     scenes-corner    in a corner, where a centred mask should not help
     scenes-anywhere  anywhere
+    scenes-tiled     all over the picture, which then has no centre
     PATH or URL      yours: shards, a folder of pictures with equally named .txt files, or a CSV/TSV
 
     python data.py fetch cc3m|cc12m --list FILE.tsv --out DIR    download the images of a list

@@ -150,7 +150,7 @@ class Recipe:
 class Data:
     """Pairs of images and captions."""
 
-    data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, -anywhere, or PATHs, URLs
+    data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, ..., or PATHs, URLs
     data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
     crop_scale: tuple[float, float] = (0.5, 1.0)  # area of a crop: own images, --aclip's views
     max_bad: float = MAX_BAD  # share of unreadable images above which the run stops

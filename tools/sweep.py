@@ -1,6 +1,6 @@
 """The comparison of masks: every mask at equal steps and at equal time, for three seeds.
 
-    python -m tools.sweep            runs what results/ lacks; about nine hours on two cores
+    python -m tools.sweep            runs what results/ lacks; about twelve hours on two cores
     python -m tools.sweep --jobs 1   one run at a time, on all cores
     python -m tools.sweep --masks border gaussian     these masks alone
     python -m tools.sweep --list     prints the runs, and which of them results/ has
@@ -11,7 +11,9 @@ Equal time is computed from the cost of a step, which is measured once for each 
 runs (results/cost.json): a mask whose step costs more than GLIP's at the same ratio gets as many
 steps as cost the same. Where a step costs the same, one run serves both comparisons.
 
-The last runs are for notebooks and questions: other sigmas, fewer vendors, annealed ratios, tuning.
+The last runs are for notebooks and questions: other sigmas, fewer vendors, annealed ratios, tuning,
+scenes without a centre, optimizers. Their learning rates are searched on another vendor. The same
+command, given again after the search, makes the runs with the best of them.
 """
 
 import json
@@ -54,6 +56,10 @@ ART = ("Goog", "Appl", "FB", "Sams")  # to train on the first 1, 2, 4: the quest
 TUNING = {1: 2.86, 2: 1.43, 4: 0.74}  # epochs of their art that are the comparison's 20 steps
 MAPPED = {"scenes-center", "scenes-anywhere"}, {"none", "random", "gaussian", "gaze"}  # by place
 WATCHED = 100  # steps between the weights that the figure of the gaze is drawn from
+SHIFTS = ("--robustness", "--linear-probe")
+SHIFTED = {"emoji"}, {"none", "random", "gaussian", "gaze"}  # with robustness and a probe
+VALIDATION = "--held-out Joy --vendors Appl FB Goog Sams Wind"  # where settings are searched
+LRS = (5e-4, 1e-3, 2e-3, 4e-3)  # of each optimizer under each of three masks
 RECOVERY = {1788: 0.5, 1520: 2.0, 450: 8.0}  # steps at 91.8 %, and epochs of tuning of equal cost
 
 
@@ -222,28 +228,38 @@ def planned(cost: dict) -> list[Run]:
             words = ["--recipe", "compare", "--data", name, *mask_flags(mask, ratio)]
             words += [] if steps == full else ["--steps", str(steps)]
             whole = (ratio, steps) == (RATIOS[0], full)
-            mapped = whole and name in MAPPED[0] and mask in MAPPED[1]
+            more = ("--positions",) * (whole and name in MAPPED[0] and mask in MAPPED[1])
+            if whole and name in SHIFTED[0] and mask in SHIFTED[1]:
+                more = SHIFTS
             if steps is not None:
                 words += ["--seed", str(seed)]
                 words += ["--keep-every", str(WATCHED)] * (whole and mask == "gaze")
-                more = ("--positions",) * mapped
                 runs.append(Run(name, mask, ratio, equal, seed, tuple(words), more))
     return runs
 
 
-def questions() -> list[Run]:
-    """What the notebooks 05 and 06 ask beside the comparison, at 75 % and equal steps."""
-    three, shifts = ("none", "random", "gaussian"), ("--robustness", "--linear-probe")
+def questions(published: list[dict]) -> list[Run]:
+    """What the notebooks 05 and 06 ask beside the comparison, at 75 % and equal steps.
+
+    `published`: the runs of results/, from which the optimizers' learning rates are chosen.
+    """
+    three = ("none", "random", "gaussian")
     asked = [  # data, mask, flags of train.py, seeds, flags of evaluate.py
         *((HOME, "gaussian", f"--sigma {s}", 3, ()) for s in (0.05, 0.1, 0.4, 0.8)),
-        *(("emoji", mask, f"--vendors {' '.join(ART[:n])} --tune-epochs {epochs}", 1, shifts)
+        *(("emoji", mask, f"--vendors {' '.join(ART[:n])} --tune-epochs {epochs}", 1, SHIFTS)
           for n, epochs in TUNING.items() for mask in three),
         *((HOME, "gaussian", f, 2, ()) for f in ("--sigma 0.1 0.4", "--mask-center 0 0.5")),
         *((name, "gaussian", f"--mask-ratio {ends}", 3, ())
           for name in (HOME, "emoji") for ends in ("0.9 0.6", "0.6 0.9")),
         *((HOME, "gaussian", f"--mask-ratio 0.918 --steps {steps} --tune-epochs {epochs}", 3, ())
           for steps, epochs in RECOVERY.items()),
+        *(("scenes-tiled", mask, "", 3, ()) for mask in (*three, "gaze")),
     ]  # fmt: skip
+    for mask, optimizer in product(three, ("adamw", "muon")):
+        flags = [f"--optimizer {optimizer} --lr {lr}" for lr in LRS]
+        asked += [("emoji", mask, f"{VALIDATION} {words}", 1, ()) for words in flags]
+        if best := best_of(published, [f"--mask {mask} {VALIDATION} {words}" for words in flags]):
+            asked.append(("emoji", mask, flags[best[0]], 3, ()))
     runs = []
     for seed, (name, mask, flags, seeds, more) in product(SEEDS, asked):
         if seed < seeds:
@@ -251,6 +267,12 @@ def questions() -> list[Run]:
             ratio = 0.0 if mask == "none" else 0.918 if "0.918" in words else RATIOS[0]
             runs.append(Run(name, mask, ratio, "steps", seed, tuple(words), more))
     return runs
+
+
+def best_of(runs: list[dict], flags: list[str]) -> list[int]:
+    """The place of the most accurate of these flags in a list, empty before all were run."""
+    found = [seeds_of(runs, words) for words in flags]
+    return [found.index(max(found))] if all(found) else []
 
 
 def runs_of(runs: list[dict], flags: str) -> list[dict]:
@@ -312,8 +334,10 @@ def main() -> None:
         cost = complete_cost(cost, threads)
         results.save("cost", cost)
     wanted = options.masks or rows()
-    runs = {run.name: run for run in (*planned(cost), *questions()) if run.mask in wanted}
-    done = {run["name"]: run for run in results.load_runs()}
+    published = results.load_runs()
+    plan = (*planned(cost), *questions(published), *planned(cost))  # what the first asks wins
+    runs = {run.name: run for run in plan if run.mask in wanted}
+    done = {run["name"]: run for run in published}
     missing = [run for run in runs.values() if lacks(done.get(run.name), run)]
     if options.list:
         for run in runs.values():

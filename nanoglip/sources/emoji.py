@@ -29,7 +29,7 @@ from nanoglip.sources.pictures import Source, numbered
 VENDORS = ("Appl", "FB", "Goog", "Joy", "Sams", "Twtr", "Wind")
 FREE_ART = ("Goog", "Twtr")  # Apache-2.0 and CC BY 4.0: what published pictures may show
 HELD_OUT = "Twtr"
-SCENES = ("center", "corner", "anywhere")
+SCENES = ("center", "corner", "anywhere", "tiled")
 EMBEDDED = ("emoji", *(f"scenes-{place}" for place in SCENES))
 NATIVE = 72  # pixels a side of the art: larger pictures are enlarged when they are shown
 SHIFT = 1 / 16  # largest shift of a training picture, as a share of its side
@@ -147,7 +147,8 @@ class Emoji(Source):
         self.held = np.arange(len(rows) if split == "test" else 0)
         self.art = np.ascontiguousarray(art[rows].transpose(0, 3, 1, 2))       # (M, 4, side, side)
         if self.place:
-            self.photos, self.placed = photographs(split, image_size), self.moved
+            self.photos = photographs(split, image_size)
+            self.placed = self.moved if self.place != "tiled" else None
         else:  # on white
             self.art = self.art[:, :3] + (255 - self.art[:, 3:])
 
@@ -215,6 +216,7 @@ class Emoji(Source):
         size, side = self.image_size, self.art.shape[-1]
         images = np.empty((len(pasted), 3, size, size), np.uint8)
         room, jitter = size - side, min(2, (size - side) // 2)
+        count = size // side + 2  # of tiles that cover a side, wherever they are cut
         for image, art, draw in zip(images, pasted, draws, strict=True):
             photo = self.photos[int(draw[0] * len(self.photos))]
             _, height, width = photo.shape
@@ -228,9 +230,13 @@ class Emoji(Source):
                 y, x = (int(d * (jitter + 1)) for d in draw[3:5])
                 corner = int(draw[5] * 4)
                 y, x = (room - y if corner // 2 else y), (room - x if corner % 2 else x)
-            else:
+            elif self.place == "anywhere":
                 y, x = (int(d * (room + 1)) for d in draw[3:5])
-            under = image[:, y : y + side, x : x + side]
+            else:  # tiled: all over the picture, cut anywhere at the border
+                top, left = (int(d * side) for d in draw[3:5])
+                art = np.tile(art, (1, count, count))[:, top : top + size, left : left + size]
+                y, x = 0, 0
+            under = image[:, y : y + art.shape[1], x : x + art.shape[2]]
             clear = 255 - art[3].astype(np.uint16)
             under[:] = art[:3] + (under * clear // 255).astype(np.uint8)
         return torch.from_numpy(images)

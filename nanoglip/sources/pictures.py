@@ -348,7 +348,7 @@ class HeldOut:
         """The same pairs, every object at one place, shares of the room; InputError if it has none.
         """
         if not all(source.placed for source, _ in self.parts):
-            raise InputError("--positions moves the object of a scene: name a run on scenes-...")
+            raise InputError("--positions moves one object: name a run on scenes-center")
         return HeldOut([s.placed(down, across) for s, _ in self.parts], [i for _, i in self.parts])
 
     def render(self, ids: np.ndarray) -> Tensor:
