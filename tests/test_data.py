@@ -478,6 +478,34 @@ def test_crops_equal_torchvisions(tmp_path, cache):
         assert abs(ours.mean() - other.mean()) < 0.05 * max(width * 0.5, other.mean())
 
 
+@pytest.mark.parametrize(("side", "factors"), [(64, {1, 2, 4}), (33, {2, 4, 8})])
+def test_a_jpeg_is_decoded_as_small_as_its_crop_allows(side, factors):
+    """The crop is whole decoding's, and never has fewer than `side` pixels if that has more. What
+    differs after resizing is less than between bilinear and bicubic resizing."""
+    photo = photographs("test", 128)[5].transpose(1, 2, 0)  # 512 pixels high
+    apart, used = [], set()
+    for i, draw in enumerate(uniform(0, "scaled", 0, 24, DRAWS)):
+        file = io.BytesIO()
+        Image.fromarray(photo[: 128 + 11 * i, : 140 + 16 * (7 * i % 24)]).save(file, "JPEG")
+        crop = partial(pictures.random_crop, draw=draw)
+        found = pictures.decode(file.getvalue(), side, crop=crop)
+        whole = pictures.decode(file.getvalue(), 2**16)
+        left, top, w, h = crop(*whole.shape[1::-1])
+        k = max(k for k in (1, 2, 4, 8) if k == 1 or min(w, h) >= k * side)
+        used.add(k)
+        assert found.shape[:2] == (-(-h // k), -(-w // k))
+        cut = whole[top // k * k :, left // k * k :][: found.shape[0] * k, : found.shape[1] * k]
+        if k == 1:
+            assert np.array_equal(found, cut)
+            continue
+        ours, wanted = (pictures.resize(x, side, side).numpy().astype(int) for x in (found, cut))
+        bilinear = np.asarray(Image.fromarray(cut).resize((side, side), Image.Resampling.BILINEAR))
+        apart.append([np.abs(x - wanted).mean() for x in (ours, bilinear.transpose(2, 0, 1))])
+    assert used == factors
+    ours, bilinear = np.mean(apart, axis=0)
+    assert ours < bilinear < 2
+
+
 def test_bad_pictures_are_replaced_counted_and_named(tmp_path, cache, capsys):
     folder = make_pictures(tmp_path / "own")
     torn = folder / "004.jpg"

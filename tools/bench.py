@@ -1,8 +1,9 @@
 """Measurements: python -m tools.bench data | zero-shot | estimate | memory
 
-data       pictures a second from shards, beside open_clip's own pipeline. Both read 256-pixel JPEG
-           photographs (scikit-learn's and scikit-image's, cut up), crop and resize alike (half to
-           all of the area, bicubic, 224 pixels) and tokenise, in one process on one thread.
+data       pictures a second from shards, beside open_clip's own pipeline. Both read JPEGs of 256
+           pixels and more (scikit-learn's and scikit-image's photographs, cut up), crop and resize
+           alike (half to all of the area, bicubic, 224 pixels) and tokenise, in one process on one
+           thread. Beside them other ways to decode, and a thread that reads ahead from a disk.
 zero-shot  from encoded pictures and class names to accuracy, beside open_clip's own loop: the same
            weights, fp32, ImageNet's 80 prompts, 1.6 prompts a picture as there, and one accuracy.
 estimate   training steps beside what `train.py --estimate` says of them.
@@ -14,6 +15,7 @@ Results go to results/bench.json.
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -23,10 +25,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -39,8 +43,9 @@ from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import classification
 from nanoglip.machine import Device, machine, pick_device, resolve
+from nanoglip.noise import DRAWS, uniform
 from nanoglip.results import save_bench
-from nanoglip.sources import shards
+from nanoglip.sources import pictures, shards
 from nanoglip.sources.emoji import Emoji, photographs
 from nanoglip.sources.order import Batch, Batches, make_order
 
@@ -72,22 +77,25 @@ def clocked(run: Callable, *arguments: object) -> float:
 # --- Reading data ---------------------------------------------------------------------------------
 
 SIDE, BATCH = 224, 128
+LARGER = (512, 640, 1024)  # pixels of a shorter side, besides img2dataset's 256
 
 
-def make_shards(folder: Path, count: int = 4, size: int = 1000) -> list[bytes]:
+def make_shards(folder: Path, count: int = 4, size: int = 1000, side: int = 256) -> list[bytes]:
     """Write shards of photographs with captions, as img2dataset does; returns their JPEGs."""
     import webdataset
 
     photos = [p for split in ("train", "test") for p in photographs(split, 256)]
+    if side > 256:  # those of about their own size, mirrored where they end: larger ones are smooth
+        photos = [np.pad(p, [(0, 0), *[(0, side)] * 2], "symmetric") for p in photos[1::3]]
     draw, names, jpegs = np.random.default_rng(0), Emoji("emoji", 64, ("Goog",), "test"), []
     for shard in range(count):
         with webdataset.TarWriter(str(folder / f"{shard:05}.tar")) as writer:
             for i in range(shard * size, (shard + 1) * size):
                 photo = photos[i % len(photos)].transpose(1, 2, 0)
-                shape = 256, min(photo.shape[1], int(256 * draw.uniform(1, 1.5)))
+                shape = side, min(photo.shape[1], int(side * draw.uniform(1, 1.5)))
                 y, x = (draw.integers(0, n - m + 1) for n, m in zip(photo.shape, shape))
                 picture, file = photo[y : y + shape[0], x : x + shape[1]], io.BytesIO()
-                Image.fromarray(picture).save(file, "JPEG", quality=95)
+                Image.fromarray(picture).save(file, "JPEG", quality=95 if side == 256 else 85)
                 text = " and ".join(names.captions[j] for j in draw.integers(0, 1800, 3))
                 writer.write({"__key__": f"{i:09}", "jpg": file.getvalue(), "txt": text,
                               "json": {"caption": text, "width": shape[1]}})  # fmt: skip
@@ -95,9 +103,50 @@ def make_shards(folder: Path, count: int = 4, size: int = 1000) -> list[bytes]:
     return jpegs
 
 
-def our_batches(folder: Path) -> Iterator[int]:
-    """Sizes of our batches."""
-    source = shards.Shards(str(folder), SIDE)
+class Whole(shards.Shards):
+    """Every picture is decoded whole."""
+
+    def pixels(self, content: bytes, crop: Callable) -> np.ndarray:
+        return pictures.decode(content, 2**16, crop=crop)
+
+
+class Eighths(shards.Shards):
+    """Any eighth of the size that leaves twice the side, whatever the crop: our reader before."""
+
+    def pixels(self, content: bytes, crop: Callable) -> np.ndarray:
+        pictures.check_scans(content)
+        simplejpeg.decode_jpeg_header(content)
+        pixels = simplejpeg.decode_jpeg(content, min_height=2 * SIDE, min_width=2 * SIDE)
+        left, top, w, h = crop(*pixels.shape[1::-1])
+        return pixels[top : top + h, left : left + w]
+
+
+class FromDisk(shards.Shards):
+    """What is read is not in memory."""
+
+    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
+        for path in self.paths:
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return super().encoded(ids)
+
+
+class Ahead(FromDisk):
+    """A second thread reads the next batch meanwhile."""
+
+    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
+        if not hasattr(self, "pool"):
+            order = make_order(self, BATCH, 0, "pretrain")
+            self.pool, self.coming = ThreadPoolExecutor(1), map(order.batch, itertools.count())
+            self.next = self.pool.submit(super().encoded, next(self.coming))
+        found = self.next.result()
+        self.next = self.pool.submit(super().encoded, next(self.coming))
+        return found
+
+
+def our_batches(folder: Path, kind: type = shards.Shards) -> Iterator[int]:
+    """Sizes of our batches, by our reader or another."""
+    source = kind(str(folder), SIDE)
     order = make_order(source, BATCH, 0, "pretrain")
     batches, step = Batches(source, order, GLIPConfig.named("ViT-B-16"), 0, 1), 0
     while True:
@@ -139,17 +188,54 @@ def rate(sizes: Iterator[int], seconds: float) -> float:
     return count / (time.perf_counter() - begun)
 
 
+def differences(jpegs: list[bytes]) -> dict[str, float]:
+    """Levels by which resized crops differ, on average, from bicubic ones of whole pictures."""
+    found = []
+    for jpeg, draw in zip(jpegs, uniform(0, "bench", 0, len(jpegs), DRAWS), strict=True):
+        crop, size = partial(pictures.random_crop, draw=draw), (SIDE, SIDE)
+        ours, whole = pictures.decode(jpeg, SIDE, crop=crop), pictures.decode(jpeg, 2**16)
+        left, top, _, height = crop(*whole.shape[1::-1])
+        if (k := round(height / len(ours))) == 1:
+            continue
+        whole = whole[top // k * k :, left // k * k :][: k * ours.shape[0], : k * ours.shape[1]]
+        ours, wanted = (pictures.resize(x, *size).permute(1, 2, 0).numpy() for x in (ours, whole))
+        pillow = [np.asarray(Image.fromarray(whole).resize(size, way))
+                  for way in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)]  # fmt: skip
+        found.append([np.abs(x - wanted.astype(int)).mean() for x in (ours, *pillow)])
+    names = ("ours", "Pillow's bicubic", "Pillow's bilinear")
+    return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+
+
 def measure_data(options: argparse.Namespace) -> dict:
-    """Rates of both readers."""
+    """Rates of both readers for pictures of each size; for larger ones, what scaling changes."""
     torch.set_num_threads(1)
+    rows, jpegs = [], {}
     with tempfile.TemporaryDirectory() as name:
-        jpegs = make_shards(folder := Path(name))
-        shards.build(name, 1)
-        readers = {"ours": our_batches(folder), "open_clip": their_batches(folder)}
-        timed = {key: partial(rate, sizes, options.seconds) for key, sizes in readers.items()}
-        medians, ratios, ranges = in_turn(options.rounds, timed)
-    return {"pictures_per_second": medians, "ours_to": ratios, "range": ranges,
-            "rounds": options.rounds, "mean_bytes": statistics.mean(map(len, jpegs))}  # fmt: skip
+        for side in (256, *LARGER):
+            (folder := Path(name, str(side))).mkdir()
+            jpegs[side] = make_shards(folder, 4 if side == 256 else 1, side=side)
+            shards.build(str(folder), 1)
+        os.sync()  # or what is being written stays in memory
+        for side, own in jpegs.items():
+            folder = Path(name, str(side))
+            kinds = {"ours": shards.Shards, "whole": Whole, "eighths": Eighths}
+            readers = {key: our_batches(folder, kind) for key, kind in kinds.items()}
+            readers["open_clip"] = their_batches(folder)
+            timed = {key: partial(rate, sizes, options.seconds) for key, sizes in readers.items()}
+            medians, ratios, ranges = in_turn(options.rounds, timed)
+            size = {"pixels": side, "mean_bytes": statistics.mean(map(len, own))}
+            rows.append(
+                {**size, "pictures_per_second": medians, "ours_to": ratios, "range": ranges}
+            )  # fmt: skip
+        disk = in_turn(options.rounds, {
+            key: partial(rate, our_batches(Path(name, "256"), kind), options.seconds)
+            for key, kind in (("ahead", Ahead), ("ours", FromDisk))
+        })  # fmt: skip
+    for row in rows[1:]:
+        row["differences"] = differences(jpegs[row["pixels"]][:200])
+    return {**rows[0], "larger": rows[1:], "rounds": options.rounds, "from_disk": {
+        "pictures_per_second": disk[0], "ahead_to": disk[1]["ours"], "range": disk[2]["ours"],
+    }}  # fmt: skip
 
 
 # --- Zero-shot classification ---------------------------------------------------------------------
