@@ -47,11 +47,17 @@ class Gaze(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), bytes or in [0, 1] -> scores (B, N)."""
-        for side, n in enumerate(self.grid, 2):  # the middle pixel of each cell
-            middles = (torch.arange(CELLS * n, device=images.device) + 0.5) / (CELLS * n)
-            images = images.index_select(side, (middles * images.shape[side]).long())
+        height, width = images.shape[2:]
+        down, across = (
+            ((torch.arange(CELLS * n, device=images.device) + 0.5) / (CELLS * n) * side).long()
+            for n, side in zip(self.grid, (height, width), strict=True)
+        )  # the middle pixel of each cell
+        colours = torch.arange(3, device=images.device)[:, None, None]
+        places = (colours * height + down[:, None]) * width + across           # (3, cR, cC)
+        places = patchify(places[None], self.grid).flatten()                   # (N 3cc,)
+        x = images.flatten(1).gather(1, places.expand(len(images), -1))  # index_select is slower
         scale = 255 if images.dtype == torch.uint8 else 1
-        x = patchify(images, self.grid).to(self.position).mul_(4 / scale).sub_(2)
+        x = x.unflatten(1, (len(self.position), -1)).to(self.position).mul_(4 / scale).sub_(2)
         x = x.unflatten(2, (3, -1))                                            # (B, N, 3, cc)
         contrast = x.sub(x.mean((1, 3), keepdim=True)).abs_()  # to the picture's mean colour
         self.seen = torch.cat([x, contrast], dim=2).flatten(2)                 # (B, N, 6cc)
@@ -62,7 +68,7 @@ class Gaze(nn.Module):
         """While it learns: score what is kept (B, K) of the pictures seen last, with a graph."""
         if self.asked is not None:
             rows = torch.arange(len(ids_keep), device=ids_keep.device)[:, None] * len(self.position)
-            x = self.seen.flatten(0, 1)[rows + ids_keep]                       # (B, K, 6cc)
+            x = F.embedding(rows + ids_keep, self.seen.flatten(0, 1))          # (B, K, 6cc)
             place = F.embedding(ids_keep, self.position[:, None])              # (B, K, 1)
             self.asked.append((self.judge(F.gelu(self.look(x))) + place)[..., 0])
         del self.seen
