@@ -303,7 +303,7 @@ def run_benchmarks(
     places, captioned, to_probe = options.zero_shot, options.retrieval, []
     if options.suite != "none":
         own, own_captioned, missing = benchmarks.suite(Path(options.root))
-        if rank == 0 and missing:
+        if missing:
             cli.say("\n".join(missing))
         if not (own or own_captioned or places or captioned):
             raise InputError(f"--root {options.root}: none of the paper's sets is in it")

@@ -486,7 +486,7 @@ def overfit(config: TrainConfig) -> None:
         guess = math.log(config.batch_size)
         batch = stage.batches[0]
         if len(batch.tokens.unique(dim=0)) < len(batch.tokens):
-            raise InputError("the batch has equal captions, so no loss near 0 exists: change them")
+            raise InputError("equal captions in the batch, so no loss near 0: give another --seed")
         for step in range(config.steps):
             stage.masker.before_step(step, config.steps, model.visual, stage.batches.sample)
             noise = stage.batches.noise("mask", step * config.batch_size, stage.batches.patches)
@@ -503,7 +503,7 @@ def overfit(config: TrainConfig) -> None:
             if (step + 1) % 50 == 0 or loss < 0.05:
                 print(f"step {step + 1}: loss {loss:.3f} (ln batch {guess:.2f}), scale {scale:.1f}")
             if loss < 0.05:
-                print(f"{config.batch_size} pairs are overfitted: model and loss work")
+                print(f"{config.overfit} pairs are overfitted on {on.device}: model and loss work")
                 return
         with torch.no_grad():
             features = model(batch.images.to(on.device), batch.tokens)[:2]

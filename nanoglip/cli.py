@@ -34,8 +34,9 @@ def printable(text: object) -> str:
 
 
 def say(text: str) -> None:
-    """Print lines of text that may hold names from elsewhere."""
-    print("\n".join(map(printable, text.split("\n"))))
+    """Print lines of text that may hold names from elsewhere, on rank 0 alone."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print("\n".join(map(printable, text.split("\n"))))
 
 
 def counted(n: int, what: str) -> str:
@@ -103,7 +104,7 @@ def message_of(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(error, Stopped):
         return STOPPED, [first]
     if isinstance(error, KeyboardInterrupt):
-        return 130, ["interrupted; the same command resumes from what was kept"]
+        return 130, ["interrupted; the same command goes on with what was saved, if anything was"]
     if isinstance(error, OSError) and error.filename is not None:
         return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
     if isinstance(error, MemoryError) or any(words in first for words in SHORT):

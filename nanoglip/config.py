@@ -28,7 +28,7 @@ import tyro
 import glip
 from glip import GLIPConfig, InputError
 from nanoglip.aliases import translated
-from nanoglip.cli import check_numbers, place, say
+from nanoglip.cli import check_numbers, say
 from nanoglip.losses import LOSSES
 from nanoglip.masker import Masker
 from nanoglip.masks import MASKS, Setting, check_setting, sample_mask, settings_of
@@ -291,7 +291,7 @@ MACHINE = {  # what no result depends on
 def parse(arguments: list[str] | None = None) -> TrainConfig:
     """The settings of a command line: defaults, the recipe's, a file's, what was given by hand."""
     arguments, told = translated(sys.argv[1:] if arguments is None else arguments)
-    if told and place()[0] == 0:
+    if told:
         say("\n".join(told))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe")

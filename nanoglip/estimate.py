@@ -15,7 +15,7 @@
                 of all pairs there and back, which wait for nothing
     reader    = pairs a second / pictures a second that a core of ours reads
     disk      = three training checkpoints of 12 bytes a parameter (8 where Muon is), weights once,
-                and SHARD_BYTES a pair
+                and PAIR_BYTES a pair, which are read once an epoch
 
 Bytes touched: TOUCHED times those of activations, STATE times the optimizer's. For a GPU the
 rates are the vendor's, times ATTAINED, which is our assumption. `here` measures both rates first.
@@ -55,11 +55,12 @@ MACHINE = 8  # GPUs in one machine
 NETWORK = 50e9  # bytes a second for each GPU between machines, 400 Gbit/s
 TOUCHED = 3.0  # times that an activation is read or written in a step; see `bench.py estimate`
 STATE = (0.4, 2.0)  # the same for the optimizer's state: on a CPU, with pages that exist; on a GPU
-SHARD_BYTES = 30e3  # a pair's, at 256 pixels: img2dataset reports 331 GB for CC12M
 PAIRS = {  # of the sets that recipes are for, from their sources
     "cc3m": 2_905_954, "cc12m": 10_968_539, "cluster-masking": 10_968_539, "clip-pgs": 10_968_539,
     "a-clip": 14_829_396, "flip": 400_000_000, "clipa": 400_000_000,
 }  # fmt: skip
+PAIR_BYTES = {name: 90e3 if pairs < 12e6 else 30e3 for name, pairs in PAIRS.items()}  # on disk:
+# the snapshots of CC3M and CC12M take 250 GB and 1 TB; at 256 pixels CC12M takes 331 (img2dataset)
 
 
 @dataclass(frozen=True)
@@ -298,12 +299,17 @@ def tell(config: TrainConfig, stages: list) -> str:
         disk += f", {own / 1e9:.3g} GB of what --keep-every keeps ({count} steps)"
     if not config.data and config.recipe in PAIRS:
         pairs = PAIRS[config.recipe]
-        disk += (f", {pairs * SHARD_BYTES / 1e9:,.0f} GB of shards ({pairs:,} pairs, pictures of "
-                 f"256 pixels, {SHARD_BYTES / 1e3:.0f} KB a pair)")  # fmt: skip
+        each = PAIR_BYTES[config.recipe]
+        disk += f", {pairs * each / 1e9:,.0f} GB of shards ({pairs:,} pairs of {each / 1e3:.0f} KB)"
     if not set(config.data) & set(EMBEDDED):
         rate, most = reader_rate(), max(stage["pairs_per_second"] for stage in found)
         lines.append(f"reader: {most:,.0f} pairs a second need {most / rate:.3g} CPU cores like "
-                     f"ours, {rate:,.0f} each (`python -m tools.bench data`)")  # fmt: skip
+                     f"ours, {rate:,.0f} each of 256 pixels (`python -m tools.bench data`)")
+        each = PAIR_BYTES.get(config.recipe, 0)
+        if stages:  # 0 where the source has no shards
+            each = stages[0].batches.pairs.addresses[:, 1].sum() / len(stages[0].batches.pairs)
+        if each:
+            lines[-1] += f", and {most * each / 1e9:.2g} GB/s of disk, {each / 1e3:.0f} KB a pair"
     lines.append(disk)
     if on.name == config.estimate:
         lines.append(f"not verified: no GPU has run this; assumed are {ATTAINED[0]:.0%} of the "

@@ -86,6 +86,13 @@ def test_a_terminal_obeys_nothing_in_a_sentence(monkeypatch, capsys):
     assert capsys.readouterr().out == "one?[2J\ntwo\n"
 
 
+def test_a_sentence_is_told_by_rank_0_alone(monkeypatch, capsys):
+    for rank in ("0", "1", "7"):
+        monkeypatch.setenv("RANK", rank)
+        cli.say(f"rank {rank}")
+    assert capsys.readouterr().out == "rank 0\n"
+
+
 def test_every_script_has_the_handler():
     for script in (bench, convert, data, evaluate, finetune, tables, sweep, train):
         assert script.main.__wrapped__.__module__ == script.__name__

@@ -29,6 +29,7 @@ import glip
 import train
 from glip import GLIPConfig, InputError
 from nanoglip import files
+from nanoglip.config import parse
 from nanoglip.noise import DRAWS, uniform
 from nanoglip.sources import captions, order, pictures, shards
 from nanoglip.sources.order import Batches, MixedOrder, ShardOrder, loader, make_order
@@ -766,6 +767,15 @@ def spoil(folder, numbers):
             file.seek(block * 512)
             file.write(b"<html>" + bytes(size - 6))
     shards.build(str(folder), 1)
+
+
+def test_a_batch_with_equal_captions_is_not_overfitted(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "caption", lambda number: "the same")
+    folder = make_shards(tmp_path / "same", 1)
+    shards.build(str(folder), 1)
+    flags = ["--data", str(folder), "--overfit", "4", "--image-size", "16"]
+    with pytest.raises(InputError, match=r"equal captions.*: give another --seed"):
+        train.overfit(parse(flags))
 
 
 @pytest.fixture(scope="module")

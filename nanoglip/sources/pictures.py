@@ -195,6 +195,7 @@ class Source:
     concept: np.ndarray | None = None  # (M,) number of each picture's caption in `captions`
     flags: np.ndarray | None = None  # (C,) which captions are flags, where they are class names
     shard_starts = np.empty(0, int)  # (S + 1,) first id of each shard
+    addresses = np.empty((0, 2), int)  # (M, 2) where in a shard each picture lies, and its bytes
     sources: Sequence["Source"] = ()  # that this one consists of
     weights: Sequence[float] = ()  # passes over each of them in an epoch
     publishable = True  # whether figures may show the pictures
