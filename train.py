@@ -17,7 +17,6 @@ are listed in quarantine.jsonl, the pictures of a batch that was not finite in b
 import contextlib
 import json
 import math
-import os
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +29,15 @@ import data
 import glip
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, checkpoint, cli, distributed, estimate, files
-from nanoglip.config import MACHINE, TrainConfig, check, masker_of, parse, run_name
+from nanoglip.config import (
+    MACHINE,
+    TrainConfig,
+    check,
+    masker_of,
+    parse,
+    run_name,
+    workers_of,
+)
 from nanoglip.evals.benchmarks import open_sets
 from nanoglip.files import locked
 from nanoglip.losses import cached_gradients, contrastive_loss, rows_at_once
@@ -40,7 +47,6 @@ from nanoglip.masks import settings_of
 from nanoglip.runlog import Report, Stage, cut_log, listening, opened_logs
 from nanoglip.sources import captions
 from nanoglip.sources.captions import TextMask
-from nanoglip.sources.emoji import EMBEDDED
 from nanoglip.sources.order import Batch, Batches, loader, make_order
 
 # --- Pure functions of the step, and the optimizer ------------------------------------------------
@@ -249,14 +255,6 @@ def compile_towers(model: GLIP, watched: bool = False) -> None:
     model.transformer.compile()
 
 
-def workers_of(config: TrainConfig) -> int:
-    """Data workers of this rank: as asked for, else by the number of its cores."""
-    if config.workers >= 0 or config.data[0] in EMBEDDED:
-        return max(0, config.workers)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, min(8, cores))
-
-
 def compute_gradients(
     model: GLIP, batch: Batch, masker: Masker, loss: str, on: Device, micro_batch: int = 0,
     shared: nn.Module | None = None,
@@ -265,7 +263,7 @@ def compute_gradients(
 
     `shared` is `model` as ranks share it. With micro_batch that many pairs are in memory.
     """
-    images, tokens, noise, _, _ = batch.to_device(on.device)
+    images, tokens, noise, *_ = batch.to_device(on.device)
     shared = model if shared is None else shared
     with on.autocast():
         if micro_batch:
@@ -282,7 +280,7 @@ def aclip_gradients(
     on: Device, shared: nn.Module,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """compute_gradients with A-CLIP's two views and its other losses."""
-    images, tokens, noise, views, _ = batch.to_device(on.device)
+    images, tokens, noise, views, *_ = batch.to_device(on.device)
     with on.autocast():
         loss, scale, visible = aclip.aclip_loss(
             shared, network, masker, images, tokens, noise, views, crop_scale

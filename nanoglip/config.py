@@ -544,6 +544,23 @@ def masker_of(config: TrainConfig) -> Masker:
     return Masker(config.mask, config.mask_ratio, **settings)
 
 
+def cores() -> int:
+    """CPU cores for each process that torchrun started here."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def embedded(config: TrainConfig) -> bool:
+    """Whether no file of the user's is read."""
+    return bool({*config.data[:1]} & {*EMBEDDED})
+
+
+def workers_of(config: TrainConfig) -> int:
+    """Data workers of this rank: as asked for, else by the number of its cores."""
+    if config.workers >= 0 or embedded(config):
+        return max(0, config.workers)
+    return min(8, cores())
+
+
 def path_name(path: str) -> str:
     """The last name of a path, with a checksum of the rest if there is one."""
     path = os.path.normpath(path)

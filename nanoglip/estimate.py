@@ -22,6 +22,7 @@ rates are the vendor's, times ATTAINED, which is our assumption. `here` measures
 """
 
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -35,10 +36,9 @@ import glip
 from glip import GLIPConfig, InputError
 from nanoglip import aclip
 from nanoglip.cli import counted
-from nanoglip.config import TrainConfig, masker_of
+from nanoglip.config import TrainConfig, cores, embedded, masker_of, workers_of
 from nanoglip.losses import LOGIT_BYTES, rows_at_once
 from nanoglip.machine import memory_of, resolve
-from nanoglip.sources.emoji import EMBEDDED
 
 GPUS = {
     # name: FLOP/s in bf16 (dense) and fp32, bytes/s of memory, bytes of it, bytes/s to neighbours
@@ -301,8 +301,9 @@ def tell(config: TrainConfig, stages: list) -> str:
         pairs = PAIRS[config.recipe]
         each = PAIR_BYTES[config.recipe]
         disk += f", {pairs * each / 1e9:,.0f} GB of shards ({pairs:,} pairs of {each / 1e3:.0f} KB)"
-    if not set(config.data) & set(EMBEDDED):
+    if not embedded(config):
         rate, most = reader_rate(), max(stage["pairs_per_second"] for stage in found)
+        workers = math.ceil(most / rate / on.count)
         lines.append(f"reader: {most:,.0f} pairs a second need {most / rate:.3g} CPU cores like "
                      f"ours, {rate:,.0f} each of 256 pixels (`python -m tools.bench data`)")
         each = PAIR_BYTES.get(config.recipe, 0)
@@ -310,6 +311,12 @@ def tell(config: TrainConfig, stages: list) -> str:
             each = stages[0].batches.pairs.addresses[:, 1].sum() / len(stages[0].batches.pairs)
         if each:
             lines[-1] += f", and {most * each / 1e9:.2g} GB/s of disk, {each / 1e3:.0f} KB a pair"
+        lines[-1] += f": --workers {workers}" + " for each process" * (on.count > 1)
+        if on.name == config.estimate:
+            lines[-1] += " (default: its cores, at most 8)"
+        else:
+            lines[-1] += f"; here are {counted(cores(), 'core')}, and train.py takes "
+            lines[-1] += str(workers_of(config))
     lines.append(disk)
     if on.name == config.estimate:
         lines.append(f"not verified: no GPU has run this; assumed are {ATTAINED[0]:.0%} of the "

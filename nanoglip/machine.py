@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,21 @@ def resolve(device: str | torch.device, precision: str) -> Device:
     """The device and precision that --device and --precision name; a torch.device is kept."""
     device = pick_device(device) if isinstance(device, str) else device
     return Device(device, use_bf16(precision, device))
+
+
+def mark(device: torch.device) -> object:
+    """Now, in the device's own order of work; on a GPU it may come later, so nobody waits for it.
+    """
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: object, end: object) -> float:
+    """Seconds between two marks, which the device must have reached."""
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
 
 
 def memory_of(device: torch.device) -> int:

@@ -31,11 +31,11 @@ from tqdm import tqdm
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import checkpoint, distributed, files, page
 from nanoglip.cli import Stopped, counted, printable, say
-from nanoglip.config import RECIPES, TrainConfig
+from nanoglip.config import RECIPES, TrainConfig, cores, embedded, workers_of
 from nanoglip.evals.benchmarks import Benchmark, score_sets
 from nanoglip.evals.encoder import Encoder, quick
 from nanoglip.files import prune
-from nanoglip.machine import Device, machine
+from nanoglip.machine import Device, between, machine, mark
 from nanoglip.masker import Masker
 from nanoglip.sources.order import Batch, Batches
 from nanoglip.sources.pictures import HeldOut
@@ -184,6 +184,8 @@ def opened_logs(
 
 
 SHOWN = 12  # pairs on the page
+MINUTE = 60.0  # seconds over which the reader is judged
+SLOW = 0.1  # share of them that may go by waiting for data
 
 
 class Report:
@@ -198,6 +200,7 @@ class Report:
         self.sets, self.scored = sets, ""  # what is evaluated besides held-out pairs, and the last
         self.seconds, self.steps = {}, {}  # of each stage, evaluations left out
         self.read, self.bad, self.quarantined, self.news, self.told = 0, 0, set(), [], 0
+        self.untold = set() if rank or embedded(config) else {"demand", "waiting"}  # of the reader
         self.chance = config.loss == "clip" and not config.aclip  # guessing loses ln(batch)
         self.pairs = {}  # on the page
         self.machine = machine(on.device)
@@ -214,21 +217,24 @@ class Report:
         self, stage: Stage, network: nn.Module, optimizers: list, state: dict
     ) -> None:  # fmt: skip
         """Start the clock of a stage; it stops during evaluation."""
-        self.stage, self.network, self.optimizers, self.waited = stage, network, optimizers, 0.0
+        self.stage, self.network, self.optimizers = stage, network, optimizers
+        self.waited, self.reading, self.gaps, self.judged = 0.0, 0.0, [], ()
         self.model = network.model if stage.aclip else network
         self.every = self.config.eval_every or max(1, math.ceil(stage.steps / 4))
         self.bar = tqdm(
             total=stage.steps, desc=stage.name, disable=self.rank > 0, dynamic_ncols=True,
             initial=state.get("step", 0), mininterval=0.5 if sys.stderr.isatty() else 20,
         )  # fmt: skip
-        self.begun = self.ready = self.saved = time.perf_counter()
+        self.begun = self.saved = time.perf_counter()
         self.begun -= self.seconds.get(stage.name, 0.0)
+        self.ready = mark(self.on.device)
         self.before = sum(steps for name, steps in self.steps.items() if name != stage.name)
 
     def data_arrived(self, batch: Batch) -> None:
-        """Add the time since the last step to the time waited; collect unreadable pictures."""
+        """Mark the end of the wait since the last step; collect unreadable pictures."""
         self.batch = batch
-        self.waited += time.perf_counter() - self.ready
+        self.gaps.append((self.ready, mark(self.on.device)))
+        self.reading += batch.core_seconds
         self.read += self.stage.batches.share
         self.bad += len(batch.bad)
         self.news += batch.bad
@@ -303,7 +309,7 @@ class Report:
                 bad = counted(len(self.quarantined), "picture")
                 say(f"{bad} could not be read: {self.reasons()}; "
                     f"listed in {self.out}/quarantine.jsonl")  # fmt: skip
-        self.ready = time.perf_counter()
+        self.ready = mark(self.on.device)
 
     def save_step(self, done: int) -> bool:
         """Whether --save-every or --keep-every asks for a checkpoint here."""
@@ -336,6 +342,8 @@ class Report:
         self.check_bad(bad, self.read * self.world)
         batch_size = self.stage.batches.order.batch_size
         elapsed = time.perf_counter() - self.begun
+        self.waited += sum(between(*gap) for gap in self.gaps)  # the loss was read, so all are past
+        self.gaps = []
         rate, waiting = (step + 1) * batch_size / elapsed, self.waited / elapsed
         shares = {"mask_ratio": self.stage.masker.mask_ratio} if self.stage.masker.annealed else {}
         if visible is not None:  # of this process's pictures
@@ -353,6 +361,37 @@ class Report:
             + self.scored,
             refresh=False,
         )
+        self.judge_reader(step, elapsed, self.waited, self.reading)
+
+    def judge_reader(self, *now: float) -> None:
+        """Say once what the steps of a minute want of the reader, and if they wait, what to do.
+
+        `now`: steps, seconds, seconds of waiting, seconds of cores for reading. The first record
+        starts the first minute, so that the start of workers does not count.
+        """
+        self.judged = self.judged or now
+        steps, seconds, waited, reading = (b - a for a, b in zip(self.judged, now, strict=True))
+        if not self.untold or seconds < MINUTE:
+            return
+        self.judged, busy = now, max(seconds - waited, 1e-3)  # busy: if data were always there
+        wants, has, there = reading / busy, workers_of(self.config), cores()
+        if "demand" in self.untold:
+            self.bar.write(
+                f"reader: {steps * self.stage.batches.share / busy:,.0f} pairs a second in each "
+                f"process want {wants:.2g} cores; it has {counted(has, 'worker')} and "
+                f"{counted(there, 'core')}"
+            )
+        if waited > SLOW * seconds and "waiting" in self.untold:
+            self.untold = self.untold - {"waiting"}
+            remedy = "copy the data to a local disk, or give more --workers"
+            if wants > 0.8 * max(1, has):  # decoding keeps the workers busy
+                remedy = "store pictures of 256 pixels"
+                if has < there:
+                    more = min(there, max(has, math.ceil(wants)) + 1)
+                    remedy = f"give --workers {more}, or {remedy}"
+            self.bar.write(f"reader: {waited / seconds:.0%} of the last {seconds:.0f} s went by "
+                           f"waiting for data: {remedy} (docs/data.md)")  # fmt: skip
+        self.untold -= {"demand"}
 
     def check_finite(self, step: int, loss: float = 0.0) -> None:
         """Stop after a loss or gradient that was not finite, before the next save.

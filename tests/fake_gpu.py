@@ -1,6 +1,7 @@
 """A pretended cuda:0 on a CPU: torch's FakeTensorMode, whose tensors carry their values along."""
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -159,6 +160,20 @@ class Stream:
         self.record_event = self.wait_event = lambda event=None: None
 
 
+class Event:
+    """A moment in a GPU's work; as there, its time is refused until the host has waited for it."""
+
+    def __init__(self, waits, enable_timing=False):
+        self.waits, self.timed, self.place = waits, enable_timing, None
+
+    def record(self):
+        self.place = len(self.waits)
+
+    def elapsed_time(self, end):
+        assert self.timed and end.timed and self.place <= end.place < len(self.waits)
+        return 0.0
+
+
 class Loader(DataLoader):
     """What it brings is pinned, if that is asked for, as the mode understands it."""
 
@@ -201,6 +216,7 @@ def fake_gpu(world=1):
             "is_available": lambda: True, "device_count": lambda: 8, "set_device": lambda d: None,
             "get_device_name": lambda d=None: "fake", "is_bf16_supported": lambda **how: True,
             "current_device": lambda: 0, "get_device_capability": lambda d=None: (9, 0),
+            "Event": partial(Event, mode.waits),
             "Stream": Stream, "current_stream": Stream, "stream": contextlib.nullcontext,
             "is_current_stream_capturing": lambda: False,
             "get_device_properties": lambda d: SimpleNamespace(total_memory=80 * 2**30),

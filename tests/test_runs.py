@@ -4,13 +4,17 @@ import base64
 import html.parser
 import io
 import json
+import math
+import os
 import platform
 import re
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -24,6 +28,7 @@ from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, estimate, losses, page, results, runlog
 from nanoglip.cli import STOPPED
 from nanoglip.config import check, parse
+from nanoglip.sources.pictures import Pictures
 from tests import against_open_clip
 from tests.processes import ROOT
 from tests.torture import BASE, TINY, start, stop
@@ -358,6 +363,96 @@ def test_the_estimate_names_cores_and_disk_and_that_no_gpu_ran():
     assert f"| {float(hours):.1f} |" in tables.paper_hours()  # the README's, from the same source
     told = estimate.tell(parse(["--estimate", "h100", "--tune-epochs", "0"]), [])
     assert "reader" not in told and "shards" not in told
+
+
+def test_the_estimate_says_how_many_workers_read(monkeypatch):
+    told = estimate.tell(parse(["--recipe", "cc12m", "--estimate", "h100x8"]), [])
+    cores, workers = re.search(r"need ([\d.]+) CPU.*: --workers (\d+) for each", told).groups()
+    assert int(workers) == math.ceil(float(cores) / 8) and "here are" not in told
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    for flags, taken in (((), 8), (("--workers", "3"), 3)):
+        told = estimate.tell(parse(["--recipe", "cc12m", "--estimate", "here", *flags]), [])
+        assert f": --workers 1; here are 24 cores, and train.py takes {taken}\n" in told
+
+
+@pytest.fixture
+def on_files(tmp_path, small_model, monkeypatch):
+    """A function that trains on files, with flags, and returns what was said of the reader."""
+    for i in range(40):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"red {i}")
+    monkeypatch.setattr(runlog, "MINUTE", 1e-3)
+
+    def trained(capsys, *flags):
+        run = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        train.train(parse([
+            "--data", str(tmp_path), "--batch-size", "16", "--image-size", "32", "--steps", "8",
+            "--warmup", "1", "--log-every", "2", "--eval-every", "1000", "--tune-epochs", "0",
+            "--optimizer", "adamw", "--precision", "fp32", "--out", str(run), *flags,
+        ]))  # fmt: skip
+        said = re.findall("^reader: .*", capsys.readouterr().out, re.MULTILINE)
+        records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        return said, [record["data_wait"] for record in records if "data_wait" in record][-1]
+
+    return trained
+
+
+def asleep(seconds):
+    time.sleep(seconds)
+
+
+def computing(seconds):
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+@pytest.mark.parametrize(("slowly", "workers", "cores", "remedy"), [
+    (asleep, 0, 2, "copy the data to a local disk, or give more --workers"),
+    (computing, 0, 9, "give --workers [3-9], or store pictures of 256 pixels"),
+    (computing, 1, 1, "store pictures of 256 pixels"),
+])  # fmt: skip
+def test_a_run_that_waits_for_data_says_so_and_what_to_do(
+    slowly, workers, cores, remedy, on_files, monkeypatch, capsys
+):  # fmt: skip
+    encoded = Pictures.encoded
+    monkeypatch.setattr(Pictures, "encoded", lambda s, ids: slowly(0.2) or encoded(s, ids))
+    monkeypatch.setattr(runlog, "cores", lambda: cores)
+    (demand, waiting), share = on_files(capsys, "--workers", str(workers))
+    assert share > 0.5
+    rate, wants, has = re.search(
+        r"([\d,]+) pairs a second in each process want ([\d.e+-]+) cores; it has (\d) w", demand
+    ).groups()  # fmt: skip
+    assert int(has) == workers and int(rate.replace(",", "")) > 16 / 0.2
+    assert (float(wants) > 0.8) == (slowly is computing)
+    assert re.search(rf"[5-9]\d% of the last \d s went by waiting for data: {remedy} \(", waiting)
+
+
+def test_waiting_is_told_once_above_a_tenth_of_a_minute_and_not_at_the_start(monkeypatch):
+    """Records of (step, seconds, seconds waited, seconds of cores), batches of 20 pairs."""
+    report, said = object.__new__(runlog.Report), []
+    report.config, report.judged = parse(["--data", "x", "--workers", "4"]), ()
+    report.stage = SimpleNamespace(batches=SimpleNamespace(share=20))
+    report.bar, report.untold = SimpleNamespace(write=said.append), {"demand", "waiting"}
+    monkeypatch.setattr(runlog, "cores", lambda: 6)
+    report.judge_reader(10, 40.0, 39.0, 8.0)
+    report.judge_reader(20, 41.0, 39.5, 9.0)  # half of a second says nothing
+    assert said == []
+    report.judge_reader(110, 104.0, 43.0, 100.0)  # 4 of 64 seconds; 92 of cores in the other 60
+    (demand,) = said
+    assert demand == (
+        "reader: 33 pairs a second in each process want 1.5 cores; it has 4 workers and 6 cores"
+    )
+    report.judge_reader(210, 164.0, 48.9, 200.0)
+    assert len(said) == 1
+    report.judge_reader(310, 224.0, 55.0, 400.0)
+    report.judge_reader(410, 284.0, 95.0, 600.0)
+    assert said[1:] == ["reader: 10% of the last 60 s went by waiting for data: give --workers 5, "
+                        "or store pictures of 256 pixels (docs/data.md)"]  # fmt: skip
+
+
+def test_a_run_on_embedded_data_says_nothing_of_files(on_files, capsys):
+    assert on_files(capsys, "--data", "emoji")[0] == []
 
 
 REUSED = """

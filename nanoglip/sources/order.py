@@ -6,6 +6,7 @@ workers nor processes nor what was read before change what stands at a position.
 """
 
 import signal
+import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import partial
@@ -247,6 +248,7 @@ class Batch(NamedTuple):
     noise: Tensor  # (B, N) fp32, for the patch mask
     views: Tensor  # (B, 0); where views are cut out of whole pictures, their noise and aspect ratio
     bad: list[list[str]]  # [source, where, reason] of each unreadable picture that was replaced
+    core_seconds: float = 0.0  # that it took to read
 
     def to_device(self, device: torch.device) -> "Batch":
         """The batch with all but the tokens on a device."""
@@ -255,7 +257,7 @@ class Batch(NamedTuple):
 
 
 class Batches(Dataset):
-    """Item `step`: this process's share of the global batch, a pure function of the step.
+    """Item `step`: this process's share of the global batch, but for its time a pure function.
 
     A stage that cuts `views` out of pictures gets them whole, squeezed into the square; with
     `prompts` class names are put in templates.
@@ -270,7 +272,7 @@ class Batches(Dataset):
         self.rank, self.share, self.prompts = rank, order.batch_size // world, prompts
 
     def __getitem__(self, step: int) -> Batch:
-        start = self.rank * self.share
+        start, begun = self.rank * self.share, time.process_time()
         position = step * self.order.batch_size + start
         ids = self.order.batch(step)[start : start + self.share]
         draws = self.noise("augment", position, DRAWS).numpy()
@@ -281,7 +283,7 @@ class Batches(Dataset):
         views = self.noise("extra", position, self.views)
         if self.views:
             views = torch.cat([views, torch.from_numpy(aspects)[:, None]], dim=1)
-        return Batch(images, tokens, noise, views, bad)
+        return Batch(images, tokens, noise, views, bad, time.process_time() - begun)
 
     def tokens(self, ids: np.ndarray, position: int) -> Tensor:
         """Token ids of pictures that stand from a position on, (B, T)."""
