@@ -20,6 +20,7 @@ test: setup  ## ruff and all tests that the README rests on
 proof: setup  ## tests and measurements that take longer; numbers go to results/
 	$(RUN) -m pytest -m proof
 	$(RUN) -m tools.bench
+	$(RUN) -m tools.bench decoding
 	$(RUN) -m tools.bench zero-shot --rounds 3
 
 gpu: setup  ## tests of an NVIDIA GPU; without one each says that it was skipped

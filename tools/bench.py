@@ -1,9 +1,10 @@
-"""Measurements: python -m tools.bench data | zero-shot | estimate | memory
+"""Measurements: python -m tools.bench data | decoding | zero-shot | estimate | memory
 
-data       pictures a second from shards, beside open_clip's own pipeline. Both read JPEGs of 256
-           pixels and more (scikit-learn's and scikit-image's photographs, cut up), crop and resize
-           alike (half to all of the area, bicubic, 224 pixels) and tokenise, in one process on one
-           thread. Beside them other ways to decode, and a thread that reads ahead from a disk.
+data       pictures a second from shards, beside open_clip's own pipeline. Both read 256-pixel JPEG
+           photographs (scikit-learn's and scikit-image's, cut up), crop and resize alike (half to
+           all of the area, bicubic, 224 pixels) and tokenise, in one process on one thread.
+decoding   the same of larger ones, too, beside other ways to decode, by the processor's clock; and
+           a thread that reads ahead of what is not in memory, by the wall's.
 zero-shot  from encoded pictures and class names to accuracy, beside open_clip's own loop: the same
            weights, fp32, ImageNet's 80 prompts, 1.6 prompts a picture as there, and one accuracy.
 estimate   training steps beside what `train.py --estimate` says of them.
@@ -77,7 +78,7 @@ def clocked(run: Callable, *arguments: object) -> float:
 # --- Reading data ---------------------------------------------------------------------------------
 
 SIDE, BATCH = 224, 128
-LARGER = (512, 640, 1024)  # pixels of a shorter side, besides img2dataset's 256
+SIZES = (256, 512, 640, 1024)  # pixels of a shorter side
 
 
 def make_shards(folder: Path, count: int = 4, size: int = 1000, side: int = 256) -> list[bytes]:
@@ -180,12 +181,14 @@ def their_batches(folder: Path) -> Iterator[int]:
             yield len(images)
 
 
-def rate(sizes: Iterator[int], seconds: float) -> float:
+def rate(
+    sizes: Iterator[int], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Pictures a second."""
-    begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
+    begun, count = clock(), 0
+    while clock() - begun < seconds:
         count += next(sizes)
-    return count / (time.perf_counter() - begun)
+    return count / (clock() - begun)
 
 
 def differences(jpegs: list[bytes]) -> dict[str, float]:
@@ -202,40 +205,48 @@ def differences(jpegs: list[bytes]) -> dict[str, float]:
         pillow = [np.asarray(Image.fromarray(whole).resize(size, way))
                   for way in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)]  # fmt: skip
         found.append([np.abs(x - wanted.astype(int)).mean() for x in (ours, *pillow)])
-    names = ("ours", "Pillow's bicubic", "Pillow's bilinear")
-    return dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+    names = ("ours", "Pillow", "bilinear") if found else ()
+    return {name: statistics.mean(row[k] for row in found) for k, name in enumerate(names)}
 
 
 def measure_data(options: argparse.Namespace) -> dict:
-    """Rates of both readers for pictures of each size; for larger ones, what scaling changes."""
+    """Rates of both readers."""
     torch.set_num_threads(1)
-    rows, jpegs = [], {}
     with tempfile.TemporaryDirectory() as name:
-        for side in (256, *LARGER):
-            (folder := Path(name, str(side))).mkdir()
-            jpegs[side] = make_shards(folder, 4 if side == 256 else 1, side=side)
-            shards.build(str(folder), 1)
-        os.sync()  # or what is being written stays in memory
-        for side, own in jpegs.items():
-            folder = Path(name, str(side))
-            kinds = {"ours": shards.Shards, "whole": Whole, "eighths": Eighths}
+        jpegs = make_shards(folder := Path(name))
+        shards.build(name, 1)
+        readers = {"ours": our_batches(folder), "open_clip": their_batches(folder)}
+        timed = {key: partial(rate, sizes, options.seconds) for key, sizes in readers.items()}
+        medians, ratios, ranges = in_turn(options.rounds, timed)
+    return {"pictures_per_second": medians, "ours_to": ratios, "range": ranges,
+            "rounds": options.rounds, "mean_bytes": statistics.mean(map(len, jpegs))}  # fmt: skip
+
+
+def measure_decoding(options: argparse.Namespace) -> dict:
+    """Rates of readers for each size of pictures, what scaling changes, and reading ahead."""
+    torch.set_num_threads(1)
+    rows, disk = [], ()
+    for side in SIZES:
+        with tempfile.TemporaryDirectory() as name:
+            jpegs = make_shards(folder := Path(name), 1, side=side)
+            shards.build(name, 1)
+            os.sync()  # what is still being written does not leave the memory
+            kinds = {"ours": shards.Shards, "before": Eighths, "whole": Whole}
             readers = {key: our_batches(folder, kind) for key, kind in kinds.items()}
             readers["open_clip"] = their_batches(folder)
-            timed = {key: partial(rate, sizes, options.seconds) for key, sizes in readers.items()}
-            medians, ratios, ranges = in_turn(options.rounds, timed)
-            size = {"pixels": side, "mean_bytes": statistics.mean(map(len, own))}
-            rows.append(
-                {**size, "pictures_per_second": medians, "ours_to": ratios, "range": ranges}
-            )  # fmt: skip
-        disk = in_turn(options.rounds, {
-            key: partial(rate, our_batches(Path(name, "256"), kind), options.seconds)
-            for key, kind in (("ahead", Ahead), ("ours", FromDisk))
-        })  # fmt: skip
-    for row in rows[1:]:
-        row["differences"] = differences(jpegs[row["pixels"]][:200])
-    return {**rows[0], "larger": rows[1:], "rounds": options.rounds, "from_disk": {
-        "pictures_per_second": disk[0], "ahead_to": disk[1]["ours"], "range": disk[2]["ours"],
-    }}  # fmt: skip
+            medians, ratios, ranges = in_turn(options.rounds, {
+                key: partial(rate, sizes, options.seconds, time.process_time)
+                for key, sizes in readers.items()
+            })  # fmt: skip
+            disk = disk or in_turn(options.rounds, {
+                key: partial(rate, our_batches(folder, kind), options.seconds)
+                for key, kind in (("ahead", Ahead), ("ours", FromDisk))
+            })  # fmt: skip
+        rows.append({"pixels": side, "mean_bytes": statistics.mean(map(len, jpegs)),
+                     "pictures_per_second": medians, "ours_to": ratios, "range": ranges,
+                     "levels": differences(jpegs[:200])})  # fmt: skip
+    return {"rows": rows, "rounds": options.rounds, "ahead_to": disk[1]["ours"],
+            "ahead_range": disk[2]["ours"]}  # fmt: skip
 
 
 # --- Zero-shot classification ---------------------------------------------------------------------
@@ -402,8 +413,8 @@ def measure_memory(options: argparse.Namespace) -> dict:
     return {"rows": rows}
 
 
-MEASURES = {"data": measure_data, "zero-shot": measure_zero_shot, "estimate": measure_estimate,
-            "memory": measure_memory}  # fmt: skip
+MEASURES = {"data": measure_data, "decoding": measure_decoding, "zero-shot": measure_zero_shot,
+            "estimate": measure_estimate, "memory": measure_memory}  # fmt: skip
 
 
 @cli.guarded
@@ -412,7 +423,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="?", choices=MEASURES, default="data")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=3.0, help="data, estimate: of each part")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each part of a round")
     parser.add_argument("--pictures", type=int, default=512, help="zero-shot: how many, from 5 on")
     options = parser.parse_args()
     cli.check_numbers(options, ("rounds", "seconds"))
