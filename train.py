@@ -47,7 +47,7 @@ from nanoglip.masks import settings_of
 from nanoglip.runlog import Report, Stage, cut_log, listening, opened_logs
 from nanoglip.sources import captions
 from nanoglip.sources.captions import TextMask
-from nanoglip.sources.order import Batch, Batches, loader, make_order
+from nanoglip.sources.order import Batch, Batches, check_shared_memory, loader, make_order
 
 # --- Pure functions of the step, and the optimizer ------------------------------------------------
 
@@ -222,7 +222,8 @@ def run_stage(
     if config.compile:
         compile_towers(model, stage.masker.needs("gaze"))
     pin = on.device.type == "cuda"
-    batches = loader(stage.batches, start, stage.steps, workers_of(config), pin)
+    check_shared_memory(stage.batches, workers := workers_of(config))
+    batches = loader(stage.batches, start, stage.steps, workers, pin)
     model.train()
     report.begin(stage, network, optimizers, state)
     for step, batch in enumerate(distributed.prefetch(batches, on.device), start):

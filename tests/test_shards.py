@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -466,6 +467,19 @@ def test_ranks_and_workers_share_exactly_the_epoch(folder, world, workers, monke
         held = {number_of(t) for t in test.captions}
         assert len(set(seen)) == 108 and not set(seen) & held and len(held) == len(train.held)
     assert straight[:9] != straight[9:]
+
+
+def test_a_small_shared_memory_is_refused_before_workers_wait_for_it(folder, monkeypatch):
+    source, usage = shards.Shards(str(folder), 16), shutil.disk_usage("/")
+    batches = Batches(source, ShardOrder(source, 18, 0, "pretrain"), NANO, 0, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    waiting = 2 * 4 * 2 * 18 * 3 * 16**2
+    for room, refused in ((waiting, False), (waiting - 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, r=room: usage._replace(total=r))
+        order.check_shared_memory(batches, 0)
+        with pytest.raises(InputError, match=r"/dev/shm.*--workers") if refused else nullcontext():
+            order.check_shared_memory(batches, 4)
 
 
 def test_starting_late_reads_nothing_before(folder, monkeypatch):

@@ -5,11 +5,14 @@ An order is a pure function of (seed, stage, epoch, position). Random numbers ha
 workers nor processes nor what was read before change what stands at a position.
 """
 
+import os
+import shutil
 import signal
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -310,6 +313,21 @@ class Batches(Dataset):
             draws = uniform(seed, "sample/augment", start, len(ids), DRAWS)
             masks = uniform(seed, "sample/mask", start, len(ids), self.patches)
             yield self.pairs.read(ids, draws)[1], torch.from_numpy(masks)
+
+
+def check_shared_memory(batches: Batches, workers: int) -> None:
+    """Raise InputError if the batches that wait in this machine's shared memory cannot fit.
+
+    A worker that finds it full prints a traceback, and everybody waits for its batch forever.
+    """
+    local, shared = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), Path("/dev/shm")
+    waiting = local * workers * 2 * batches.share * 3 * batches.pairs.image_size**2  # torch has two
+    if waiting and shared.is_dir() and (room := shutil.disk_usage(shared).total) < waiting:
+        raise InputError(
+            f"data workers pass batches on in /dev/shm: {waiting / 1e6:,.0f} MB for {workers} of "
+            f"them in each process, and it has {room / 1e6:,.0f}: enlarge it (docker run "
+            "--ipc=host), or lower --workers"
+        )
 
 
 def loader(batches: Batches, start: int, stop: int, workers: int, pin: bool) -> DataLoader:
