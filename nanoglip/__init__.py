@@ -1,1 +1,1 @@
-"""What the four scripts stand on."""
+"""The modules that the four scripts import."""

@@ -5,11 +5,12 @@
     loss    =  CLIP's, mean of the views  +  SimCLR between views  +  2 x BYOL to the teacher
 
 `train.py --mask attentive` alone is one view and the contrastive loss; `--aclip` is all of this.
-Where we differ from the published code: heads have two layers, with LayerNorm for BatchNorm, so
-that results do not depend on the number of processes; the teacher is the image tower and one head,
-with no text tower, and it looks at the whole picture, not at a random part round both views; views
-are resampled from it, without colour augmentation; patches are kept one by one, not in cells of
-2 x 2. The patch projection is frozen as in theirs, until the unmasked tuning, which is ours.
+Differences from the published code. Heads have two layers, with LayerNorm instead of BatchNorm, so
+that results do not depend on the number of processes. The teacher is the image tower and one head,
+without a text tower. It sees the whole picture, not a random crop that encloses both views. Views
+are resampled from the picture, without colour augmentation. Patches are kept one by one, not in
+cells of 2 x 2. As there, the patch projection is frozen; we train it in the unmasked tuning, which
+they do not have.
 """
 
 import copy

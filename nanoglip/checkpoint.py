@@ -23,11 +23,11 @@ from nanoglip.files import FOREIGN, digest, flush_folder, room_for
 from nanoglip.masker import Masker
 from nanoglip.sources.pictures import Source
 
-RECORD = {  # what a checkpoint tells of its training
+RECORD = {  # the fields of every checkpoint, and their types
     "stage": str, "step": int, "config": dict, "mask": dict, "seconds": dict, "steps": dict,
     "machine": dict, "command": str, "world": int, "bf16": bool,
 }  # fmt: skip
-RESUME = {  # what resuming needs as well
+RESUME = {  # further fields, which resuming needs
     "heads": dict, "optimizers": list, "data_stamp": str, "read": int, "bad": int, "pairs": dict,
 }  # fmt: skip
 
@@ -88,7 +88,7 @@ def latest(out: Path, config: dict, free: set[str], pairs: Source, bf16: bool) -
         check_alike(state, "--out", out, config, free, pairs, bf16)
         return state
     if names:
-        raise InputError(f"--out {out}: no checkpoint in it is whole; remove the folder")
+        raise InputError(f"--out {out}: every checkpoint in it is damaged; remove the folder")
     return {}
 
 

@@ -49,7 +49,7 @@ def samples(
     images: Tensor, tokens: Tensor, kept: tuple[Tensor | None, Tensor | None],
     grid: tuple[int, int],
 ) -> list[list[str]]:  # fmt: skip
-    """[picture, what a mask's (ids_keep, visible) leaves of it, caption] of each pair.
+    """[picture, its patches under a mask's (ids_keep, visible), caption] of each pair.
 
     Takes bytes (B, 3, H, W) and tokens (B, T); the pictures are PNGs in base64.
     """

@@ -152,7 +152,7 @@ def test_what_torch_takes_for_whole_falls_back_too(unfinished, capsys, damage):
     told = capsys.readouterr().err
     assert "latest.pt: " in told and "going back to the checkpoint before" in told
     DAMAGE[damage](out / "previous.pt")
-    with pytest.raises(InputError, match="no checkpoint in it is whole"):
+    with pytest.raises(InputError, match="every checkpoint in it is damaged"):
         latest(out, config, stages, False)
 
 

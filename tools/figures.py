@@ -41,8 +41,8 @@ GRID, RATIO, MIDDLE = 14, 0.75, slice(4, 10)  # of the mask figure: ViT-B/16 at 
 def curves(runs: list[dict], cost: dict, data: str) -> dict[str, list[tuple]]:
     """Of each mask on a set: (ratio, minutes, the seeds' accuracies in percent) of its runs.
 
-    Time is steps times the seconds of a step in cost.json, where all masks were measured in turn;
-    the runs were made in several sittings, and some shared the machine with others.
+    Time is steps times the seconds of a step in cost.json, where all masks were measured in turn.
+    The times of the runs themselves do not compare: some shared the machine with others.
     """
     step = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost["seconds"]}
     _, shorter, ratios = SETS[data]

@@ -146,7 +146,7 @@ class Classifier(nn.Module):
             "stem": r"^model\.visual\.(?:class_embedding|positional_embedding|conv1|ln_pre)",
             "blocks": [
                 (r"^model\.visual\.transformer\.resblocks\.(\d+)", None),
-                (r"^model\.visual\.ln_post", (99999,)),  # timm's sign for: of the last block
+                (r"^model\.visual\.ln_post", (99999,)),  # timm's number for the last block
             ],
         }
 

@@ -77,7 +77,7 @@ def picture_files(folder: Path) -> tuple[list[Path], int]:
 
 
 def encode_files(encoder: Encoder, paths: list[Path]) -> tuple[Tensor, dict[int, str]]:
-    """image_features (n, E) of n files, and by its row why a file is unreadable."""
+    """image_features (n, E) of n files; {row of an unreadable file: the reason}."""
     side, bad = encoder.model.config.pixels[0], {}
 
     def read(i: int) -> Tensor:

@@ -90,9 +90,9 @@ class Order:
 class ConceptOrder(Order):
     """Few captions, each shown by several pictures; a batch never holds a caption twice.
 
-    An epoch is a sequence of passes over the concepts in one shuffled order; pass p shows the p-th
-    picture of each concept that has one, pictures shuffled. Any batch_size neighbours are distinct
-    concepts. A pass over fewer than batch_size concepts is left out.
+    An epoch is a sequence of passes over the concepts in one shuffled order. A concept's pictures
+    are shuffled, too; pass p shows the p-th of each concept that has as many. Any batch_size
+    neighbours are distinct concepts. A pass over fewer than batch_size concepts is left out.
     """
 
     def __init__(self, concept: np.ndarray, batch_size: int, seed: int, stage: str) -> None:
