@@ -1,11 +1,12 @@
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --quiet --no-compile
 CORES = -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo check test proof gpu bench sweep readme notebooks setup help
 
-demo: setup  ## install, pre-train on the embedded data, evaluate, draw (default)
+demo: $(VENV)/demo  ## install what it needs, pre-train, evaluate, draw (default)
 	test -f runs/demo/model.pt || $(RUN) train.py
 	$(RUN) evaluate.py runs/demo --linear-probe
 
@@ -40,9 +41,27 @@ notebooks: setup  ## open Jupyter (NANOGLIP_QUICK=1 for the tests' small sizes)
 
 setup: $(VENV)/installed  ## install everything into $(VENV)
 
-$(VENV)/installed: requirements.txt pyproject.toml
+$(VENV)/installed: requirements.txt $(VENV)/demo
+	$(RUN) -c "import torchvision" 2>/dev/null || $(RUN) -m pip uninstall --quiet --yes torch torchvision
+	$(INSTALL) -r requirements.txt
+	touch $@
+
+# Where there is no NVIDIA GPU, torch for CPUs takes a sixth of the disk. It is taken from pip's own
+# index or from CPU_INDEX, if one has it; PyPI has none for Linux. For everything, torchvision must
+# be of the same build; the demo imports none.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+FOR_CPUS = torch
+$(VENV)/installed: FOR_CPUS = torchvision
+
+$(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -r requirements.txt
+	@if ! nvidia-smi -L && ! $(RUN) -m pip show torch; then \
+		for index in "" --extra-index-url=$(CPU_INDEX); do \
+			$(RUN) -m pip index versions --timeout 5 --retries 0 $$index $(FOR_CPUS) \
+				| grep -o '[0-9.]*+cpu' | sed "s|^|$$index $(FOR_CPUS)==|;q" | grep . && break; \
+		done; \
+	fi >$(VENV)/build 2>/dev/null || true
+	$(INSTALL) -e .[demo] $$(cat $(VENV)/build)
 	touch $@
 
 help:  ## list the targets

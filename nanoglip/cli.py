@@ -107,6 +107,8 @@ def message_of(error: BaseException) -> tuple[int, list[str]]:
         return 130, ["interrupted; the same command goes on with what was saved, if anything was"]
     if isinstance(error, OSError) and error.filename is not None:
         return 2, [f"{error.filename}: {error.strerror}; check the name, its rights and the disk"]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return 2, [f"the package {error.name} is not installed: `make setup` installs all"]
     if isinstance(error, MemoryError) or any(words in first for words in SHORT):
         return 2, [f"{kind}: {first}; if memory is short, lower --batch-size or --workers"]
     if any(words in first for words in LOST):

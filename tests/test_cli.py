@@ -53,6 +53,7 @@ def ended(monkeypatch, capsys, error, *words):
         (RuntimeError("CUDA error: an illegal memory access"), 1, "RuntimeError: CUDA error: "),
         (dist.DistBackendError("NCCL error\nno space"), 1, "DistBackendError: NCCL error no sp"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError(name="skimage"), 2, "the package skimage is not installed: `make set"),
         (RuntimeError("[/x/gloo/transport/tcp/pair.cc:547] Connection closed"), 1, "another proc"),
         (InputError(WORKER), 2, "give --y"),
         (RuntimeError(WORKER), 1, "RuntimeError: give --y; nanoGLIP did not"),

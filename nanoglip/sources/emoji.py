@@ -114,6 +114,8 @@ def decode_emoji(side: int) -> tuple[np.ndarray, list[list[str]], dict[str, int]
 
 def photographs(split: str, side: int) -> list[np.ndarray]:
     """Backgrounds (3, height, width): each photograph at 1.25, 2 and 4 times `side`."""
+    if find_spec("skimage") is None:
+        raise ModuleNotFoundError(name="skimage")
     folders = [Path(find_spec(package).submodule_search_locations[0]) / folder
                for package, folder in (("sklearn", "datasets/images"), ("skimage", "data"))]
     photos = []
