@@ -139,7 +139,7 @@ def snapshot(config: SnapshotConfig) -> dict:
             repository, repo_type="dataset", local_dir=config.out, allow_patterns="*train*.tar",
             max_workers=config.connections,
         )  # fmt: skip
-        # Where the hub refuses, it takes a folder that is not empty for the whole snapshot.
+        # If the hub refuses, it returns a folder that is not empty as if it were complete.
         for name in fnmatch.filter(published, "*train*.tar"):
             files.open_regular(config.out / name).close()
     except Exception as error:  # of the hub, of its connections, of the disk

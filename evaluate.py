@@ -116,7 +116,7 @@ class Run:
     masker: Masker  # of pre-training
 
     def columns(self) -> dict[str, tuple[Encoder, Masker | None]]:
-        """Those of the paper's columns that the run has: a model, and the mask of its pictures."""
+        """The paper's columns that this run can fill: a model, and the mask of its pictures."""
         tuned = self.content["stage"] == "tune"
         columns = {
             "masked inference": self.masker.mask != "none" and (self.before, self.masker),

@@ -9,7 +9,7 @@
     at the end of training, a few steps with all N patches: unmasked tuning
 
 Liang & Larson, ECML-PKDD 2024, arXiv 2403.15837. (Not Grounded Language-Image Pre-training.)
-`glip_loss` is all of it in three lines; nanoglip/masks.py has the rivals' masks. Shapes: B pairs,
+`glip_loss` is all of it in three lines; nanoglip/masks.py has other masks. Shapes: B pairs,
 N patches of a (rows, columns) grid, K kept, T tokens of a text, P of all texts, D tower width,
 h heads, E joint width. mask_ratio is the share of patches that is removed.
 """
@@ -538,7 +538,7 @@ VERSION = 2  # of a checkpoint file; 1 had no version
 def save_checkpoint(path: Path | str, model: GLIP, **record: object) -> None:
     """Write {"version", "model_config", "model", **record}; record: plain values and tensors."""
     content = {"version": VERSION, "model_config": asdict(model.config), **record}
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # so a torn file never has the name
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # so an incomplete file never has the name
     try:
         with open(temporary, "wb") as file:
             torch.save(content | {"model": model.state_dict()}, file)

@@ -74,7 +74,7 @@ def stamp_of(pairs: Source) -> str:
 
 
 def latest(out: Path, config: dict, free: set[str], pairs: Source, bf16: bool) -> dict:
-    """The newest whole checkpoint of an unfinished run in `out`, {} if there is none.
+    """The newest undamaged checkpoint of an unfinished run in `out`, {} if there is none.
 
     Raises InputError where it is another run's, naming what differs; `free` settings may differ.
     """
@@ -95,9 +95,9 @@ def latest(out: Path, config: dict, free: set[str], pairs: Source, bf16: bool) -
 def to_extend(
     run: Path, config: dict, free: set[str], pairs: Source, bf16: bool, steps: int
 ) -> dict:  # fmt: skip
-    """A finished run as its pre-training ended, to go on to more `steps`.
+    """The state of a finished run at the end of its pre-training, to train it to more `steps`.
 
-    Raises InputError where it did not keep that, has as many steps, or differs in what is not free.
+    Raises InputError if it lacks that, has as many steps, or differs in settings not in `free`.
     """
     path = run / "extend.pt"
     if not path.is_file():

@@ -57,7 +57,7 @@ RECIPES = {
     "cc3m": PAPER,
     "cc12m": PAPER,
     # FLIP (2212.00794), its authors' configuration for ViT-B/16 on LAION-400M: 32 epochs, learning
-    # rates per 256 pairs brought to the batch, warm-ups of 40 and 20 epochs of ImageNet's length.
+    # rates per 256 pairs scaled to the batch, warm-ups of 40 and 20 epochs of ImageNet's length.
     # Not done here: it flips pictures; its image positions are sines, its image feature is the mean
     # of all tokens; its text tower is not causal, reads 32 WordPiece tokens (here 32 of CLIP's) and
     # is read at the first; weight decay spares its positions.

@@ -50,7 +50,7 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=LIMIT
         )  # fmt: skip
-    leave = world > 1  # not after an error, so that others do not fail before it is told
+    leave = world > 1  # not after an error, so that the error is reported before the others fail
     try:
         yield rank, world, on
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""A mask that looks, ours: GLIP's chances go to the patches that the loss depends on most.
+"""Our mask: GLIP's densities go to the patches on which the loss depends most.
 
     pixels    a small network scores every patch of a picture; the mask ranks the patches by it
     backward  a training step gives the gradient of each kept patch's token; |gradient x token|,

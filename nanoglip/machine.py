@@ -75,7 +75,7 @@ def resolve(device: str | torch.device, precision: str) -> Device:
 
 
 def mark(device: torch.device) -> object:
-    """Now, in the device's own order of work; on a GPU it may come later, so nobody waits for it.
+    """A mark of time in the device's queue of work. The CPU does not wait until a GPU reaches it.
     """
     if device.type != "cuda":
         return time.perf_counter()

@@ -6,7 +6,7 @@ A strategy is one function and one line in MASKS. Its further parameters name wh
 noise. A parameter annotated with a Setting becomes a flag of train.py with its default, help and
 range; the others are inputs that training supplies by name: mask_ratio, pixels (pictures as the
 tower gets them), attention, ... A strategy that cannot fill all K places returns (scores, hidden),
-hidden (B, N) bool: patches that only fill a place, and that nothing attends to.
+hidden (B, N) bool: patches that are only padding, and that nothing attends to.
 
 Shapes: B pairs, N patches of a (rows, columns) grid, K kept.
 """
@@ -232,8 +232,8 @@ def pgs_scores(
     Candidates are the patches of the highest noise that have no strong edge. A patch is as alike as
     its similarity to some candidate, S + Sinkhorn(S); the most alike go first, edges last.
 
-    The paper's variants are mask_ratio 0.5, and 0.3 with mask_range 0.2: up to half is masked. Its
-    body was not at hand. S + Sinkhorn(S), ALIKE, the share of candidates and grey as the mean of
+    The paper's variants are mask_ratio 0.5, and 0.3 with mask_range 0.2: up to half is masked. We
+    did not have its body. S + Sinkhorn(S), ALIKE, the share of candidates and grey as the mean of
     colours are from the authors' code. EDGE is ours, and so is an order by likeness where they
     choose at random. In three things we follow the paper's abstract against the code: Sobel sees
     pixels, strong edges are not candidates, and Sinkhorn (of max(S, 0)) ends at sums of 1.
@@ -300,7 +300,7 @@ def gaze_scores(
     """Ours: GLIP's densities, handed out by the rank of the gaze instead of the distance.
 
     gaze (B, N), high where the loss is expected to depend on a patch (gaze.py); noise (B, N) ->
-    scores (B, N). The mask has exactly as much chance in it as GLIP's.
+    scores (B, N). The mask is exactly as random as GLIP's.
     """
     hill = glip.gaussian_scores(torch.zeros_like(noise[:1]), grid, sigma).sort(descending=True)
     order = gaze.argsort(dim=1, descending=True, stable=True)                  # (B, N)
@@ -362,7 +362,7 @@ def check_setting(name: str, value: object, setting: Setting) -> None:
 
 
 def call_row(registry: dict, kind: str, name: str, first: tuple, inputs: dict) -> object:
-    """Call a registry's row on what it takes; InputError names what is unknown or missing."""
+    """The result of a registry's row on its inputs; InputError names an unknown or missing one."""
     if name not in registry:
         raise InputError(f"unknown {kind} '{name}': choose one of {', '.join(registry)}")
     wanted = required_inputs(registry[name])

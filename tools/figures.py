@@ -39,7 +39,7 @@ GRID, RATIO, MIDDLE = 14, 0.75, slice(4, 10)  # of the mask figure: ViT-B/16 at 
 
 
 def curves(runs: list[dict], cost: dict, data: str) -> dict[str, list[tuple]]:
-    """Of each mask on a set: (ratio, minutes, the seeds' accuracies in percent) of its runs.
+    """Each mask's points on a set: (ratio, minutes, the seeds' accuracies in percent).
 
     Time is steps times the seconds of a step in cost.json, where all masks were measured in turn.
     The times of the runs themselves do not compare: some shared the machine with others.

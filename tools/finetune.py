@@ -188,7 +188,7 @@ def interpolate(start: dict, end: dict, share: float) -> dict:
 
 
 def reseed(*numbers: int) -> None:
-    """Make what follows a function of some numbers: timm's parts draw from all three sources."""
+    """Seed Python, NumPy and torch by some numbers: timm's parts draw from all three."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

@@ -323,7 +323,7 @@ class Table(NamedTuple):
 
 
 def at_stage(columns: dict[str, float], stage: str) -> float | None:
-    """Of a model's numbers by stage the one asked for; "": the last unmasked one."""
+    """A model's number at a stage; "": the last unmasked stage."""
     return columns.get(stage or ("after tuning" if "after tuning" in columns else "full picture"))
 
 
@@ -423,7 +423,7 @@ def paper_tables(folder: Path = FOLDER) -> dict[str, Table]:
 
 
 def glip_table() -> str:
-    """Of T1 what the authors' README says of CC12M today, and ours."""
+    """The rows of T1 on CC12M, which are in the authors' README of today, and ours."""
     found = paper_tables()["T1"]
     place = found.head.index("data")
     rows = [found.head, *(row for row in found.rows if row[place] == "CC12M")]

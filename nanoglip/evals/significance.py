@@ -39,7 +39,7 @@ def as_counts(hits: np.ndarray) -> np.ndarray:
 def resampled_interval(counts: np.ndarray) -> tuple[float, float]:
     """Percentile bootstrap of a ratio of sums over units, from whole numbers (U, 2)."""
     kinds, number = np.unique(counts, axis=0, return_counts=True)
-    # To draw as many units as there are is to draw how many of each kind.
+    # A resample is given by how many units of each kind it has: a multinomial draw.
     draws = np.random.default_rng(0).multinomial(len(counts), number / len(counts), DRAWS)
     right, asked = (draws @ kinds).T
     low, high = np.quantile(right / asked, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -1,8 +1,8 @@
 """Exact order: which pairs stand at which step, for every number of processes and workers.
 
 An order is a pure function of (seed, stage, epoch, position). Random numbers have an address,
-`uniform(seed, purpose, position)`, with position = step x global batch + index in it: neither
-workers nor processes nor what was read before change what stands at a position.
+`uniform(seed, purpose, position)`, with position = step x global batch + index in it. So what
+stands at a position does not depend on workers, on processes, or on what was read before.
 """
 
 import os
