@@ -96,6 +96,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: list, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+        native = use_bf16("auto", self.param_groups[0]["params"][0].device)
+        self.dtype = torch.bfloat16 if native else torch.float32
 
     @torch.no_grad()
     def step(self) -> None:
@@ -105,8 +107,7 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                dtype = torch.bfloat16 if use_bf16("auto", p.device) else torch.float32
-                update = orthogonal(p.grad.lerp(mean, momentum), dtype)  # Nesterov's
+                update = orthogonal(p.grad.lerp(mean, momentum), self.dtype)  # Nesterov's
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
 
