@@ -19,6 +19,7 @@ import train
 from nanoglip import masks, runlog
 from nanoglip.config import TrainConfig
 from nanoglip.machine import machine
+from nanoglip.sources.order import Batches
 from tests import against_open_clip
 from tests.test_train import command
 
@@ -59,6 +60,15 @@ def test_the_demos_first_hundred_steps_are_a_cpus(tmp_path):
             precision="fp32"))["held_out"] for device in (DEVICE, "cpu")]  # fmt: skip
     for column, table in both[1].items():  # of equal weights
         assert both[0][column] == pytest.approx(table, abs=0.005)
+
+
+def test_waiting_for_data_is_timed_by_the_gpu(tmp_path, monkeypatch):
+    """Nearly all that a reader sleeps, half a second before each of six batches."""
+    read = Batches.__getitem__
+    monkeypatch.setattr(Batches, "__getitem__", lambda s, i: time.sleep(0.5) or read(s, i))
+    run = train.train(replace(SHORT, out=str(tmp_path / "run")))
+    waited = logged(run, "data_wait")[-1] * logged(run, "seconds")[-1]
+    assert 2.5 < waited <= logged(run, "seconds")[-1]
 
 
 @pytest.mark.parametrize("mask", ["none", "gaussian", "cluster"])

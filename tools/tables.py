@@ -242,6 +242,32 @@ def data_table(bench: dict) -> str:
     )
 
 
+def decoding_table(bench: dict) -> str:
+    """Pictures of several sizes: our reader beside others, and what scaling changes."""
+    found, rows = bench["decoding"], []
+    rounding = found["rows"][-1]["levels"]["Pillow"]
+    for row in found["rows"]:
+        levels = row["levels"]
+        rows.append([
+            f"{row['pixels']} pixels, {row['mean_bytes'] / 1024:.0f} KiB",
+            f"{row['pictures_per_second']['ours']:,.0f}",
+            *(ratio_range(row["ours_to"][name], row["range"][name])
+              for name in ("before", "whole", "open_clip")),
+            f"{levels['ours']:.2f} ({levels['bilinear']:.2f})" if levels else "0",
+        ])  # fmt: skip
+    head = ["shorter side", "pictures a second", "to the reader before", "to decoding whole",
+            "to open_clip 3.3's pipeline", "mean difference in levels (bilinear's)"]  # fmt: skip
+    return table(head, rows) + (
+        f"\n\nOne thread, crops to 224 pixels, by the processor's clock while other work ran; "
+        f"medians (and ranges) of {found['rounds']} alternating rounds (`tools.bench decoding`); "
+        f"{made_on(found['machine'])}. The difference is that of the scaled crops after resizing "
+        "from those of whole decoding, beside that of bilinear from bicubic resizing; bicubic "
+        f"resizing by torchvision and by Pillow is {rounding:.3f} apart. "
+        "With a second thread that reads 256-pixel pictures ahead, none of them in memory, the "
+        f"rate is {ratio_range(found['ahead_to'], found['ahead_range'])} times as high."
+    )
+
+
 def training_table(bench: dict) -> str:
     """Memory against the batch, several processes, and estimated beside measured steps."""
     memory, shared, estimated = bench["memory"], bench["processes"], bench["estimate"]
@@ -457,6 +483,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "short": lambda: short_table(load_runs(), load("cost")),
     "cost": lambda: cost_table(load("cost")),
     "data": lambda: data_table(load("bench")),
+    "decoding": lambda: decoding_table(load("bench")),
     "training": lambda: training_table(load("bench")),
     "speed": lambda: speed_table(load("bench")),
     "paper": glip_table,
