@@ -6,8 +6,8 @@
     python train.py --recipe cc12m --data cc12m/            the paper's settings, on indexed shards
     python train.py --mask attentive --aclip                A-CLIP, with all its losses
 
-The demo trains for six minutes on two CPU cores with native bf16, and then names about 46 % of
-1,809 emoji of a vendor whose art it never saw (three seeds in results/; chance: 0.06 %).
+The demo trains for six minutes on two CPU cores, or 17 without native bf16. It then names about
+46 % of 1,809 emoji of a vendor whose art it never saw (three seeds in results/; chance: 0.06 %).
 
 Writes to runs/NAME: config.json, log.jsonl, pretrained.pt (before tuning) and model.pt. While it
 runs, latest.pt and previous.pt are there, from which the same command resumes. Unreadable pictures
