@@ -258,8 +258,8 @@ def questions(published: list[dict]) -> list[Run]:
     for mask, optimizer in product(three, ("adamw", "muon")):
         flags = [f"--optimizer {optimizer} --lr {lr}" for lr in LRS]
         asked += [("emoji", mask, f"{VALIDATION} {words}", 1, ()) for words in flags]
-        if best := best_of(published, [f"--mask {mask} {VALIDATION} {words}" for words in flags]):
-            asked.append(("emoji", mask, flags[best[0]], 3, ()))
+        if best := best_of(published, f"--mask {mask} {VALIDATION}", flags):
+            asked.append(("emoji", mask, best, 3, ()))
     runs = []
     for seed, (name, mask, flags, seeds, more) in product(SEEDS, asked):
         if seed < seeds:
@@ -269,10 +269,10 @@ def questions(published: list[dict]) -> list[Run]:
     return runs
 
 
-def best_of(runs: list[dict], flags: list[str]) -> list[int]:
-    """The place of the most accurate of these flags in a list, empty before all were run."""
-    found = [seeds_of(runs, words) for words in flags]
-    return [found.index(max(found))] if all(found) else []
+def best_of(runs: list[dict], common: str, flags: list[str]) -> str:
+    """Of `flags`, each run beside `common`, the most accurate; "" before all were run."""
+    found = {words: seeds_of(runs, f"{common} {words}") for words in flags}
+    return max(found, key=found.get) if all(found.values()) else ""
 
 
 def runs_of(runs: list[dict], flags: str) -> list[dict]:
