@@ -47,8 +47,8 @@ $(VENV)/installed: requirements.txt $(VENV)/demo
 	touch $@
 
 # Where there is no NVIDIA GPU, torch for CPUs takes a sixth of the disk. It is taken from pip's own
-# index or from CPU_INDEX, if one has it; PyPI has none for Linux. For everything, torchvision must
-# be of the same build; the demo imports none.
+# index or from CPU_INDEX, if one has it; PyPI has none for Linux. `make setup` also needs
+# torchvision of the same build; the demo does not.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 FOR_CPUS = torch
 $(VENV)/installed: FOR_CPUS = torchvision

@@ -54,9 +54,9 @@ def decode(
     """RGB pixels (h, w, 3) of an encoded picture, upright, on white. Raises BadPicture.
 
     `crop(width, height)` gives the part that is wanted, (left, top, width, height); else it is all.
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves the shorter side at 2 x `side`
-    or more; if a part is wanted of one without Exif, the part's at `side`. `finish` replaces
-    upright().
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side then still has 2 x `side`
+    pixels. If there is a crop, and no Exif, the crop's shorter side has to have `side` pixels
+    instead. `finish` replaces upright().
     """
     least, box = (side, crop) if crop else (2 * side, all_of)
     try:
