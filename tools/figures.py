@@ -1,6 +1,6 @@
 """The figures of README and docs that our runs give, in docs/figures/.
 
-    python -m tools.figures           accuracy.png and three_masks.png, from results/
+    python -m tools.figures           accuracy.png, places.png and three_masks.png, from results/
     python -m tools.figures gaze      gaze.png, from the folders of four runs in runs/sweep/
 
 What they show is free: the Hubble eXtreme Deep Field (NASA), scikit-image's photograph of a cat
@@ -25,7 +25,7 @@ from nanoglip.sources.emoji import Emoji
 from tools import sweep
 
 FOLDER = Path(__file__).parents[1] / "docs/figures"
-NAMES = {"none": "CLIP", "random": "FLIP", "gaussian": "GLIP"}
+NAMES = {"none": "CLIP", "random": "FLIP", "gaussian": "GLIP", "gaze": "gaze"}
 COLOURS = {"none": "#444444", "random": "#d55e00", "gaussian": "#0072b2"}
 STEPS, TUNING = 450, 20  # of --recipe compare
 EXAMPLE, SIZE = 528, 180  # a cherry blossom, in scenes on the cat; pixels a side
@@ -84,6 +84,39 @@ def draw_time(runs: list[dict], cost: dict) -> object:
 def label(axes: object, text: str, point: tuple, shift: tuple, colour: str, **style: str) -> None:
     """Write beside a point, shifted by printer's points."""
     axes.annotate(text, point, shift, textcoords="offset points", color=colour, fontsize=9, **style)
+
+
+def places(runs: list[dict], data: str, mask: str, column: str) -> np.ndarray | None:
+    """Accuracy by the object's place in percent, the mean of the seeds, (7, 7); None: no run."""
+    asked = sweep.runs_of(runs, f"--data {data} --mask {mask}")
+    maps = [run["positions"][column] for run in asked if "positions" in run]
+    return 100 * np.mean(maps, axis=0) if maps else None
+
+
+def draw_places(runs: list[dict]) -> object:
+    """Accuracy by the object's place: trained on two sets, under four masks, before tuning and after.
+
+    Each row has its own scale, for an object in the centre is named ten times as often.
+    """
+    fig = figure(5.6, 10.5)
+    grid = [(data, column) for data in sorted(sweep.MAPPED[0], reverse=True)
+            for column in ("full picture", "after tuning")]  # fmt: skip
+    cells = fig.subplots(len(NAMES), len(grid)).T
+    for row, (data, column) in zip(cells, grid, strict=True):
+        maps = {mask: places(runs, data, mask, column) for mask in NAMES}
+        most = max(np.max(found) for found in maps.values() if found is not None)
+        for axes, (mask, found) in zip(row, maps.items(), strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if found is not None:
+                axes.imshow(found, cmap="viridis", vmin=0, vmax=most)
+                centre, border = found[3, 3], (found.sum() - found[1:-1, 1:-1].sum()) / 24
+                axes.set_xlabel(f"centre {centre:.1f} %, border {border:.1f} %", fontsize=9)
+            if row is cells[0]:
+                axes.set_ylabel(NAMES[mask], fontsize=12)
+        when = "before tuning" if column == "full picture" else column
+        row[0].set_title(f"trained on {data},\n{when}", fontsize=10)
+    return fig
 
 
 def draw_masks(image: Tensor) -> object:
@@ -157,6 +190,7 @@ def main() -> None:
         return
     time = draw_time(results.load_runs(), results.load("cost"))
     (FOLDER / "accuracy.png").write_bytes(to_png(time))
+    (FOLDER / "places.png").write_bytes(to_png(draw_places(results.load_runs())))
     (FOLDER / "three_masks.png").write_bytes(to_png(draw_masks(planet())))
 
 
