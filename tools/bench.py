@@ -1,4 +1,4 @@
-"""Measurements: python -m tools.bench data | decoding | zero-shot | estimate | memory
+"""Measurements: python -m tools.bench data | decoding | zero-shot | estimate | memory | speedrun
 
 data       pictures a second from shards, beside open_clip's own pipeline. Both read 256-pixel JPEG
            photographs (scikit-learn's and scikit-image's, cut up), crop and resize alike (half to
@@ -9,6 +9,8 @@ zero-shot  from encoded pictures and class names to accuracy, beside open_clip's
            weights, fp32, ImageNet's 80 prompts, 1.6 prompts a picture as there, and one accuracy.
 estimate   training steps beside what `train.py --estimate` says of them.
 memory     the highest memory of a step against the batch, under --micro-batch.
+speedrun   the demo of this commit on the validation vendor: three seeds, added to the ladder of
+           docs/speedrun.md under the name of its --change.
 
 Whatever is compared runs in turn: on shared machines, ratios within a round vary less than times.
 Results go to results/bench.json.
@@ -45,10 +47,11 @@ from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import classification
 from nanoglip.machine import Device, machine, pick_device, resolve
 from nanoglip.noise import DRAWS, uniform
-from nanoglip.results import save_bench
+from nanoglip.results import load, save_bench
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.emoji import Emoji, photographs
 from nanoglip.sources.order import Batch, Batches, make_order
+from tools.sweep import SEEDS, VALIDATION
 
 ROOT = Path(__file__).parents[1]
 
@@ -413,8 +416,32 @@ def measure_memory(options: argparse.Namespace) -> dict:
     return {"rows": rows}
 
 
+def trained(seed: int, folder: Path) -> tuple[float, float]:
+    """(seconds of training, zero-shot top-1) of the demo on the validation vendor."""
+    words = ["train.py", *VALIDATION.split(), "--seed", str(seed), "--out", str(folder)]
+    subprocess.run([sys.executable, *words, "--eval-every", "100000"], cwd=ROOT, check=True)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    ends = {record["stage"]: record["seconds"] for record in records if "loss" in record}
+    top1 = [record["zero-shot top-1"] for record in records if "zero-shot top-1" in record]
+    return sum(ends.values()), top1[-1]
+
+
+def measure_speedrun(options: argparse.Namespace) -> dict:
+    """The ladder, with what this commit reaches as its last record."""
+    commit = machine(pick_device("auto"))["commit"]
+    if not options.change or not commit or commit.endswith("-dirty"):
+        raise InputError("commit the change, and name it in a few words: --change WORDS")
+    with tempfile.TemporaryDirectory() as place:
+        found = [trained(seed, Path(place) / str(seed)) for seed in SEEDS]
+    seconds, top1 = map(list, zip(*found, strict=True))
+    new = {"change": options.change, "commit": commit, "seconds": seconds, "top-1": top1,
+           "steps": parse([]).steps}  # fmt: skip
+    return {"records": [*load("bench").get("speedrun", {}).get("records", []), new]}
+
+
 MEASURES = {"data": measure_data, "decoding": measure_decoding, "zero-shot": measure_zero_shot,
-            "estimate": measure_estimate, "memory": measure_memory}  # fmt: skip
+            "estimate": measure_estimate, "memory": measure_memory,
+            "speedrun": measure_speedrun}  # fmt: skip
 
 
 @cli.guarded
@@ -425,6 +452,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each part of a round")
     parser.add_argument("--pictures", type=int, default=512, help="zero-shot: how many, from 5 on")
+    parser.add_argument("--change", default="", help="speedrun: what is new in this commit")
     options = parser.parse_args()
     cli.check_numbers(options, ("rounds", "seconds"))
     if options.pictures < 5:

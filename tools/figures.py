@@ -9,6 +9,7 @@ What they show is free: the Hubble eXtreme Deep Field (NASA), scikit-image's pho
 
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -94,28 +95,27 @@ def places(runs: list[dict], data: str, mask: str, column: str) -> np.ndarray | 
 
 
 def draw_places(runs: list[dict]) -> object:
-    """Accuracy by the object's place: trained on two sets, under four masks, before tuning and after.
+    """Accuracy by the object's place under four masks after training on two sets.
 
-    Each row has its own scale, for an object in the centre is named ten times as often.
+    Before and after tuning; each column has a scale of its own.
     """
-    fig = figure(5.6, 10.5)
-    grid = [(data, column) for data in sorted(sweep.MAPPED[0], reverse=True)
-            for column in ("full picture", "after tuning")]  # fmt: skip
-    cells = fig.subplots(len(NAMES), len(grid)).T
-    for row, (data, column) in zip(cells, grid, strict=True):
+    fig = figure(9, 9)
+    columns = list(product(sorted(sweep.MAPPED[0], reverse=True), ("full picture", "after tuning")))
+    cells = fig.subplots(len(NAMES), len(columns)).T
+    for cells_of, (data, column) in zip(cells, columns, strict=True):
         maps = {mask: places(runs, data, mask, column) for mask in NAMES}
-        most = max(np.max(found) for found in maps.values() if found is not None)
-        for axes, (mask, found) in zip(row, maps.items(), strict=True):
+        most = max((np.max(found) for found in maps.values() if found is not None), default=1)
+        for axes, (mask, found) in zip(cells_of, maps.items(), strict=True):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if found is not None:
                 axes.imshow(found, cmap="viridis", vmin=0, vmax=most)
                 centre, border = found[3, 3], (found.sum() - found[1:-1, 1:-1].sum()) / 24
                 axes.set_xlabel(f"centre {centre:.1f} %, border {border:.1f} %", fontsize=9)
-            if row is cells[0]:
+            if cells_of is cells[0]:
                 axes.set_ylabel(NAMES[mask], fontsize=12)
         when = "before tuning" if column == "full picture" else column
-        row[0].set_title(f"trained on {data},\n{when}", fontsize=10)
+        cells_of[0].set_title(f"trained on {data},\n{when}", fontsize=10)
     return fig
 
 

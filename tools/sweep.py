@@ -227,7 +227,7 @@ def planned(cost: dict) -> list[Run]:
             steps = affordable(cost, mask, ratio, full) if equal == "time" else full
             words = ["--recipe", "compare", "--data", name, *mask_flags(mask, ratio)]
             words += [] if steps == full else ["--steps", str(steps)]
-            whole = (ratio, steps) == (RATIOS[0], full)
+            whole = steps == full and (mask == "none" or ratio == RATIOS[0])
             more = ("--positions",) * (whole and name in MAPPED[0] and mask in MAPPED[1])
             if whole and name in SHIFTED[0] and mask in SHIFTED[1]:
                 more = SHIFTS

@@ -477,6 +477,22 @@ def flags_table() -> str:
     return "\n".join(rows)
 
 
+def speedrun_table(bench: dict) -> str:
+    """The ladder of the demo's records on the validation vendor, three seeds each."""
+    records, rows = bench["speedrun"]["records"], []
+    first = statistics.mean(records[0]["seconds"])
+    for record in records:
+        minutes = [seconds / 60 for seconds in record["seconds"]]
+        rows.append([
+            record["change"], record["steps"],
+            f"{statistics.mean(minutes):.2f} ({min(minutes):.2f}-{max(minutes):.2f})",
+            f"{first / 60 / statistics.mean(minutes):.2f}", mean_range(record["top-1"]),
+            record["commit"],
+        ])  # fmt: skip
+    head = ["change", "steps", "minutes of training", "times faster", "top-1 (%)", "commit"]
+    return table(head, rows) + f"\n\n{made_on(bench['speedrun']['machine'])}."
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo_table(load_runs()),
     "compare": lambda: compare_table(load_runs(), load("cost")),
@@ -486,6 +502,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "decoding": lambda: decoding_table(load("bench")),
     "training": lambda: training_table(load("bench")),
     "speed": lambda: speed_table(load("bench")),
+    "speedrun": lambda: speedrun_table(load("bench")),
     "paper": glip_table,
     "open_clip": flags_table,
 }
