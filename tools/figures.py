@@ -112,8 +112,7 @@ def draw_places(runs: list[dict]) -> object:
                 axes.imshow(found, cmap="viridis", vmin=0, vmax=most)
                 centre, border = found[3, 3], (found.sum() - found[1:-1, 1:-1].sum()) / 24
                 axes.set_xlabel(f"centre {centre:.1f} %, border {border:.1f} %", fontsize=9)
-            if cells_of is cells[0]:
-                axes.set_ylabel(NAMES[mask], fontsize=12)
+            axes.set_ylabel(NAMES[mask] if axes in cells[0] else "", fontsize=12)
         when = "before tuning" if column == "full picture" else column
         cells_of[0].set_title(f"trained on {data},\n{when}", fontsize=10)
     return fig
