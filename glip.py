@@ -42,8 +42,8 @@ class InputError(ValueError):
 # --- Sizes ----------------------------------------------------------------------------------------
 
 Size = int | tuple[int, int]  # pixels or patches a side, or (rows, columns)
-SIZES = {
-    # name: image_size, patch_size, width, layers, heads, embed_dim, text width, layers, heads
+SIZES = {  # image_size, patch_size, width, layers, heads, embed_dim, text width, layers, heads
+    "ViT-pico-8": (48, 8, 192, 3, 3, 128, 128, 3, 2),
     "ViT-nano-8": (64, 8, 192, 3, 3, 128, 128, 3, 2),
     "ViT-Ti-16": (224, 16, 192, 12, 3, 192, 192, 12, 3),
     "ViT-S-16": (224, 16, 384, 12, 6, 384, 384, 12, 6),
@@ -142,11 +142,10 @@ def encode_word(word: str) -> tuple[int, ...]:
 def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
     """Texts -> token ids (n, context_length) int64: start, words, end, zeros; too long is cut."""
     texts = [texts] if isinstance(texts, str) else texts
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
-    for row, text in zip(tokens, texts, strict=True):
-        ids = [START, *encode(text)[: context_length - 2], END]
-        row[: len(ids)] = torch.tensor(ids)
-    return tokens
+    rows = [[START, *encode(text)[: context_length - 2], END] for text in texts]
+    longest = max(map(len, rows), default=0)
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
+    return F.pad(tokens.view(len(rows), longest), (0, context_length - longest))
 
 
 @lru_cache(maxsize=100_000)

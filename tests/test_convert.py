@@ -175,7 +175,7 @@ QUICK_SIZES = ("ViT-Ti-16", "ViT-B-32")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
     name if name in QUICK_SIZES else pytest.param(name, marks=pytest.mark.proof)
-    for name in SIZES if name != "ViT-nano-8"
+    for name in SIZES if name not in ("ViT-pico-8", "ViT-nano-8")
 ])  # fmt: skip
 def test_published_sizes_have_our_features(name, tmp_path, monkeypatch):
     """ViT-B/16 whole, the others cut to two layers."""

@@ -9,8 +9,8 @@ zero-shot  from encoded pictures and class names to accuracy, beside open_clip's
            weights, fp32, ImageNet's 80 prompts, 1.6 prompts a picture as there, and one accuracy.
 estimate   training steps beside what `train.py --estimate` says of them.
 memory     the highest memory of a step against the batch, under --micro-batch.
-speedrun   the demo of this commit on the validation vendor: three seeds, added to the ladder of
-           docs/speedrun.md under the name of its --change.
+speedrun   the demo with --flags of train.py on the validation vendor: three seeds, added to the
+           ladder of docs/speedrun.md under the name of the --change.
 
 Whatever is compared runs in turn: on shared machines, ratios within a round vary less than times.
 Results go to results/bench.json.
@@ -416,9 +416,9 @@ def measure_memory(options: argparse.Namespace) -> dict:
     return {"rows": rows}
 
 
-def trained(seed: int, folder: Path) -> tuple[float, float]:
+def trained(flags: list[str], folder: Path) -> tuple[float, float]:
     """(seconds of training, zero-shot top-1) of the demo on the validation vendor."""
-    words = ["train.py", *VALIDATION.split(), "--seed", str(seed), "--out", str(folder)]
+    words = ["train.py", *VALIDATION.split(), *flags, "--out", str(folder)]
     subprocess.run([sys.executable, *words, "--eval-every", "100000"], cwd=ROOT, check=True)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     ends = {record["stage"]: record["seconds"] for record in records if "loss" in record}
@@ -427,15 +427,16 @@ def trained(seed: int, folder: Path) -> tuple[float, float]:
 
 
 def measure_speedrun(options: argparse.Namespace) -> dict:
-    """The ladder, with what this commit reaches as its last record."""
+    """The ladder, with what these flags reach at this commit as its last record."""
+    flags = options.flags.split()
     commit = machine(pick_device("auto"))["commit"]
     if not options.change or not commit or commit.endswith("-dirty"):
         raise InputError("commit the change, and name it in a few words: --change WORDS")
     with tempfile.TemporaryDirectory() as place:
-        found = [trained(seed, Path(place) / str(seed)) for seed in SEEDS]
+        found = [trained([*flags, "--seed", str(seed)], Path(place) / str(seed)) for seed in SEEDS]
     seconds, top1 = map(list, zip(*found, strict=True))
-    new = {"change": options.change, "commit": commit, "seconds": seconds, "top-1": top1,
-           "steps": parse([]).steps}  # fmt: skip
+    new = {"change": options.change, "flags": options.flags, "commit": commit, "seconds": seconds,
+           "top-1": top1, "steps": parse(flags).steps}  # fmt: skip
     return {"records": [*load("bench").get("speedrun", {}).get("records", []), new]}
 
 
@@ -452,7 +453,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each part of a round")
     parser.add_argument("--pictures", type=int, default=512, help="zero-shot: how many, from 5 on")
-    parser.add_argument("--change", default="", help="speedrun: what is new in this commit")
+    parser.add_argument("--change", default="", help="speedrun: what is new, in a few words")
+    parser.add_argument("--flags", default="", help="speedrun: of train.py, beside the demo's")
     options = parser.parse_args()
     cli.check_numbers(options, ("rounds", "seconds"))
     if options.pictures < 5:
