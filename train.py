@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import shlex
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -102,26 +103,33 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            lr, momentum, alike = group["lr"], group["momentum"], defaultdict(list)
             for p in group["params"]:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(mean, momentum), self.dtype)  # Nesterov's
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+                alike[p.shape].append((p, p.grad.lerp(mean, momentum)))        # Nesterov's
+            for shape, found in alike.items():  # small matrices are faster together
+                params, means = zip(*found, strict=True)
+                updates = orthogonal(torch.stack(means), self.dtype)
+                for p, update in zip(params, updates, strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
-def orthogonal(matrix: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
-    """Nearly U V' of a matrix U S V', by Newton-Schulz steps: singular values of 0.7 to 1.2."""
-    x = matrix.to(dtype)
-    x = x.mT if len(matrix) > matrix.shape[1] else x  # products with the shorter side are cheaper
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonal(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
+    """Nearly U V' of each matrix U S V', by Newton-Schulz steps: singular values of 0.7 to 1.2.
+
+    (n, r, c) -> (n, r, c).
+    """
+    x, tall = matrices.to(dtype), matrices.shape[1] > matrices.shape[2]
+    x = x.mT if tall else x  # products with the shorter side are cheaper
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
         square = x @ x.mT
-        poly = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, poly, x, beta=3.4445)
-    return x.mT if len(matrix) > matrix.shape[1] else x
+        poly = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, poly, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 # --- Processes and stages -------------------------------------------------------------------------

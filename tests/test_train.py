@@ -375,7 +375,7 @@ def test_muon_emulates_no_bf16(monkeypatch):
 def test_updates_are_orthogonal(shape):
     """Against the singular value decomposition, and timm's own iteration in fp32."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = train.orthogonal(matrix, torch.float32)
+    found = train.orthogonal(matrix[None], torch.float32)[0]
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     inner = u.T @ found @ v.T  # diagonal where both have the same singular vectors
     assert (inner - inner.diag().diag()).abs().max() < 1e-4
