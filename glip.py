@@ -43,7 +43,7 @@ class InputError(ValueError):
 
 Size = int | tuple[int, int]  # pixels or patches a side, or (rows, columns)
 SIZES = {  # image_size, patch_size, width, layers, heads, embed_dim, text width, layers, heads
-    "ViT-pico-8": (48, 8, 192, 3, 3, 128, 128, 3, 2),
+    "ViT-pico-8": (48, 8, 192, 4, 3, 128, 128, 2, 2),
     "ViT-nano-8": (64, 8, 192, 3, 3, 128, 128, 3, 2),
     "ViT-Ti-16": (224, 16, 192, 12, 3, 192, 192, 12, 3),
     "ViT-S-16": (224, 16, 384, 12, 6, 384, 384, 12, 6),
