@@ -211,7 +211,7 @@ def test_the_sweep_lists_what_results_has_and_lacks(monkeypatch, capsys):
     unmapped = [run["name"] for run in load_runs() if run["name"] in asked
                 and sweep.lacks(run, asked[run["name"]])]  # fmt: skip
     done = sum(line.startswith("done ") for line in lines)
-    assert done == len(names) - 3 - len(unmapped) and len(unmapped) == 25  # 3: the demo's
+    assert done == len(names) - 3 - len(unmapped) and len(unmapped) == 22  # 3: the demo's
     runs = [run for run in load_runs() if run["name"] != "compare_data=scenes-center_mask=block"]
     monkeypatch.setattr(sweep.results, "load_runs", lambda: runs)
     sweep.main()
