@@ -483,8 +483,9 @@ def speedrun_table(bench: dict) -> str:
     first = statistics.mean(records[0]["seconds"])
     for record in records:
         minutes = [seconds / 60 for seconds in record["seconds"]]
+        flags = f"; `{record['flags']}`" if record["flags"] else ""
         rows.append([
-            record["change"] + f"; `{record['flags']}`" * bool(record["flags"]), str(record["steps"]),
+            record["change"] + flags, str(record["steps"]),
             f"{statistics.mean(minutes):.2f} ({min(minutes):.2f}-{max(minutes):.2f})",
             f"{first / 60 / statistics.mean(minutes):.2f}", mean_range(record["top-1"]),
             record["commit"],
