@@ -51,7 +51,7 @@ from nanoglip.results import load, save_bench
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.emoji import Emoji, photographs
 from nanoglip.sources.order import Batch, Batches, make_order
-from tools.sweep import SEEDS, VALIDATION
+from tools.sweep import SEEDS, VALIDATION, script
 
 ROOT = Path(__file__).parents[1]
 
@@ -419,7 +419,8 @@ def measure_memory(options: argparse.Namespace) -> dict:
 def trained(flags: list[str], folder: Path) -> tuple[float, float]:
     """(seconds of training, zero-shot top-1) of the demo on the validation vendor."""
     words = ["train.py", *VALIDATION.split(), *flags, "--out", str(folder)]
-    subprocess.run([sys.executable, *words, "--eval-every", "100000"], cwd=ROOT, check=True)
+    if problem := script([*words, "--eval-every", "100000"], os.cpu_count() or 1):
+        raise InputError(f"{' '.join(words)}: {problem}")
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     ends = {record["stage"]: record["seconds"] for record in records if "loss" in record}
     top1 = [record["zero-shot top-1"] for record in records if "zero-shot top-1" in record]
@@ -429,14 +430,14 @@ def trained(flags: list[str], folder: Path) -> tuple[float, float]:
 def measure_speedrun(options: argparse.Namespace) -> dict:
     """The ladder, with what these flags reach at this commit as its last record."""
     flags = options.flags.split()
-    commit = machine(pick_device("auto"))["commit"]
+    steps, commit = parse(flags).steps, machine(pick_device("auto"))["commit"]
     if not options.change or not commit or commit.endswith("-dirty"):
         raise InputError("commit the change, and name it in a few words: --change WORDS")
     with tempfile.TemporaryDirectory() as place:
         found = [trained([*flags, "--seed", str(seed)], Path(place) / str(seed)) for seed in SEEDS]
     seconds, top1 = map(list, zip(*found, strict=True))
     new = {"change": options.change, "flags": options.flags, "commit": commit, "seconds": seconds,
-           "top-1": top1, "steps": parse(flags).steps}  # fmt: skip
+           "top-1": top1, "steps": steps}  # fmt: skip
     return {"records": [*load("bench").get("speedrun", {}).get("records", []), new]}
 
 
