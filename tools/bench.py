@@ -10,7 +10,8 @@ zero-shot  from encoded pictures and class names to accuracy, beside open_clip's
 estimate   training steps beside what `train.py --estimate` says of them.
 memory     the highest memory of a step against the batch, under --micro-batch.
 speedrun   the demo with --flags of train.py on the validation vendor: three seeds, added to the
-           ladder of docs/speedrun.md under the name of the --change.
+           ladder of docs/speedrun.md under the name of the --change. Steps are timed in turn with
+           those of the ladder's first row. Interrupted, it goes on where it was.
 
 Whatever is compared runs in turn: on shared machines, ratios within a round vary less than times.
 Results go to results/bench.json.
@@ -25,11 +26,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +44,7 @@ import glip
 import train
 from glip import GLIPConfig, InputError
 from nanoglip import cli, estimate
-from nanoglip.config import TrainConfig, masker_of, parse
+from nanoglip.config import TrainConfig, masker_of, parse, run_name
 from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import classification
@@ -416,29 +419,72 @@ def measure_memory(options: argparse.Namespace) -> dict:
     return {"rows": rows}
 
 
-def trained(flags: list[str], folder: Path) -> tuple[float, float]:
-    """(seconds of training, zero-shot top-1) of the demo on the validation vendor."""
-    words = ["train.py", *VALIDATION.split(), *flags, "--out", str(folder)]
-    if problem := script([*words, "--eval-every", "100000"], os.cpu_count() or 1):
+def log_of(folder: Path, code: Path, words: list[str]) -> list[dict]:
+    """The log of the demo with these flags, trained by this code on the validation vendor.
+
+    A finished run is read, an unfinished one resumed.
+    """
+    words = ["train.py", *VALIDATION.split(), *words, "--eval-every", "100000"]
+    words += ["--out", str(folder)]
+    done = (folder / "model.pt").exists()
+    if not done and (problem := script(words, len(os.sched_getaffinity(0)), code)):
         raise InputError(f"{' '.join(words)}: {problem}")
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    ends = {record["stage"]: record["seconds"] for record in records if "loss" in record}
-    top1 = [record["zero-shot top-1"] for record in records if "zero-shot top-1" in record]
-    return sum(ends.values()), top1[-1]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def unpack(commit: str, folder: Path) -> Path:
+    """The code of a commit, written below a folder."""
+    done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
+    if done.returncode:
+        raise InputError(f"commit {commit} of the ladder's first row is not in this clone: "
+                         "git fetch --unshallow")  # fmt: skip
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder / commit, filter="data")
+    return folder / commit
+
+
+def training_minutes(record: dict, code: Path) -> float:
+    """Minutes of both stages of a row of the ladder, from the median of a few steps of each."""
+    short = f"{record['flags']} --steps 12 --tune-epochs 0.15 --log-every 1".split()
+    with tempfile.TemporaryDirectory() as place:
+        lines = [line for line in log_of(Path(place), code, short) if "loss" in line]
+    ends = {stage: [line["seconds"] for line in lines if line["stage"] == stage]
+            for stage in record["steps"]}  # fmt: skip
+    return sum(
+        steps * statistics.median(later - earlier for earlier, later in pairwise(ends[stage]))
+        for stage, steps in record["steps"].items()
+    ) / 60  # fmt: skip
 
 
 def measure_speedrun(options: argparse.Namespace) -> dict:
-    """The ladder, with what these flags reach at this commit as its last record."""
-    flags = options.flags.split()
-    steps, commit = parse(flags).steps, machine(pick_device("auto"))["commit"]
-    if not options.change or not commit or commit.endswith("-dirty"):
+    """The ladder, with what these flags reach at this commit as its last row.
+
+    Seeds may share the machine with other work. Steps are timed in turn with the first row's, of
+    the first row's own code, so that rows of different machines can stand in one ladder.
+    """
+    flags, on = options.flags.split(), resolve("auto", "auto")
+    parse(flags)  # refuses what is wrong before anything trains
+    where, rows = machine(on.device), load("bench").get("speedrun", {}).get("records", [])
+    if not options.change or not where["commit"] or where["commit"].endswith("-dirty"):
         raise InputError("commit the change, and name it in a few words: --change WORDS")
+    row = {"change": options.change, "flags": options.flags, "top-1": [], "bf16": on.bf16,
+           "commit": where["commit"], "machine": where}  # fmt: skip
+    for seed in map(str, SEEDS):
+        words = [*flags, "--seed", seed]
+        folder = ROOT / "runs/speedrun" / where["commit"] / run_name(parse(words))
+        lines = log_of(folder, ROOT, words)
+        row["top-1"].append([x["zero-shot top-1"] for x in lines if "zero-shot top-1" in x][-1])
+        row["steps"] = {line["stage"]: line["step"] for line in lines if "loss" in line}
+        print(f"seed {seed}: {100 * row['top-1'][-1]:.1f} %", flush=True)
     with tempfile.TemporaryDirectory() as place:
-        found = [trained([*flags, "--seed", str(seed)], Path(place) / str(seed)) for seed in SEEDS]
-    seconds, top1 = map(list, zip(*found, strict=True))
-    new = {"change": options.change, "flags": options.flags, "commit": commit, "seconds": seconds,
-           "top-1": top1, "steps": steps}  # fmt: skip
-    return {"records": [*load("bench").get("speedrun", {}).get("records", []), new]}
+        first = rows[0] if rows else row
+        code = unpack(first["commit"], Path(place))
+        row["minutes"], ratios, ranges = in_turn(options.rounds, {
+            "first": partial(training_minutes, first, code),
+            "this": partial(training_minutes, row, ROOT),
+        })  # fmt: skip
+    row |= {"times_faster": ratios["this"], "range": ranges["this"]}
+    return {"records": [*rows, row]}
 
 
 MEASURES = {"data": measure_data, "decoding": measure_decoding, "zero-shot": measure_zero_shot,

@@ -89,11 +89,11 @@ def mask_flags(mask: str, ratio: float) -> list[str]:
     return ["--mask", mask] + (["--mask-ratio", str(ratio)] if mask != "none" else [])
 
 
-def script(words: list[str], threads: int) -> str:
-    """Run a script of this project; returns "", or what went wrong."""
+def script(words: list[str], threads: int, folder: Path = ROOT) -> str:
+    """Run a script of this project, or of its copy in a folder; returns "", or what went wrong."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     words = [sys.executable, *words]
-    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True)
     said = done.stderr.strip() or f"exit {done.returncode}"
     return said.splitlines()[-1] if done.returncode else ""
 

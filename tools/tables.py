@@ -480,18 +480,19 @@ def flags_table() -> str:
 def speedrun_table(bench: dict) -> str:
     """The ladder of the demo's records on the validation vendor, three seeds each."""
     records, rows = bench["speedrun"]["records"], []
-    first = statistics.mean(records[0]["seconds"])
     for record in records:
-        minutes = [seconds / 60 for seconds in record["seconds"]]
         flags = f"; `{record['flags']}`" if record["flags"] else ""
+        minutes = [f"{record['minutes'][name]:.1f}" for name in ("this", "first")
+                   if name in record["minutes"]]  # fmt: skip
+        times = ratio_range(record["times_faster"], record["range"]) if "range" in record else "1"
         rows.append([
-            record["change"] + flags, str(record["steps"]),
-            f"{statistics.mean(minutes):.2f} ({min(minutes):.2f}-{max(minutes):.2f})",
-            f"{first / 60 / statistics.mean(minutes):.2f}", mean_range(record["top-1"]),
-            record["commit"],
+            record["change"] + flags, f"{record['steps']['pretrain']} + {record['steps']['tune']}",
+            mean_range(record["top-1"]), times, " and ".join(minutes),
+            "bf16" if record["bf16"] else "fp32", record["commit"],
         ])  # fmt: skip
-    head = ["change", "steps", "minutes of training", "times faster", "top-1 (%)", "commit"]
-    return table(head, rows) + f"\n\n{made_on(bench['speedrun']['machine'])}."
+    head = ["change", "steps", "top-1 (%)", "times faster", "minutes, and the first row's then",
+            "in", "commit"]  # fmt: skip
+    return table(head, rows) + f"\n\n{made_on(records[-1]['machine'])}."
 
 
 PARTS: dict[str, Callable[[], str]] = {
