@@ -1,5 +1,6 @@
 """Tables and budgets on made-up results whose means, ranges and steps are known."""
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -9,18 +10,22 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
+import torch
 
 import train
+from glip import InputError
 from nanoglip import masks
 from nanoglip.config import check, parse
 from nanoglip.evals import benchmarks
+from nanoglip.machine import machine
 from nanoglip.results import add_run, load, load_runs, save_bench
 from nanoglip.sources.emoji import Emoji
-from tools import sweep, tables
+from tools import bench, sweep, tables
 
 FULL = parse(["--recipe", "compare"]).steps
 TIMES = {"cluster": 1.5, "attentive": 2.0, sweep.ACLIP: 3.0, "gumbel": 1.1}  # nearly the same
@@ -234,6 +239,56 @@ def test_the_best_rate_of_a_search_is_run_when_the_search_is_whole():
     for run in new:
         config = parse(list(run.flags))
         assert (config.lr, config.optimizer, config.held_out) == (sweep.LRS[2], "adamw", "Twtr")
+
+
+def test_a_row_of_the_speed_run_is_three_seeds_and_a_ratio(tmp_path, monkeypatch):
+    """Runs are pretended: the first row's steps take 2 s and 5 s, the new one's 1 s and 4 s."""
+    began = []
+
+    def script(words, threads, code):
+        folder, config = Path(words[-1]), parse(words[1:-2])
+        began.append((code, config.seed, config.steps))
+        assert (config.held_out, "Twtr" in config.vendors) == ("Joy", False)
+        own = code == tmp_path
+        stages = {"pretrain": (config.steps, 1 if own else 2), "tune": (4, 4 if own else 5)}
+        lines = [{"stage": stage, "step": step, "loss": 1.0, "seconds": step * seconds}
+                 for stage, (steps, seconds) in stages.items() for step in range(1, steps + 1)]
+        lines.append({"stage": "tune", "step": 4, "zero-shot top-1": 0.5 + config.seed / 100})
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / "model.pt").touch()
+        return ""
+
+    where = {"commit": "b", "cores": 2, "cpu": "c"}
+    first = {"change": "the demo", "flags": "", "commit": "a", "bf16": False, "top-1": [0.5] * 3,
+             "steps": {"pretrain": 100, "tune": 4}, "minutes": {"first": 9.0}, "machine": where}
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(bench, "script", script)
+    monkeypatch.setattr(bench, "machine", lambda _: where)
+    monkeypatch.setattr(bench, "load", lambda _: {"speedrun": {"records": [first]}})
+    monkeypatch.setattr(bench, "unpack", lambda commit, folder: folder / commit)
+    options = argparse.Namespace(change="shorter", flags="--steps 50", rounds=1)
+    for repeats in range(2):  # the second time its three seeds are there
+        before, row = bench.measure_speedrun(options)["records"]
+        assert before == first and row["top-1"] == [0.5, 0.51, 0.52]
+        assert row["steps"] == {"pretrain": 50, "tune": 4}
+        assert row["minutes"] == {"first": (100 * 2 + 4 * 5) / 60, "this": (50 + 4 * 4) / 60}
+        assert row["times_faster"] == row["range"][0] == pytest.approx(220 / 66)
+        assert len(began) == 3 + 4 * (repeats + 1)  # a round is of both, after one to warm up
+    text = tables.speedrun_table({"speedrun": {"records": [before, row]}})
+    assert "`--steps 50` | 50 + 4 | 51.0 (50.0-52.0) | 3.33 (3.33-3.33) | 3.7 to 1.1 |" in text
+    where["commit"] = "b-dirty"
+    with pytest.raises(InputError, match="commit the change"):
+        bench.measure_speedrun(options)
+
+
+def test_code_of_a_commit_is_unpacked_or_asked_for(tmp_path):
+    commit = machine(torch.device("cpu"))["commit"].removesuffix("-dirty")
+    if not commit:
+        pytest.skip("not a git clone")
+    assert (bench.unpack(commit, tmp_path) / "train.py").exists()
+    with pytest.raises(InputError, match=r"commit 000 of the ladder's first row .* --unshallow"):
+        bench.unpack("000", tmp_path)
 
 
 def test_costs_are_ratios():

@@ -3,8 +3,7 @@
 data       pictures a second from shards, beside open_clip's own pipeline. Both read 256-pixel JPEG
            photographs (scikit-learn's and scikit-image's, cut up), crop and resize alike (half to
            all of the area, bicubic, 224 pixels) and tokenise, in one process on one thread.
-decoding   the same of larger ones, too, beside other ways to decode, by the processor's clock; and
-           a thread that reads ahead of what is not in memory, by the wall's.
+decoding   the same of larger ones, too, beside other ways to decode, by the processor's clock.
 zero-shot  from encoded pictures and class names to accuracy, beside open_clip's own loop: the same
            weights, fp32, ImageNet's 80 prompts, 1.6 prompts a picture as there, and one accuracy.
 estimate   training steps beside what `train.py --estimate` says of them.
@@ -19,7 +18,6 @@ Results go to results/bench.json.
 
 import argparse
 import io
-import itertools
 import json
 import math
 import os
@@ -30,7 +28,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -128,29 +125,6 @@ class Eighths(shards.Shards):
         return pixels[top : top + h, left : left + w]
 
 
-class FromDisk(shards.Shards):
-    """What is read is not in memory."""
-
-    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
-        for path in self.paths:
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return super().encoded(ids)
-
-
-class Ahead(FromDisk):
-    """A second thread reads the next batch meanwhile."""
-
-    def encoded(self, ids: np.ndarray) -> list[bytes | Exception]:
-        if not hasattr(self, "pool"):
-            order = make_order(self, BATCH, 0, "pretrain")
-            self.pool, self.coming = ThreadPoolExecutor(1), map(order.batch, itertools.count())
-            self.next = self.pool.submit(super().encoded, next(self.coming))
-        found = self.next.result()
-        self.next = self.pool.submit(super().encoded, next(self.coming))
-        return found
-
-
 def our_batches(folder: Path, kind: type = shards.Shards) -> Iterator[int]:
     """Sizes of our batches, by our reader or another."""
     source = kind(str(folder), SIDE)
@@ -229,14 +203,13 @@ def measure_data(options: argparse.Namespace) -> dict:
 
 
 def measure_decoding(options: argparse.Namespace) -> dict:
-    """Rates of readers for each size of pictures, what scaling changes, and reading ahead."""
+    """Rates of readers for each size of pictures, and what scaling changes."""
     torch.set_num_threads(1)
-    rows, disk = [], ()
+    rows = []
     for side in SIZES:
         with tempfile.TemporaryDirectory() as name:
             jpegs = make_shards(folder := Path(name), 1, side=side)
             shards.build(name, 1)
-            os.sync()  # what is still being written does not leave the memory
             kinds = {"ours": shards.Shards, "before": Eighths, "whole": Whole}
             readers = {key: our_batches(folder, kind) for key, kind in kinds.items()}
             readers["open_clip"] = their_batches(folder)
@@ -244,15 +217,10 @@ def measure_decoding(options: argparse.Namespace) -> dict:
                 key: partial(rate, sizes, options.seconds, time.process_time)
                 for key, sizes in readers.items()
             })  # fmt: skip
-            disk = disk or in_turn(options.rounds, {
-                key: partial(rate, our_batches(folder, kind), options.seconds)
-                for key, kind in (("ahead", Ahead), ("ours", FromDisk))
-            })  # fmt: skip
         rows.append({"pixels": side, "mean_bytes": statistics.mean(map(len, jpegs)),
                      "pictures_per_second": medians, "ours_to": ratios, "range": ranges,
                      "levels": differences(jpegs[:200])})  # fmt: skip
-    return {"rows": rows, "rounds": options.rounds, "ahead_to": disk[1]["ours"],
-            "ahead_range": disk[2]["ours"]}  # fmt: skip
+    return {"rows": rows, "rounds": options.rounds}
 
 
 # --- Zero-shot classification ---------------------------------------------------------------------
@@ -420,12 +388,8 @@ def measure_memory(options: argparse.Namespace) -> dict:
 
 
 def log_of(folder: Path, code: Path, words: list[str]) -> list[dict]:
-    """The log of the demo with these flags, trained by this code on the validation vendor.
-
-    A finished run is read, an unfinished one resumed.
-    """
-    words = ["train.py", *VALIDATION.split(), *words, "--eval-every", "100000"]
-    words += ["--out", str(folder)]
+    """The log of the demo with these flags, by this code, on the validation vendor; resumes it."""
+    words = ["train.py", *f"{VALIDATION} --eval-every 100000".split(), *words, "--out", str(folder)]
     done = (folder / "model.pt").exists()
     if not done and (problem := script(words, len(os.sched_getaffinity(0)), code)):
         raise InputError(f"{' '.join(words)}: {problem}")
@@ -448,12 +412,11 @@ def training_minutes(record: dict, code: Path) -> float:
     short = f"{record['flags']} --steps 12 --tune-epochs 0.15 --log-every 1".split()
     with tempfile.TemporaryDirectory() as place:
         lines = [line for line in log_of(Path(place), code, short) if "loss" in line]
-    ends = {stage: [line["seconds"] for line in lines if line["stage"] == stage]
-            for stage in record["steps"]}  # fmt: skip
-    return sum(
-        steps * statistics.median(later - earlier for earlier, later in pairwise(ends[stage]))
-        for stage, steps in record["steps"].items()
-    ) / 60  # fmt: skip
+    seconds = 0.0
+    for stage, steps in record["steps"].items():
+        ends = [line["seconds"] for line in lines if line["stage"] == stage]
+        seconds += steps * statistics.median(later - earlier for earlier, later in pairwise(ends))
+    return seconds / 60
 
 
 def measure_speedrun(options: argparse.Namespace) -> dict:
@@ -463,8 +426,7 @@ def measure_speedrun(options: argparse.Namespace) -> dict:
     the first row's own code, so that rows of different machines can stand in one ladder.
     """
     flags, on = options.flags.split(), resolve("auto", "auto")
-    parse(flags)  # refuses what is wrong before anything trains
-    where, rows = machine(on.device), load("bench").get("speedrun", {}).get("records", [])
+    where, rows = machine(on.device), load("bench")["speedrun"]["records"]
     if not options.change or not where["commit"] or where["commit"].endswith("-dirty"):
         raise InputError("commit the change, and name it in a few words: --change WORDS")
     row = {"change": options.change, "flags": options.flags, "top-1": [], "bf16": on.bf16,
@@ -477,14 +439,12 @@ def measure_speedrun(options: argparse.Namespace) -> dict:
         row["steps"] = {line["stage"]: line["step"] for line in lines if "loss" in line}
         print(f"seed {seed}: {100 * row['top-1'][-1]:.1f} %", flush=True)
     with tempfile.TemporaryDirectory() as place:
-        first = rows[0] if rows else row
-        code = unpack(first["commit"], Path(place))
+        code = unpack(rows[0]["commit"], Path(place))
         row["minutes"], ratios, ranges = in_turn(options.rounds, {
-            "first": partial(training_minutes, first, code),
+            "first": partial(training_minutes, rows[0], code),
             "this": partial(training_minutes, row, ROOT),
         })  # fmt: skip
-    row |= {"times_faster": ratios["this"], "range": ranges["this"]}
-    return {"records": [*rows, row]}
+    return {"records": [*rows, row | {"times_faster": ratios["this"], "range": ranges["this"]}]}
 
 
 MEASURES = {"data": measure_data, "decoding": measure_decoding, "zero-shot": measure_zero_shot,

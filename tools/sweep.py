@@ -44,6 +44,7 @@ from nanoglip.masker import Masker
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
+COMPARED = parse(["--recipe", "compare"])
 RATIOS = (0.75, 0.918, 0.5)
 HOME = "scenes-center"  # where every mask runs at every ratio
 AWAY = ("emoji", "scenes-corner", "scenes-anywhere")  # where most run, at 75 %
@@ -74,7 +75,7 @@ class SweepConfig:
 
 def partner(ratio: float) -> int:
     """Side in pixels of the small pictures whose patches are nearest to the K of a ratio."""
-    model = GLIPConfig.named(TrainConfig().model)
+    model = GLIPConfig.named(COMPARED.model)
     patches = glip.num_keep(model.grid[0] * model.grid[1], ratio)
     return model.patch_size * round(patches**0.5)
 
@@ -82,7 +83,7 @@ def partner(ratio: float) -> int:
 def mask_flags(mask: str, ratio: float) -> list[str]:
     """The flags of train.py for a mask, or for the small pictures that cost as much."""
     if mask == SMALL:  # tuned at the full size
-        full = GLIPConfig.named(TrainConfig().model).image_size
+        full = GLIPConfig.named(COMPARED.model).image_size
         return f"--mask none --image-size {partner(ratio)} --tune-image-size {full}".split()
     if mask == ACLIP:
         return ["--mask", "attentive", "--aclip", "--mask-ratio", str(ratio)]
@@ -148,10 +149,10 @@ def measure_cost(threads: int, names: list[str], rounds: int = 3, steps: int = 1
          "mask alone": statistics.median(alone)}
         for (mask, ratio), (steps, alone) in found.items()
     ]  # fmt: skip
-    config, on = parse(["--recipe", "compare"]), resolve("auto", "auto")
+    on = resolve("auto", "auto")
     return {
-        "command": "python -m tools.sweep", "data": HOME, "batch_size": config.batch_size,
-        "rounds": rounds, "model": config.model, "bf16": on.bf16, "threads": threads,
+        "command": "python -m tools.sweep", "data": HOME, "batch_size": COMPARED.batch_size,
+        "rounds": rounds, "model": COMPARED.model, "bf16": on.bf16, "threads": threads,
         "seconds": rows, "machine": machine(on.device),
     }  # fmt: skip
 
@@ -217,7 +218,7 @@ def planned(cost: dict) -> list[Run]:
 
     Where a mask's cost is not known, its runs at equal time are left out.
     """
-    full, runs = parse(["--recipe", "compare"]).steps, []
+    full, runs = COMPARED.steps, []
     for ratio, equal, seed in product(RATIOS, ("steps", "time"), SEEDS):
         places = [(HOME, mask) for mask in (*masks.MASKS, SMALL)]
         if ratio == RATIOS[0]:
@@ -329,7 +330,7 @@ def main() -> None:
         if not commit or commit.endswith("-dirty"):
             raise InputError("results name the commit they come from: commit your changes")
         for name in (HOME, *AWAY):  # decode once, before runs share the cache
-            data.load(name, glip.SIZES[TrainConfig().model][0])
+            data.load(name, glip.SIZES[COMPARED.model][0])
     if not options.list or not cost:
         cost = complete_cost(cost, threads)
         results.save("cost", cost)

@@ -262,9 +262,7 @@ def decoding_table(bench: dict) -> str:
         f"medians (and ranges) of {found['rounds']} alternating rounds (`tools.bench decoding`); "
         f"{made_on(found['machine'])}. The difference is that of the scaled crops after resizing "
         "from those of whole decoding, beside that of bilinear from bicubic resizing; bicubic "
-        f"resizing by torchvision and by Pillow is {rounding:.3f} apart. "
-        "With a second thread that reads 256-pixel pictures ahead, none of them in memory, the "
-        f"rate is {ratio_range(found['ahead_to'], found['ahead_range'])} times as high."
+        f"resizing by torchvision and by Pillow is {rounding:.3f} apart."
     )
 
 
@@ -482,16 +480,14 @@ def speedrun_table(bench: dict) -> str:
     records, rows = bench["speedrun"]["records"], []
     for record in records:
         flags = f"; `{record['flags']}`" if record["flags"] else ""
-        minutes = [f"{record['minutes'][name]:.1f}" for name in ("this", "first")
-                   if name in record["minutes"]]  # fmt: skip
+        minutes = " to ".join(f"{value:.1f}" for value in record["minutes"].values())
         times = ratio_range(record["times_faster"], record["range"]) if "range" in record else "1"
         rows.append([
             record["change"] + flags, f"{record['steps']['pretrain']} + {record['steps']['tune']}",
-            mean_range(record["top-1"]), times, " and ".join(minutes),
+            mean_range(record["top-1"]), times, minutes,
             "bf16" if record["bf16"] else "fp32", record["commit"],
         ])  # fmt: skip
-    head = ["change", "steps", "top-1 (%)", "times faster", "minutes, and the first row's then",
-            "in", "commit"]  # fmt: skip
+    head = ["change", "steps", "top-1 (%)", "times faster", "minutes", "in", "commit"]
     return table(head, rows) + f"\n\n{made_on(records[-1]['machine'])}."
 
 
