@@ -431,15 +431,15 @@ def measure_speedrun(options: argparse.Namespace) -> dict:
         raise InputError("commit the change, and name it in a few words: --change WORDS")
     row = {"change": options.change, "flags": options.flags, "top-1": [], "bf16": on.bf16,
            "commit": where["commit"], "machine": where}  # fmt: skip
-    for seed in map(str, SEEDS):
-        words = [*flags, "--seed", seed]
-        folder = ROOT / "runs/speedrun" / where["commit"] / run_name(parse(words))
-        lines = log_of(folder, ROOT, words)
-        row["top-1"].append([x["zero-shot top-1"] for x in lines if "zero-shot top-1" in x][-1])
-        row["steps"] = {line["stage"]: line["step"] for line in lines if "loss" in line}
-        print(f"seed {seed}: {100 * row['top-1'][-1]:.1f} %", flush=True)
     with tempfile.TemporaryDirectory() as place:
         code = unpack(rows[0]["commit"], Path(place))
+        for seed in map(str, SEEDS):
+            words = [*flags, "--seed", seed]
+            folder = ROOT / "runs/speedrun" / where["commit"] / run_name(parse(words))
+            lines = log_of(folder, ROOT, words)
+            row["top-1"].append([x["zero-shot top-1"] for x in lines if "zero-shot top-1" in x][-1])
+            row["steps"] = {line["stage"]: line["step"] for line in lines if "loss" in line}
+            print(f"seed {seed}: {100 * row['top-1'][-1]:.1f} %", flush=True)
         row["minutes"], ratios, ranges = in_turn(options.rounds, {
             "first": partial(training_minutes, rows[0], code),
             "this": partial(training_minutes, row, ROOT),
