@@ -51,8 +51,8 @@ PAPER = {
 RECIPES = {
     "demo": {},
     "compare": {  # a row of the comparison of masks: 100 s
-        "batch_size": 256, "steps": 450, "lr": 1e-3, "weight_decay": 0.1, "tune_epochs": 0.5,
-        "captions": "names",
+        "model": "ViT-nano-8", "batch_size": 256, "steps": 450, "lr": 1e-3, "weight_decay": 0.1,
+        "tune_epochs": 0.5, "captions": "names",
     },
     "cc3m": PAPER,
     "cc12m": PAPER,

@@ -34,8 +34,9 @@ def run_copy(finished_run, tmp_path):
 def small_model():
     """The demo's model with tiny towers, in this process; others call torture.tiny."""
     import glip
+    from nanoglip.config import TrainConfig
     from tests.torture import TINY
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+        patch.setitem(glip.SIZES, TrainConfig().model, TINY)
         yield

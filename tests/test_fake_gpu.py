@@ -55,7 +55,7 @@ def config(pairs, tmp_path, monkeypatch):
 
     Besides held-out pairs eight pictures of four classes are evaluated.
     """
-    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", SIZE)
+    monkeypatch.setitem(glip.SIZES, TrainConfig().model, SIZE)
     classes = write_tree(tmp_path / "classes", ["a", "b", "c", "d"], 2)
     (classes / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}")
     return TrainConfig(

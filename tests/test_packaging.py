@@ -99,8 +99,9 @@ sys.meta_path.insert(0, Blocked)
 version = metadata.version
 metadata.version = lambda name: version(name if name.lower() in {there!r} else "absent")
 import evaluate, glip, train
+from nanoglip.config import TrainConfig
 from nanoglip.evals import probe
-glip.SIZES["ViT-nano-8"], probe.STRENGTHS, probe.MAX_STEPS = {TINY}, probe.STRENGTHS[:1], 5
+glip.SIZES[TrainConfig().model], probe.STRENGTHS, probe.MAX_STEPS = {TINY}, probe.STRENGTHS[:1], 5
 for script, *sys.argv[1:] in (
     (train, "--image-size", "16", "--batch-size", "32", "--steps", "2", "--out", "run",
      "--tune-epochs", "0.002", "--tune-batch-size", "32", "--eval-every", "100"),

@@ -16,7 +16,7 @@ from PIL import Image
 
 import glip
 from nanoglip import results
-from nanoglip.config import check, parse, run_name
+from nanoglip.config import TrainConfig, check, parse, run_name
 from tests.test_train import command
 from tools import figures, tables
 
@@ -125,7 +125,8 @@ def test_code_of_the_docs_runs(tmp_path, monkeypatch):
     (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_model" in b]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/demo").mkdir(parents=True)
-    glip.save_checkpoint("runs/demo/model.pt", glip.GLIP(glip.GLIPConfig.named("ViT-nano-8")))
+    demo = glip.GLIPConfig.named(TrainConfig().model)
+    glip.save_checkpoint("runs/demo/model.pt", glip.GLIP(demo))
     Image.new("RGB", (200, 120), "red").save("apple.png")
     names = {}
     exec(code, names)

@@ -27,7 +27,7 @@ import train
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, estimate, losses, page, results, runlog
 from nanoglip.cli import STOPPED
-from nanoglip.config import check, parse
+from nanoglip.config import TrainConfig, check, parse
 from nanoglip.sources.pictures import Pictures
 from tests import against_open_clip
 from tests.processes import ROOT
@@ -41,7 +41,7 @@ ADAMW = [*BASE, "--optimizer", "adamw", "--clip-grad-norm", "0.5"]
 
 def test_a_divided_run_is_the_same_run_and_goes_on_undivided(tmp_path, monkeypatch):
     """FSDP2 on two processes, stopped, and resumed by one process that holds everything."""
-    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+    monkeypatch.setitem(glip.SIZES, TrainConfig().model, TINY)
     out = tmp_path / "run"
     train.train(parse([*ADAMW, "--out", str(tmp_path / "one")]))
     flags = [*ADAMW, "--save-every", "5"]
@@ -88,7 +88,7 @@ class Tags(html.parser.HTMLParser):
 def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+    monkeypatch.setitem(glip.SIZES, TrainConfig().model, TINY)
     words = [*BASE, "--tensorboard", "--eval-every", "4", "--out", str(tmp_path / "a <b>")]
     train.train(parse(words))
     text = (tmp_path / "a <b>/report.html").read_text()
@@ -114,7 +114,7 @@ def test_the_page_tells_the_run_and_needs_nothing_else(tmp_path, monkeypatch):
 @pytest.fixture
 def cut_and_resumed(tmp_path, monkeypatch):
     """A function that trains with flags, is cut behind a checkpoint, and goes on; (run, losses)."""
-    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+    monkeypatch.setitem(glip.SIZES, TrainConfig().model, TINY)
     save = runlog.Report.save_latest
 
     def cut(report, model, done):
@@ -208,7 +208,7 @@ def test_a_log_that_does_not_open_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pip install trackio"):
         check(parse(["--trackio"]), 1)
     trackio(tmp_path, monkeypatch, fails=True)
-    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", TINY)
+    monkeypatch.setitem(glip.SIZES, TrainConfig().model, TINY)
     with pytest.raises(InputError, match=r"--trackio does not start \(no room\): repair that, or"):
         train.train(parse([*BASE, "--trackio", "--out", str(tmp_path / "run")]))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "log.jsonl"}
@@ -233,7 +233,7 @@ SMALL = ["--image-size", "16", "--precision", "fp32"]
 
 
 def test_a_batch_is_learned_by_heart_or_the_fault_is_named(capsys, monkeypatch):
-    monkeypatch.setitem(glip.SIZES, "ViT-nano-8", (16, 8, 64, 1, 1, 32, 64, 1, 1))
+    monkeypatch.setitem(glip.SIZES, TrainConfig().model, (16, 8, 64, 1, 1, 32, 64, 1, 1))
     train.overfit(parse(["--overfit", "16", *SMALL]))
     assert "16 pairs are overfitted on cpu" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"still that of guessing \(ln batch 2.08\): raise --lr"):

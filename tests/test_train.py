@@ -509,7 +509,7 @@ def test_a_shorter_context_holds_in_both_stages_and_in_evaluation(tmp_path, monk
     train.train(config)
     model, found = glip.load_model(tmp_path / "run/model.pt")
     assert found.context_length == len(model.positional_embedding) == 5
-    assert card.architecture(found) == "ViT-nano-8"
+    assert card.architecture(found) == config.model
     assert {row[:2] for row in read if row[0]} == {(True, 16), (True, 512)}
     assert len([row for row in read if not row[0]]) >= 2  # an evaluation at the end of each stage
     assert all(length <= 5 and ended for _, _, length, ended in read)

@@ -17,6 +17,7 @@ import torch
 
 import glip
 from nanoglip import files, runlog
+from nanoglip.config import TrainConfig
 from nanoglip.sources.order import Batches
 from tests.processes import Run
 
@@ -80,7 +81,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 def tiny() -> None:
     """Make the demo's model a tiny one."""
-    glip.SIZES["ViT-nano-8"] = TINY
+    glip.SIZES[TrainConfig().model] = TINY
 
 
 MOMENTS = ("while a checkpoint is written", "between its renames", "behind a line of the log")
