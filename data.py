@@ -16,7 +16,6 @@ nanoglip/sources/order.py says why neither workers nor processes change the orde
 
 import fnmatch
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import tyro
 
 from glip import InputError
 from nanoglip import cli, files
+from nanoglip.machine import cores
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.emoji import EMBEDDED, HELD_OUT, VENDORS, Emoji
 from nanoglip.sources.pictures import CROP_SCALE, MAX_BAD, HeldOut, Mixed, Pictures, Source
@@ -162,7 +162,7 @@ def index(config: IndexConfig) -> dict:
     local = not shards.is_remote(location) and not location.endswith(".tar")
     if local and not Path(location).is_dir():
         raise InputError(f"{location}: no such folder; name one with .tar shards")
-    record = shards.build(location, config.processes or os.cpu_count() or 1)
+    record = shards.build(location, config.processes or cores())
     skipped = ", ".join(f"{n:,} {why}" for why, n in sorted(record["skipped"].items()))
     cli.say(
         f"{location}: {cli.counted(sum(record['counts']), 'pair')} in "

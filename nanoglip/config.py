@@ -30,6 +30,7 @@ from glip import GLIPConfig, InputError
 from nanoglip.aliases import translated
 from nanoglip.cli import check_numbers, say
 from nanoglip.losses import LOSSES
+from nanoglip.machine import cores
 from nanoglip.masker import Masker
 from nanoglip.masks import MASKS, Setting, check_setting, sample_mask, settings_of
 from nanoglip.sources.captions import SAMPLINGS
@@ -542,11 +543,6 @@ def masker_of(config: TrainConfig) -> Masker:
     """The mask of pre-training with its settings."""
     settings = {name: getattr(config, name) for name in settings_of(MASKS[config.mask])}
     return Masker(config.mask, config.mask_ratio, **settings)
-
-
-def cores() -> int:
-    """CPU cores for each process that torchrun started here."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def embedded(config: TrainConfig) -> bool:

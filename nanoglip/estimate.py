@@ -36,9 +36,9 @@ import glip
 from glip import GLIPConfig, InputError
 from nanoglip import aclip
 from nanoglip.cli import counted
-from nanoglip.config import TrainConfig, cores, embedded, masker_of, workers_of
+from nanoglip.config import TrainConfig, embedded, masker_of, workers_of
 from nanoglip.losses import LOGIT_BYTES, rows_at_once
-from nanoglip.machine import memory_of, resolve
+from nanoglip.machine import cores, memory_of, resolve
 
 GPUS = {
     # name: FLOP/s in bf16 (dense) and fp32, bytes/s of memory, bytes of it, bytes/s to neighbours

@@ -115,6 +115,12 @@ def keep_memory() -> None:
             glibc.free(ctypes.c_void_p(block))
 
 
+def cores() -> int:
+    """CPU cores that SLURM, taskset or a container leaves to each process that torchrun started."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (here or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
 def machine(device: torch.device) -> dict:
     """What ran: processor, cores, memory in GiB, versions and the commit of this code."""
     cpu = next((x for x in read_lines("/proc/cpuinfo") if x.startswith("model name")), "")

@@ -31,11 +31,11 @@ from tqdm import tqdm
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import checkpoint, distributed, files, page
 from nanoglip.cli import Stopped, counted, printable, say
-from nanoglip.config import RECIPES, TrainConfig, cores, embedded, workers_of
+from nanoglip.config import RECIPES, TrainConfig, embedded, workers_of
 from nanoglip.evals.benchmarks import Benchmark, score_sets
 from nanoglip.evals.encoder import Encoder, quick
 from nanoglip.files import prune
-from nanoglip.machine import Device, between, machine, mark
+from nanoglip.machine import Device, between, cores, machine, mark
 from nanoglip.masker import Masker
 from nanoglip.sources.order import Batch, Batches
 from nanoglip.sources.pictures import HeldOut

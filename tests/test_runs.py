@@ -28,6 +28,7 @@ from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, estimate, losses, page, results, runlog
 from nanoglip.cli import STOPPED
 from nanoglip.config import TrainConfig, check, parse
+from nanoglip.machine import cores
 from nanoglip.sources.pictures import Pictures
 from tests import against_open_clip
 from tests.processes import ROOT
@@ -369,10 +370,21 @@ def test_the_estimate_says_how_many_workers_read(monkeypatch):
     told = estimate.tell(parse(["--recipe", "cc12m", "--estimate", "h100x8"]), [])
     cores, workers = re.search(r"need ([\d.]+) CPU.*: --workers (\d+) for each", told).groups()
     assert int(workers) == math.ceil(float(cores) / 8) and "here are" not in told
-    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
     for flags, taken in (((), 8), (("--workers", "3"), 3)):
         told = estimate.tell(parse(["--recipe", "cc12m", "--estimate", "here", *flags]), [])
         assert f": --workers 1; here are 24 cores, and train.py takes {taken}\n" in told
+
+
+def test_cores_are_those_that_a_job_may_use(monkeypatch):
+    """A job's share of a node by its affinity; where the system has none, all; of each process."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
+    assert cores() == 24
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == 16
 
 
 @pytest.fixture

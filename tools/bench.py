@@ -8,9 +8,8 @@ zero-shot  from encoded pictures and class names to accuracy, beside open_clip's
            weights, fp32, ImageNet's 80 prompts, 1.6 prompts a picture as there, and one accuracy.
 estimate   training steps beside what `train.py --estimate` says of them.
 memory     the highest memory of a step against the batch, under --micro-batch.
-speedrun   the demo with --flags of train.py on the validation vendor: three seeds, added to the
-           ladder of docs/speedrun.md under the name of the --change. Steps are timed in turn with
-           those of the ladder's first row. Interrupted, it goes on where it was.
+speedrun   three seeds of the demo with --flags on the validation vendor, for docs/speedrun.md.
+           Steps are timed in turn with its first row's. Interrupted, it goes on where it was.
 
 Whatever is compared runs in turn: on shared machines, ratios within a round vary less than times.
 Results go to results/bench.json.
@@ -45,7 +44,7 @@ from nanoglip.config import TrainConfig, masker_of, parse, run_name
 from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import classification
-from nanoglip.machine import Device, machine, pick_device, resolve
+from nanoglip.machine import Device, cores, machine, pick_device, resolve
 from nanoglip.noise import DRAWS, uniform
 from nanoglip.results import load, save_bench
 from nanoglip.sources import pictures, shards
@@ -390,8 +389,7 @@ def measure_memory(options: argparse.Namespace) -> dict:
 def log_of(folder: Path, code: Path, words: list[str]) -> list[dict]:
     """The log of the demo with these flags, by this code, on the validation vendor; resumes it."""
     words = ["train.py", *f"{VALIDATION} --eval-every 100000".split(), *words, "--out", str(folder)]
-    done = (folder / "model.pt").exists()
-    if not done and (problem := script(words, len(os.sched_getaffinity(0)), code)):
+    if not (folder / "model.pt").exists() and (problem := script(words, cores(), code)):
         raise InputError(f"{' '.join(words)}: {problem}")
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 

@@ -16,7 +16,6 @@ and the accuracy into the run's own results.json, for evaluate.py --publish.
 """
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +45,7 @@ from nanoglip.evals import benchmarks
 from nanoglip.evals.encoder import Encoder
 from nanoglip.evals.metrics import per_class
 from nanoglip.evals.probe import labelled, reader
-from nanoglip.machine import Device, machine, resolve
+from nanoglip.machine import Device, cores, machine, resolve
 from nanoglip.runlog import command
 from nanoglip.sources.pictures import Pictures, decode
 from train import lr_at
@@ -87,7 +86,7 @@ class FineTuneConfig:
     label_smoothing: float = 0.1
     ema: float | None = None  # (0: none)
     wise: tuple[float, ...] = ()  # shares of the fine-tuned weights, the rest being zero-shot's
-    workers: int = min(4, os.cpu_count() or 1)
+    workers: int = min(4, cores())
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these there is

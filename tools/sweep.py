@@ -39,7 +39,7 @@ import glip
 from glip import GLIPConfig, InputError
 from nanoglip import cli, masks, results
 from nanoglip.config import TrainConfig, parse, run_name
-from nanoglip.machine import machine, resolve
+from nanoglip.machine import cores, machine, resolve
 from nanoglip.masker import Masker
 
 ROOT = Path(__file__).parents[1]
@@ -319,7 +319,7 @@ def main() -> None:
     """The command line."""
     options = tyro.cli(SweepConfig, description=__doc__)
     cli.check_numbers(options, above_0=("jobs",))
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = max(1, cores() // options.jobs)
     cost = results.load("cost")
     unknown = [mask for mask in options.masks if mask not in rows()]
     if unknown:

@@ -41,6 +41,7 @@ from PIL import Image
 from glip import InputError
 from nanoglip import files
 from nanoglip.cli import check_numbers, counted
+from nanoglip.machine import cores
 from nanoglip.sources import pictures
 from nanoglip.sources.shards import end_with_parent, error_line, finished_shards
 
@@ -462,7 +463,7 @@ def run_round(config: FetchConfig, plan: dict, number: int) -> None:
     allowed = frozenset(map(str.lower, config.allow_host))
     guard = Guard(seconds, config.retries, config.contact, allowed)
     work = partial(download_shard, guard, downloader)
-    workers = config.processes or os.cpu_count() or 1
+    workers = config.processes or cores()
     try:
         multiprocessing_distributor(workers, work, reader, None, 1)
     except Exception as error:  # of the list, of the disk
