@@ -4,7 +4,7 @@ def flip_scores(noise):
 
 
 # %% exercise 2
-my_tokens = 512 * (16 + 1), 512 * (64 + 1)
+my_tokens = 512 * (9 + 1), 512 * (36 + 1)
 
 
 # %% exercise 3
