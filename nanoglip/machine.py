@@ -116,7 +116,7 @@ def keep_memory() -> None:
 
 
 def cores() -> int:
-    """CPU cores that SLURM, taskset or a container leaves to each process that torchrun started."""
+    """CPU cores that SLURM, taskset or a cpuset leaves to each process that torchrun started."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (here or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 

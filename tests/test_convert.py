@@ -125,7 +125,7 @@ def features_of(folder, to, images):
 
 
 SHAPES = {
-    "demo": GLIPConfig.named("ViT-pico-8"), "quick_gelu": replace(TINY, quick_gelu=True),
+    "demo": GLIPConfig.named(TrainConfig().model), "quick_gelu": replace(TINY, quick_gelu=True),
     "resized": replace(TINY, image_size=48), "siglip": replace(TINY, siglip=True),
     "non-square": replace(TINY, image_size=(32, 48)),
 }  # fmt: skip

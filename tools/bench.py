@@ -19,7 +19,6 @@ import argparse
 import io
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +48,10 @@ from nanoglip.results import load, save_bench
 from nanoglip.sources import pictures, shards
 from nanoglip.sources.emoji import Emoji, photographs
 from nanoglip.sources.order import Batch, Batches, make_order
-from tools.sweep import SEEDS, VALIDATION, script
+from tools.sweep import SEEDS, VALIDATION, script, times_of
 
 ROOT = Path(__file__).parents[1]
+SHORT = ["--steps", "12", "--tune-epochs", "0.15", "--log-every", "1"]  # of which steps are timed
 
 
 def in_turn(rounds: int, running: dict[str, Callable[[], float]]) -> tuple[dict, dict, dict]:
@@ -257,7 +256,7 @@ def their_zero_shot(
     from torchvision.datasets import ImageFolder
 
     data = ImageFolder(str(folder), open_clip.image_transform(SIDE, is_train=False))
-    loader = torch.utils.data.DataLoader(data, 64, num_workers=os.cpu_count() or 1)
+    loader = torch.utils.data.DataLoader(data, 64, num_workers=cores())
     args = argparse.Namespace(device=str(device), precision="fp32", batch_size=64)
     tokenizer, templates = open_clip.get_tokenizer("ViT-B-32"), open_clip.OPENAI_IMAGENET_TEMPLATES
     names = open_clip.build_zero_shot_classifier(model, tokenizer, classes, templates, 10, device)
@@ -407,26 +406,19 @@ def unpack(commit: str, folder: Path) -> Path:
 
 def training_minutes(record: dict, code: Path) -> float:
     """Minutes of both stages of a row of the ladder, from the median of a few steps of each."""
-    short = f"{record['flags']} --steps 12 --tune-epochs 0.15 --log-every 1".split()
     with tempfile.TemporaryDirectory() as place:
-        lines = [line for line in log_of(Path(place), code, short) if "loss" in line]
-    seconds = 0.0
-    for stage, steps in record["steps"].items():
-        ends = [line["seconds"] for line in lines if line["stage"] == stage]
-        seconds += steps * statistics.median(later - earlier for earlier, later in pairwise(ends))
-    return seconds / 60
+        log_of(Path(place), code, [*record["flags"].split(), *SHORT])
+        return sum(steps * statistics.median(times_of(Path(place), stage))
+                   for stage, steps in record["steps"].items()) / 60  # fmt: skip
 
 
 def measure_speedrun(options: argparse.Namespace) -> dict:
-    """The ladder, with what these flags reach at this commit as its last row.
-
-    Seeds may share the machine with other work. Steps are timed in turn with the first row's, of
-    the first row's own code, so that rows of different machines can stand in one ladder.
-    """
+    """The ladder, with what these flags reach at this commit as its last row: docs/speedrun.md."""
     flags, on = options.flags.split(), resolve("auto", "auto")
     where, rows = machine(on.device), load("bench")["speedrun"]["records"]
     if not options.change or not where["commit"] or where["commit"].endswith("-dirty"):
         raise InputError("commit the change, and name it in a few words: --change WORDS")
+    parse([*flags, *SHORT])  # refuses what cannot be timed before anything trains
     row = {"change": options.change, "flags": options.flags, "top-1": [], "bf16": on.bf16,
            "commit": where["commit"], "machine": where}  # fmt: skip
     with tempfile.TemporaryDirectory() as place:

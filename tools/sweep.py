@@ -38,13 +38,13 @@ import data
 import glip
 from glip import GLIPConfig, InputError
 from nanoglip import cli, masks, results
-from nanoglip.config import TrainConfig, parse, run_name
+from nanoglip.config import RECIPES, TrainConfig, parse, run_name
 from nanoglip.machine import cores, machine, resolve
 from nanoglip.masker import Masker
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
-COMPARED = parse(["--recipe", "compare"])
+COMPARED = TrainConfig("compare", **RECIPES["compare"])
 RATIOS = (0.75, 0.918, 0.5)
 HOME = "scenes-center"  # where every mask runs at every ratio
 AWAY = ("emoji", "scenes-corner", "scenes-anywhere")  # where most run, at 75 %
@@ -99,6 +99,13 @@ def script(words: list[str], threads: int, folder: Path = ROOT) -> str:
     return said.splitlines()[-1] if done.returncode else ""
 
 
+def times_of(run: Path, stage: str) -> list[float]:
+    """Seconds of the steps of a stage after its first, from the log of a run that has them all."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    ends = [line["seconds"] for line in lines if line["stage"] == stage and "loss" in line]
+    return [later - earlier for earlier, later in pairwise(ends)]
+
+
 def step_seconds(mask: str, ratio: float, threads: int, steps: int) -> tuple[list, list]:
     """Seconds of training steps under a mask, and of the mask alone; the first are left out."""
     with tempfile.TemporaryDirectory() as place:
@@ -106,8 +113,7 @@ def step_seconds(mask: str, ratio: float, threads: int, steps: int) -> tuple[lis
         short = f"--steps {steps} --tune-epochs 0.001 --log-every 1 --eval-every 100000".split()
         if problem := script(["train.py", *words, *short], threads):
             raise InputError(f"train.py {' '.join(words)}: {problem}")
-        records = map(json.loads, (Path(place) / "log.jsonl").read_text().splitlines())
-        ends = [r["seconds"] for r in records if r["stage"] == "pretrain" and "loss" in r]
+        seconds = times_of(Path(place), "pretrain")
         content = glip.load_checkpoint(Path(place) / "pretrained.pt")
     on, alone = resolve("auto", "auto"), []
     model = glip.build(content).to(on.device)
@@ -123,7 +129,7 @@ def step_seconds(mask: str, ratio: float, threads: int, steps: int) -> tuple[lis
         if ids_keep is not None:
             ids_keep[0, 0].item()  # waits for a GPU
         alone.append(time.perf_counter() - start)
-    return [later - earlier for earlier, later in pairwise(ends)][1:], alone[2:]
+    return seconds[1:], alone[2:]
 
 
 def rows() -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def mask_table(
 
     Masks of equal cost have one row for both budgets.
     """
-    full, rows = parse(["--recipe", "compare"]).steps, []
+    full, rows = sweep.COMPARED.steps, []
     ratios = sorted({ratio for _, ratio in columns.values()})
     for mask in names or sweep.rows():
         steps = [sweep.affordable(cost, mask, ratio, full) for ratio in ratios]
