@@ -1,4 +1,4 @@
-"""Measurements: python -m tools.bench data | decoding | zero-shot | estimate | memory | speedrun
+"""Measurements: python -m tools.bench WHAT, by default data.
 
 data       pictures a second from shards, beside open_clip's own pipeline. Both read 256-pixel JPEG
            photographs (scikit-learn's and scikit-image's, cut up), crop and resize alike (half to
@@ -7,6 +7,7 @@ decoding   the same of larger ones, too, beside other ways to decode, by the pro
 zero-shot  from encoded pictures and class names to accuracy, beside open_clip's own loop: the same
            weights, fp32, ImageNet's 80 prompts, 1.6 prompts a picture as there, and one accuracy.
 estimate   training steps beside what `train.py --estimate` says of them.
+gaze       a training step of ViT-B/16 under gaze, to one under GLIP's mask.
 memory     the highest memory of a step against the batch, under --micro-batch.
 speedrun   three seeds of the demo with --flags on the validation vendor, for docs/speedrun.md.
            Steps are timed in turn with its first row's. Interrupted, it goes on where it was.
@@ -30,7 +31,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 
@@ -112,17 +112,6 @@ class Whole(shards.Shards):
         return pictures.decode(content, 2**16, crop=crop)
 
 
-class Eighths(shards.Shards):
-    """Any eighth of the size that leaves twice the side, whatever the crop: our reader before."""
-
-    def pixels(self, content: bytes, crop: Callable) -> np.ndarray:
-        pictures.check_scans(content)
-        simplejpeg.decode_jpeg_header(content)
-        pixels = simplejpeg.decode_jpeg(content, min_height=2 * SIDE, min_width=2 * SIDE)
-        left, top, w, h = crop(*pixels.shape[1::-1])
-        return pixels[top : top + h, left : left + w]
-
-
 def our_batches(folder: Path, kind: type = shards.Shards) -> Iterator[int]:
     """Sizes of our batches, by our reader or another."""
     source = kind(str(folder), SIDE)
@@ -187,37 +176,34 @@ def differences(jpegs: list[bytes]) -> dict[str, float]:
     return {name: statistics.mean(row[k] for row in found) for k, name in enumerate(names)}
 
 
-def measure_data(options: argparse.Namespace) -> dict:
-    """Rates of both readers."""
+def reading(
+    options: argparse.Namespace, shard_count: int, side: int, kinds: dict[str, type],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict, list[bytes]]:  # fmt: skip
+    """Rates of our readers and open_clip's for pictures of one size, and the JPEGs."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        jpegs = make_shards(folder := Path(name))
+        jpegs = make_shards(folder := Path(name), shard_count, side=side)
         shards.build(name, 1)
-        readers = {"ours": our_batches(folder), "open_clip": their_batches(folder)}
-        timed = {key: partial(rate, sizes, options.seconds) for key, sizes in readers.items()}
+        readers = {key: our_batches(folder, kind) for key, kind in kinds.items()}
+        readers["open_clip"] = their_batches(folder)
+        timed = {key: partial(rate, s, options.seconds, clock) for key, s in readers.items()}
         medians, ratios, ranges = in_turn(options.rounds, timed)
     return {"pictures_per_second": medians, "ours_to": ratios, "range": ranges,
-            "rounds": options.rounds, "mean_bytes": statistics.mean(map(len, jpegs))}  # fmt: skip
+            "mean_bytes": statistics.mean(map(len, jpegs))}, jpegs  # fmt: skip
+
+
+def measure_data(options: argparse.Namespace) -> dict:
+    """Rates of both readers."""
+    return reading(options, 4, 256, {"ours": shards.Shards})[0] | {"rounds": options.rounds}
 
 
 def measure_decoding(options: argparse.Namespace) -> dict:
     """Rates of readers for each size of pictures, and what scaling changes."""
-    torch.set_num_threads(1)
-    rows = []
+    rows, kinds = [], {"ours": shards.Shards, "whole": Whole}
     for side in SIZES:
-        with tempfile.TemporaryDirectory() as name:
-            jpegs = make_shards(folder := Path(name), 1, side=side)
-            shards.build(name, 1)
-            kinds = {"ours": shards.Shards, "before": Eighths, "whole": Whole}
-            readers = {key: our_batches(folder, kind) for key, kind in kinds.items()}
-            readers["open_clip"] = their_batches(folder)
-            medians, ratios, ranges = in_turn(options.rounds, {
-                key: partial(rate, sizes, options.seconds, time.process_time)
-                for key, sizes in readers.items()
-            })  # fmt: skip
-        rows.append({"pixels": side, "mean_bytes": statistics.mean(map(len, jpegs)),
-                     "pictures_per_second": medians, "ours_to": ratios, "range": ranges,
-                     "levels": differences(jpegs[:200])})  # fmt: skip
+        row, jpegs = reading(options, 1, side, kinds, time.process_time)
+        rows.append({"pixels": side, **row, "levels": differences(jpegs[:200])})
     return {"rows": rows, "rounds": options.rounds}
 
 
@@ -304,7 +290,8 @@ def make_step(flags: str, batch: int) -> tuple[Callable[[], object], TrainConfig
     masker, on = masker_of(config), resolve("cpu", "auto")
 
     def step() -> None:
-        train.compute_gradients(model, pairs, masker, config.loss, on, config.micro_batch)
+        with masker.learning(model.visual):
+            train.compute_gradients(model, pairs, masker, config.loss, on, config.micro_batch)
         train.apply_gradients(model, optimizers, 1e-3, 0.0)
 
     return step, config
@@ -347,6 +334,17 @@ def measure_estimate(options: argparse.Namespace) -> dict:
                      "range": ranges["measured"]})  # fmt: skip
         print(rows[-1])
     return {"rows": rows, "rounds": options.rounds, "text_tokens": TEXT}
+
+
+def measure_gaze(options: argparse.Namespace) -> dict:
+    """A step of ViT-B/16 under gaze, in turn with GLIP's."""
+    steps = {mask: make_step(f"--model ViT-B-16 --optimizer adamw --mask {mask}", 32)[0]
+             for mask in ("gaze", "gaussian")}  # fmt: skip
+    seconds, ratios, ranges = in_turn(options.rounds, {
+        mask: partial(steady, step, options.seconds) for mask, step in steps.items()
+    })  # fmt: skip
+    return {"seconds": seconds, "to_glip": ratios["gaussian"], "range": ranges["gaussian"],
+            "rounds": options.rounds, "text_tokens": TEXT}  # fmt: skip
 
 
 def status(name: str) -> int:
@@ -438,7 +436,7 @@ def measure_speedrun(options: argparse.Namespace) -> dict:
 
 
 MEASURES = {"data": measure_data, "decoding": measure_decoding, "zero-shot": measure_zero_shot,
-            "estimate": measure_estimate, "memory": measure_memory,
+            "estimate": measure_estimate, "gaze": measure_gaze, "memory": measure_memory,
             "speedrun": measure_speedrun}  # fmt: skip
 
 

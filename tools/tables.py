@@ -252,10 +252,10 @@ def decoding_table(bench: dict) -> str:
             f"{row['pixels']} pixels, {row['mean_bytes'] / 1024:.0f} KiB",
             f"{row['pictures_per_second']['ours']:,.0f}",
             *(ratio_range(row["ours_to"][name], row["range"][name])
-              for name in ("before", "whole", "open_clip")),
+              for name in ("whole", "open_clip")),
             f"{levels['ours']:.2f} ({levels['bilinear']:.2f})" if levels else "0",
         ])  # fmt: skip
-    head = ["shorter side", "pictures a second", "to the reader before", "to decoding whole",
+    head = ["shorter side", "pictures a second", "to decoding whole",
             "to open_clip 3.3's pipeline", "mean difference in levels (bilinear's)"]  # fmt: skip
     return table(head, rows) + (
         f"\n\nOne thread, crops to 224 pixels, by the processor's clock while other work ran; "
