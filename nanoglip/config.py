@@ -189,7 +189,7 @@ class Words:
 class Model:
     """The two towers."""
 
-    model: Literal[tuple(glip.SIZES)] = "ViT-nano-8"  # open_clip's name, or a smaller one
+    model: Literal[tuple(glip.SIZES)] = "ViT-pico-8"  # open_clip's name, or a smaller one
     image_size: int = 0  # pixels a side (0: the model's own)
     context_length: int = 77  # tokens that the text tower reads, start and end included
     init: str = ""  # run or .pt file whose weights to start from (none: new ones)
@@ -201,7 +201,7 @@ class Schedule:
 
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: on the blocks' matrices, AdamW elsewhere
     batch_size: int = 512  # pairs per step, over all processes
-    steps: int = 800  # updates
+    steps: int = 760  # updates
     epochs: float = 0.0  # passes over the data, instead of steps
     extend: str = ""  # run with --keep-every whose pre-training goes on, to more steps or epochs
     lr: float = 2e-3  # peak learning rate (Muon's is twice that); half a cosine takes it to 0

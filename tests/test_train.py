@@ -680,7 +680,7 @@ def test_tuning_at_another_image_size(tmp_path):
         (["--mask", "cluster", "--embedding-weight", "2"], "--embedding-weight 2.0 is outside"),
         (["--mask-ratio", "0.5", "1.0"], "mask ratio 1.0 is outside [0, 1)"),
         (["--mask", "cluster", "--mask-ratio", "0.5", "0.4"], "finds its threshold for one ratio"),
-        (["--mask", "attentive", "--teacher-scale", "0.3"], "--teacher-scale 0.3 of 64 pixels"),
+        (["--mask", "attentive", "--teacher-scale", "0.3"], "--teacher-scale 0.3 of 48 pixels"),
         (["--mask", "attentive", "--teacher-momentum", "7"], "--teacher-momentum 7.0 is outside"),
         (["--text-mask", "random"], "--text-mask with --text-tokens"),
         (["--text-tokens", "8"], "--text-mask with --text-tokens"),

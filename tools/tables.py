@@ -274,7 +274,7 @@ def training_table(bench: dict) -> str:
               [[f"{r['model']}, {r['micro_batch']}", f"{r['batch']:,}",
                 *(f"{size / 1e6:,.0f} MB" for size in (r["peak"], r["peak"] - r["features"]))]
                for r in memory["rows"]]),
-        table([f"the demo's loop (AdamW), batch {shared['batch']}", "pairs a second",
+        table([f"ViT-nano-8 (AdamW), batch {shared['batch']}", "pairs a second",
                "to one process"],
               [[name, f"{rate:,.0f}", f"{shared['to_one'][name]:.2f}"]
                for name, rate in shared["pairs_per_second"].items()]),

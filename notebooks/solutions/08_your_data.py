@@ -5,8 +5,8 @@ def read_folder(folder):
 
 
 # %% exercise 2
-my_words = ["--data", "shapes.csv", "--mask", "none", "--image-size", "32",
-            "--tune-image-size", "64"]  # fmt: skip
+my_words = ["--data", "shapes.csv", "--mask", "none", "--image-size", "24",
+            "--tune-image-size", "48"]  # fmt: skip
 
 
 # %% exercise 3
