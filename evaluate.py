@@ -12,8 +12,8 @@
     python evaluate.py runs/demo --search "a red apple" --images DIR        which fit a text
 
 Prints tables and writes into the run's folder results.json, outcomes.npz (the rank of every right
-answer), loss.png, masks.png, top5.png, retrieval.png and checkpoints.png; report.html shows them.
-Of the emoji only Google's and Twitter's are drawn, whose licences allow it.
+answer), loss.png, masks.png, top5.png, retrieval.png and checkpoints.png. report.html shows the
+tables and figures. Of the emoji only Google's and Twitter's are drawn, whose licences allow it.
 """
 
 import json
@@ -53,23 +53,23 @@ class EvaluateConfig:
         str, tyro.conf.Positional, tyro.conf.arg(metavar="[OTHER]", help_behavior_hint="(optional)")
     ] = ""
     """folder of a second run: compare both, example by example"""
-    search: str = ""  # a text: which of --images fit it best; needs none of the run's data
+    search: str = ""  # a text, by which the pictures of --images are ranked
     images: str = ""  # a folder of pictures, for --search
     classify: str = ""  # a picture: which of --names fits it best
     names: str = ""  # names or whole captions, with commas between, for --classify
     attention: str = ""  # a picture: draw where the image tower looks
     linear_probe: bool = False  # also probe the features
-    probe_data: tuple[str, ...] = ()  # labelled folders (DIR/train/CLASS/*.jpg) to probe them on
+    probe_data: tuple[str, ...] = ()  # labelled folders (DIR/train/CLASS/*.jpg) to probe on
     few_shot: bool = False  # probe with few pictures, too
     positions: bool = False  # scenes: also accuracy by the object's place, a map of 7 x 7
     robustness: bool = False  # also on blurred, turned, recoloured pictures
-    publish: bool = False  # add it to results/runs.jsonl
-    checkpoints: bool = False  # instead: every checkpoint that --keep-every kept, of any run
-    zero_shot: tuple[str, ...] = ()  # instead: published sets in folders
-    retrieval: tuple[str, ...] = ()  # instead: published sets with captions, in folders
-    suite: Literal["none", "paper"] = "none"  # instead: the paper's sets that --root holds
+    publish: bool = False  # add the numbers to results/runs.jsonl
+    checkpoints: bool = False  # instead: models kept by --keep-every, also of an unfinished run
+    zero_shot: tuple[str, ...] = ()  # instead of held-out pairs: published sets, in these folders
+    retrieval: tuple[str, ...] = ()  # the same, of sets with captions
+    suite: Literal["none", "paper"] = "none"  # the same, of the paper's sets that --root holds
     root: str = "."  # folder of the suite's sets
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 if the hardware has it
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
 
     def names_sets(self) -> bool:

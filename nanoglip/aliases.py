@@ -20,7 +20,7 @@ NAMES = {
     "--val-data": "one pair in twenty of --data is held out; for other pairs, evaluate.py RUN "
                   "--retrieval FOLDER",
     "--val-num-samples": "all held-out pairs are evaluated: leave it out",
-    "--dataset-type": "what --data is shows in the data themselves: leave it out",
+    "--dataset-type": "the kind of --data is recognised: leave it out",
     "--dataset-resampled": "an epoch has every pair once: leave it out",
     "--csv-*": "commas separate a .csv, tabs a .tsv; its first row names the columns, filepath and "
                "caption (or title): leave it out",
@@ -59,7 +59,7 @@ NAMES = {
     "--epochs-cooldown": "the learning rate falls by half a cosine to 0: leave it out",
     "--grad-clip-norm": "--clip-grad-norm {}",
     "--siglip": "--loss siglip",
-    "--loss-dist-impl": "SigLIP's texts go round by broadcasts: leave it out",
+    "--loss-dist-impl": "SigLIP's loss always uses broadcasts: leave it out",
     "--local-loss": "",
     "--gather-with-grad": "",
     # memory, speed, processes
@@ -74,7 +74,7 @@ NAMES = {
     "--torchcompile": "--compile",
     "--fsdp": "--shard",
     "--ddp-static-graph": "chosen where it can be: leave it out",
-    "--dist-*": "torchrun tells it: leave it out",
+    "--dist-*": "torchrun sets it: leave it out",
     "--horovod": "start the processes with torchrun: leave it out",
     "--no-set-device-rank": "a process takes the GPU of its LOCAL_RANK: leave it out",
     # runs

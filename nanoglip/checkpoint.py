@@ -1,6 +1,6 @@
 """Checkpoints of train.py: what they hold, and how they are written and read.
 
-    model.pt, pretrained.pt, step-000800.pt   the model and RECORD
+    model.pt, pretrained.pt, step-000200.pt   the model and RECORD
     latest.pt, previous.pt, extend.pt         and RESUME
 
 glip.py has the file format: a version, the model's config and its weights.

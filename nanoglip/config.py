@@ -153,7 +153,7 @@ class Data:
 
     data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, ..., or PATHs, URLs
     data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
-    crop_scale: tuple[float, float] = (0.5, 1.0)  # area of a crop: own images, --aclip's views
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # area of crops, ends: own images, --aclip
     max_bad: float = MAX_BAD  # share of unreadable images above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (none: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
@@ -173,7 +173,7 @@ class Mask:
     """Patches that pre-training removes from images."""
 
     mask: Literal[tuple(MASKS)] = "gaussian"  # which patches are kept
-    mask_ratio: float | tuple[float, float] = 0.75  # share removed, in [0, 1); two: first, last
+    mask_ratio: float | tuple[float, float] = 0.75  # share removed, in [0, 1); two: at first, last
     aclip: Switch = False  # attentive: A-CLIP's two views and its other losses
 
 
@@ -234,13 +234,13 @@ class Loss:
 class Machine:
     """Devices, memory and processes."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where multiplied natively
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 if the hardware has it
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     micro_batch: int = 0  # pairs of a process whose activations exist at once (0: all)
     recompute: Switch = False  # activation checkpointing
     compile: Switch = False  # use torch.compile
     shard: Switch = False  # shard weights and state (FSDP2)
-    workers: int = -1  # data processes each (-1: 0 for embedded data, else the cores, at most 8)
+    workers: int = -1  # readers per process (-1: 0 for embedded data, else the cores, at most 8)
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,11 @@ class Output:
     eval_every: int = 0  # steps between evaluations (0: four in a stage)
     eval_sets: tuple[str, ...] = ()  # folders of published sets, or DIR/CLASS/*.jpg, to evaluate on
     save_every: int = 0  # steps between checkpoints (0: at evaluations, and every ten minutes)
-    keep_every: int = 0  # steps of pre-training between weights that stay (0: none do)
+    keep_every: int = 0  # steps between models of pre-training that are kept (0: none)
     resume: Literal["auto", "never"] = "auto"  # auto: an unfinished run in --out is resumed
-    tensorboard: Switch = False  # write its records for TensorBoard, too
-    wandb: Switch = False  # to Weights & Biases, too
-    trackio: Switch = False  # to trackio, too
+    tensorboard: Switch = False  # write the records of log.jsonl for TensorBoard, too
+    wandb: Switch = False  # send them to Weights & Biases, too
+    trackio: Switch = False  # send them to trackio, too
 
 
 @dataclass(frozen=True)

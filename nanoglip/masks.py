@@ -327,7 +327,7 @@ SUPPLIED = {  # inputs that training supplies to a mask that asks for them, and 
         "teacher_scale": (float, 1.0, Setting(
             "size of the teacher's pictures; 0.5 is A-CLIP-eff", 1e-3, 1)),
         "teacher_momentum": (float, 0.9, Setting(
-            "of the moving average at the start; 1 at the end", 0, 1)),
+            "momentum of the teacher's moving average at first; 1 at last", 0, 1)),
     },
 }  # fmt: skip
 

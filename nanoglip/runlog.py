@@ -3,7 +3,7 @@
     config.json       every setting           log.jsonl    a record a line: the source of truth
     latest.pt         all that resuming needs; previous.pt is the one before
     pretrained.pt     before the tuning       model.pt     at the end
-    step-000800.pt    kept on the way         extend.pt    all that a longer run needs
+    step-000200.pt    kept on the way         extend.pt    all that a longer run needs
     report.html       the run on one page     tensorboard/, wandb/ if asked for
     quarantine.jsonl  pictures that could not be read, bad-batch.json: a batch that was not finite
 """

@@ -64,7 +64,7 @@ def block_text(noise: Tensor, lengths: Tensor, keep: int) -> Tensor:
 
 def frequency_text(
     noise: Tensor, lengths: Tensor, word_shares: Tensor,
-    text_threshold: Annotated[float, Setting("smaller shares count as rare", 1e-12)] = 1e-4,
+    text_threshold: Annotated[float, Setting("words of smaller shares are rare", 1e-12)] = 1e-4,
 ) -> Tensor:  # fmt: skip
     """CLIPF (2412.16148, method section): frequent words are dropped more often. -> scores (B, T).
 

@@ -303,7 +303,7 @@ def speed_table(bench: dict) -> str:
         for r in found["cases"]
     ]  # fmt: skip
     head = ["ViT-B/16, batch 32", "pairs a second", "open_clip 3.3", "times faster",
-            "were its AdamW fused", "of the rate of products", "memory of a step",
+            "times faster, its AdamW fused", "share of the rate of products", "memory of a step",
             "open_clip's"]  # fmt: skip
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found["profile"].items())
     machine, rate = found["machine"], {r["precision"]: r["product_rate"] for r in found["cases"]}

