@@ -153,7 +153,7 @@ class Data:
 
     data: tuple[str, ...] = ("emoji",)  # emoji, scenes-center, -corner, ..., or PATHs, URLs
     data_weights: tuple[float, ...] = ()  # passes of an epoch through each of --data (none: 1)
-    crop_scale: tuple[float, float] = (0.5, 1.0)  # area of crops, ends: own images, --aclip
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # area of crops: own images, and --aclip's views
     max_bad: float = MAX_BAD  # share of unreadable images above which the run stops
     vendors: tuple[str, ...] = ()  # emoji: art to train on (none: all but the held-out)
     held_out: Literal[VENDORS] = HELD_OUT  # emoji: whose art to evaluate on
