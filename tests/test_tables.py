@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import re
 import shutil
 import statistics
 import subprocess
@@ -280,6 +281,23 @@ def test_a_row_of_the_speed_run_is_three_seeds_and_a_ratio(tmp_path, monkeypatch
     where["commit"] = "b-dirty"
     with pytest.raises(InputError, match="commit the change"):
         bench.measure_speedrun(options)
+
+
+def test_the_recovery_in_the_docs_is_that_of_its_runs():
+    page, cost = (tables.ROOT / "docs/results.md").read_text(), load("cost")["seconds"]
+    step = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost}
+    row = r"^\| ([\d,]{5}) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(row, page, re.MULTILINE)
+    for steps, tuning, *told in rows:
+        steps, epochs = int(steps.replace(",", "")), sweep.RECOVERY[int(steps.replace(",", ""))]
+        flags = f"--data scenes-center --mask-ratio 0.918 --steps {steps} --tune-epochs {epochs}"
+        found = [sweep.seeds_of(load_runs(), flags, column) for column in tables.STAGES]
+        assert [f"{value:.1f}" for (value,) in found] == told and epochs * 40 == int(tuning)
+        seconds, tune = steps * step["gaussian", 0.918], step["none", 0.0]
+        short, whole = 450 * step["gaussian", 0.918] + 20 * tune, 470 * tune
+        taken = seconds + int(tuning) * tune
+        assert (round(taken / short, 1), round(taken / whole, 1)) == (3.5, 0.9)
+    assert len(rows) == 2
 
 
 def test_code_of_a_commit_is_unpacked_or_asked_for(tmp_path):
