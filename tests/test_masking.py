@@ -718,10 +718,10 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
     with pytest.raises(InputError, match="'short' gave scores \\(1, 3\\) for \\(1, 4\\) patches"):
         sample_mask("short", 1, 2, 0.25)
     monkeypatch.setitem(MASKS, "short", lambda noise, grid: noise.tolist())
-    with pytest.raises(InputError, match="'short' gave scores list for \\(2, 64\\) patches"):
+    with pytest.raises(InputError, match="'short' gave scores list for \\(2, 36\\) patches"):
         check(TrainConfig(mask="short"), 1)
     monkeypatch.setitem(MASKS, "short", lambda noise, grid: (noise, noise[0] > 0))
-    with pytest.raises(InputError, match="'short' gave hidden \\(64,\\) for \\(2, 64\\) patches"):
+    with pytest.raises(InputError, match="'short' gave hidden \\(64,\\) for \\(2, 36\\) patches"):
         check(TrainConfig(mask="short"), 1)
 
 
