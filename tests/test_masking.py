@@ -721,7 +721,7 @@ def test_rows_may_declare_inputs_and_hide_fillers(monkeypatch):
     with pytest.raises(InputError, match="'short' gave scores list for \\(2, 36\\) patches"):
         check(TrainConfig(mask="short"), 1)
     monkeypatch.setitem(MASKS, "short", lambda noise, grid: (noise, noise[0] > 0))
-    with pytest.raises(InputError, match="'short' gave hidden \\(64,\\) for \\(2, 36\\) patches"):
+    with pytest.raises(InputError, match="'short' gave hidden \\(36,\\) for \\(2, 36\\) patches"):
         check(TrainConfig(mask="short"), 1)
 
 
