@@ -6,7 +6,7 @@
     python train.py --recipe cc12m --data cc12m/            the paper's settings, on indexed shards
     python train.py --mask attentive --aclip                A-CLIP, with all its losses
 
-The demo trains for eight minutes on two CPU cores, or four with native bf16. It then names about
+The demo trains for eight minutes on two CPU cores; native bf16 should halve that. It names about
 46 % of 1,809 emoji of a vendor whose art it never saw (three seeds in results/; chance: 0.06 %).
 
 Writes to runs/NAME: config.json, log.jsonl, pretrained.pt (before tuning) and model.pt. While it

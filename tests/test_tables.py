@@ -289,7 +289,8 @@ def test_the_recovery_in_the_docs_is_that_of_its_runs():
     row = r"^\| ([\d,]{5}) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
     rows = re.findall(row, page, re.MULTILINE)
     for steps, tuning, *told in rows:
-        steps, epochs = int(steps.replace(",", "")), sweep.RECOVERY[int(steps.replace(",", ""))]
+        steps = int(steps.replace(",", ""))
+        epochs = sweep.RECOVERY[steps]
         flags = f"--data scenes-center --mask-ratio 0.918 --steps {steps} --tune-epochs {epochs}"
         found = [sweep.seeds_of(load_runs(), flags, column) for column in tables.STAGES]
         assert [f"{value:.1f}" for (value,) in found] == told and epochs * 40 == int(tuning)

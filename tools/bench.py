@@ -82,7 +82,7 @@ SIDE, BATCH = 224, 128
 SIZES = (256, 512, 640, 1024)  # pixels of a shorter side
 
 
-def make_shards(folder: Path, count: int = 4, size: int = 1000, side: int = 256) -> list[bytes]:
+def make_shards(folder: Path, count: int, size: int = 1000, side: int = 256) -> list[bytes]:
     """Write shards of photographs with captions, as img2dataset does; returns their JPEGs."""
     import webdataset
 
@@ -112,7 +112,7 @@ class Whole(shards.Shards):
         return pictures.decode(content, 2**16, crop=crop)
 
 
-def our_batches(folder: Path, kind: type = shards.Shards) -> Iterator[int]:
+def our_batches(folder: Path, kind: type) -> Iterator[int]:
     """Sizes of our batches, by our reader or another."""
     source = kind(str(folder), SIDE)
     order = make_order(source, BATCH, 0, "pretrain")
