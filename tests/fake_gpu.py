@@ -19,8 +19,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-import data
 from nanoglip import distributed
+from nanoglip.sources import order
 from tools import finetune
 
 CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
@@ -225,7 +225,7 @@ def fake_gpu(world=1):
         FakeTensor: {"is_cuda": property(lambda x: True), "is_meta": property(lambda x: False)},
         torch: {"save": saved, "load": loaded, "Generator": lambda device=None: generator()},
         torch.utils: {"weakref": SimpleNamespace(getweakrefs=lambda x: [])},  # the mode has some
-        data: {"DataLoader": Loader}, finetune: {"DataLoader": Loader},
+        order: {"DataLoader": Loader}, finetune: {"DataLoader": Loader},
         distributed: {"DistributedDataParallel": Shared},
         dist: {
             "init_process_group": joined, "broadcast_object_list": lambda found: None,
@@ -239,7 +239,7 @@ def fake_gpu(world=1):
     with contextlib.ExitStack() as stack:
         for owner, names in replaced.items():
             for name, value in names.items():
-                stack.enter_context(mock.patch.object(owner, name, value, create=True))
+                stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(mock.patch.dict("os.environ", many))
         stack.callback(left)
         stack.enter_context(mode)

@@ -127,8 +127,7 @@ def test_a_run_is_resumed(tmp_path, monkeypatch):
     assert logged(run) == pytest.approx(logged(straight), rel=1e-3)
 
 
-def test_compiled_it_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(glip, "lay_out", glip.pack_texts)  # which --compile replaces
+def test_compiled_it_is_the_same(tmp_path):
     runs = [train.train(replace(SHORT, steps=3, compile=on, out=str(tmp_path / str(on))))
             for on in (False, True)]  # fmt: skip
     assert logged(runs[1]) == pytest.approx(logged(runs[0]), rel=1e-3)
