@@ -30,15 +30,7 @@ import data
 import glip
 from glip import GLIP, GLIPConfig, InputError
 from nanoglip import aclip, checkpoint, cli, distributed, estimate, files
-from nanoglip.config import (
-    MACHINE,
-    TrainConfig,
-    check,
-    masker_of,
-    parse,
-    run_name,
-    workers_of,
-)
+from nanoglip.config import MACHINE, TrainConfig, check, masker_of, parse, run_name, workers_of
 from nanoglip.evals.benchmarks import open_sets
 from nanoglip.files import locked
 from nanoglip.losses import cached_gradients, contrastive_loss, rows_at_once
@@ -196,9 +188,8 @@ def plan(config: TrainConfig, rank: int, world: int) -> list[Stage]:
         views = aclip.VIEW_DRAWS if first and config.aclip else 0
         prompts = train.flags is not None and config.captions == "prompts"
         batches = Batches(train, order, model, rank, world, text_mask, views, prompts)
-        return Stage(
-            name, masker, first and config.aclip, steps, lr, warmup, model, batches, test
-        )
+        aclip_too = first and config.aclip
+        return Stage(name, masker, aclip_too, steps, lr, warmup, model, batches, test)
 
     stages = [stage(
         "pretrain", masker_of(config), config.batch_size, config.steps,
@@ -520,9 +511,7 @@ def overfit(config: TrainConfig) -> None:
         raise InputError(diagnosis(loss.item(), guess, *alike, config))
 
 
-def diagnosis(
-    loss: float, guess: float, images: float, texts: float, config: TrainConfig
-) -> str:
+def diagnosis(loss: float, guess: float, images: float, texts: float, config: TrainConfig) -> str:
     """Why a batch was not learned; `images`, `texts`: mean cosine of different ones."""
     told = f"after {cli.counted(config.steps, 'step')} the loss is {loss:.3f}, not near 0"
     for name, cosine in (("pictures", images), ("texts", texts)):

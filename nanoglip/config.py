@@ -280,11 +280,7 @@ class TrainConfig(
 
 
 GROUPS = TrainConfig.__bases__[::-1]
-MACHINE = {  # what no result depends on
-    "device", "workers", "out", "log_every", "eval_every", "eval_sets", "save_every", "keep_every",
-    "resume", "micro_batch", "recompute", "compile", "shard", "tensorboard", "wandb", "trackio",
-    "estimate", "overfit",
-}  # fmt: skip
+MACHINE = {f.name for group in (Machine, Preview, Output) for f in fields(group)} - {"precision"}
 
 # --- The command line -----------------------------------------------------------------------------
 

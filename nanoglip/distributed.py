@@ -47,9 +47,7 @@ def processes(device: str, precision: str) -> Iterator[tuple[int, int, Device]]:
         # would find the addresses of the run before, and wait for processes that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         store = dist.PrefixStore(f"attempt{attempt}", store)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=LIMIT
-        )  # fmt: skip
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=LIMIT)
     leave = world > 1  # not after an error, so that the error is reported before the others fail
     try:
         yield rank, world, on

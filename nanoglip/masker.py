@@ -17,18 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glip import ImageTower, InputError, at_least_fp32, normalise, num_keep, patchify
+from nanoglip import masks
 from nanoglip.gaze import Gaze
-from nanoglip.masks import (
-    MASKS,
-    SUPPLIED,
-    check_setting,
-    closest_anchor,
-    num_computed,
-    required_inputs,
-    sample_mask,
-    settings_of,
-    similarity_threshold,
-)
 
 
 def momentum_at(step: int, steps: int, start: float) -> float:
@@ -56,7 +46,7 @@ class Masker:
     def __init__(
         self, mask: str = "none", mask_ratio: float | tuple[float, float] = 0.0, **settings: object
     ) -> None:
-        known = settings_of(MASKS[mask])
+        known = masks.settings_of(masks.MASKS[mask])
         ends = tuple(mask_ratio) if isinstance(mask_ratio, tuple | list) else (mask_ratio,) * 2
         self.mask, self.mask_ratios = mask, ends
         self.mask_ratio: float = ends[0]  # now, in training
@@ -64,7 +54,7 @@ class Masker:
         for name, value in settings.items():
             if name not in known:
                 raise InputError(f"mask '{mask}' has no setting '{name}'")
-            check_setting(name, value, known[name][2])
+            masks.check_setting(name, value, known[name][2])
         self.threshold: float | None = None  # below which a patch is not like an anchor
         self.embedding_weight = self.settings.get("embedding_weight", 0.0)  # now, in training
         self.teacher: nn.Module | None = None
@@ -77,17 +67,17 @@ class Masker:
 
     def needs(self, name: str) -> bool:
         """Whether the mask takes an input of this name."""
-        return name in required_inputs(MASKS[self.mask])
+        return name in masks.required_inputs(masks.MASKS[self.mask])
 
     def missing_inputs(self) -> list[str]:
         """Required inputs that nothing here supplies."""
-        row = required_inputs(MASKS[self.mask])
-        return [name for name, needed in row.items() if needed and name not in SUPPLIED]
+        row = masks.required_inputs(masks.MASKS[self.mask])
+        return [name for name, needed in row.items() if needed and name not in masks.SUPPLIED]
 
     def num_computed(self, n: int, ratio: float | None = None) -> int:
         """How many of n patches are computed, now or at another ratio."""
         share = self.settings.get("min_mask_ratio")
-        return num_computed(self.mask, n, self.mask_ratio if ratio is None else ratio, share)
+        return masks.num_computed(self.mask, n, self.mask_ratio if ratio is None else ratio, share)
 
     def summary(self, grid: tuple[int, int]) -> str:
         """How many of a grid's patches are kept, in words."""
@@ -123,7 +113,7 @@ class Masker:
         inputs = {name: supply() for name, supply in supplies.items()
                   if self.needs(name) and name not in inputs} | inputs  # fmt: skip
         own = {name: value for name, value in self.settings.items() if self.needs(name)}
-        ids_keep, visible = sample_mask(
+        ids_keep, visible = masks.sample_mask(
             self.mask, len(images), grid, self.mask_ratio, noise=noise, **(own | inputs)
         )
         if self.gaze and self.needs("gaze"):
@@ -153,7 +143,7 @@ class Masker:
     def attention(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the teacher attends to, at the patches of `grid`. (B, 3, H, W) -> (B, N)."""
         found, _ = attend(self.teacher, scaled(images, self.settings["teacher_scale"]))
-        return resized_map(found, grid).flatten(1)
+        return F.interpolate(found[:, None], grid, mode="bilinear").flatten(1)
 
     def before_step(
         self, step: int, steps: int, tower: ImageTower, sample: Callable[[], Iterable]
@@ -184,9 +174,10 @@ class Masker:
         for images, noise in blocks:
             images, noise = images.to(device), noise.to(device)
             embeddings = self.embeddings(images, tower)
-            closest.append(closest_anchor(noise, grid, images, embeddings, self.embedding_weight))
+            weighted = embeddings, self.embedding_weight
+            closest.append(masks.closest_anchor(noise, grid, images, *weighted))
         share = self.settings["min_mask_ratio"]
-        self.threshold = similarity_threshold(torch.cat(closest), self.mask_ratio, share)
+        self.threshold = masks.similarity_threshold(torch.cat(closest), self.mask_ratio, share)
 
     @torch.no_grad()
     def update_teacher(self, tower: ImageTower, momentum: float) -> None:
@@ -266,10 +257,3 @@ def scaled(images: Tensor, scale: float) -> Tensor:
         return images
     size = [round(side * scale) for side in images.shape[2:]]
     return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def resized_map(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample maps (B, R, C) to another grid, bilinear."""
-    if tuple(maps.shape[1:]) == tuple(grid):
-        return maps
-    return F.interpolate(maps[:, None], grid, mode="bilinear", align_corners=False)[:, 0]

@@ -22,15 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import glip
-from glip import (
-    MIN_SIGMA,
-    InputError,
-    at_least_fp32,
-    log_gaussian,
-    normalise,
-    num_keep,
-    patchify,
-)
+from glip import MIN_SIGMA, InputError, at_least_fp32, log_gaussian, normalise, num_keep, patchify
 
 
 class Setting(NamedTuple):
@@ -294,9 +286,7 @@ def attentive_scores(noise: Tensor, grid: tuple[int, int], attention: Tensor) ->
 # --- From a gaze ----------------------------------------------------------------------------------
 
 
-def gaze_scores(
-    noise: Tensor, grid: tuple[int, int], gaze: Tensor, sigma: Sigma = 0.2
-) -> Tensor:
+def gaze_scores(noise: Tensor, grid: tuple[int, int], gaze: Tensor, sigma: Sigma = 0.2) -> Tensor:
     """Ours: GLIP's densities, handed out by the rank of the gaze instead of the distance.
 
     gaze (B, N), high where the loss is expected to depend on a patch (gaze.py); noise (B, N) ->

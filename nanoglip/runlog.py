@@ -213,9 +213,7 @@ class Report:
         self.read, self.told = state["read"] // self.world, state["bad"]
         self.bad = state["bad"] if self.rank == 0 else 0  # of all processes together
 
-    def begin(
-        self, stage: Stage, network: nn.Module, optimizers: list, state: dict
-    ) -> None:  # fmt: skip
+    def begin(self, stage: Stage, network: nn.Module, optimizers: list, state: dict) -> None:
         """Start the clock of a stage; it stops during evaluation."""
         self.stage, self.network, self.optimizers = stage, network, optimizers
         self.waited, self.reading, self.gaps, self.judged = 0.0, 0.0, [], ()

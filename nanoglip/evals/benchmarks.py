@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -317,17 +318,11 @@ BLOCK = 256  # pictures that a model gets at a time: the same for every number o
 Columns = dict[str, tuple[Encoder, Masker | None]]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as open_clip and CLIP_benchmark make it: transparency and EXIF's rotation are ignored."""
-    return image.convert("RGB")
-
-
-def preprocess(
-    benchmark: Benchmark, i: int, sizes: Sequence[tuple[int, int]]
-) -> list[Tensor]:  # fmt: skip
+def preprocess(benchmark: Benchmark, i: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """A picture as in open_clip's evaluation, for each (height, width): (3, H, W) bytes."""
+    rgb = partial(Image.Image.convert, mode="RGB")  # ignores transparency and EXIF's rotation
     try:
-        image, found = Image.fromarray(decode(benchmark.read(i), 2**16, to_rgb)), []
+        image, found = Image.fromarray(decode(benchmark.read(i), 2**16, rgb)), []
         for height, width in sizes:
             size = [int(height * length / min(image.size)) for length in image.size]
             if height != width:

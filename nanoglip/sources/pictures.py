@@ -332,9 +332,7 @@ def numbered(texts: list[str]) -> tuple[list[str], np.ndarray]:
     return captions, np.array([number[text] for text in texts], int)
 
 
-def by_source(
-    starts: np.ndarray, ids: np.ndarray
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def by_source(starts: np.ndarray, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(s, places in ids, ids within s) for each source s that ids touch; starts (S + 1,)."""
     number = np.searchsorted(starts, ids, "right") - 1
     for s in np.unique(number):
