@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import re
 import shutil
 import statistics
 import subprocess
@@ -103,7 +102,7 @@ def test_the_questions_are_runs_of_their_own_with_the_comparisons_steps():
     for run in runs:
         config = parse(list(run.flags))
         check(config, 1)
-        steps = sweep.RECOVERY if run.ratio == 0.918 else (FULL,)
+        steps = sweep.RECOVERY if run.ratio == 0.918 else (225 if config.image_size else FULL,)
         assert (config.seed, config.mask) == (run.seed, run.mask) and config.steps in steps
         assert np.mean(config.mask_ratio) == pytest.approx(run.ratio)
         if config.held_out == "Joy":  # a search, which never sees the test vendor
@@ -283,22 +282,16 @@ def test_a_row_of_the_speed_run_is_three_seeds_and_a_ratio(tmp_path, monkeypatch
         bench.measure_speedrun(options)
 
 
-def test_the_recovery_in_the_docs_is_that_of_its_runs():
-    page, cost = (tables.ROOT / "docs/results.md").read_text(), load("cost")["seconds"]
-    step = {(row["mask"], row["mask_ratio"]): row["step"] for row in cost}
-    row = r"^\| ([\d,]{5}) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
-    rows = re.findall(row, page, re.MULTILINE)
-    for steps, tuning, *told in rows:
-        steps = int(steps.replace(",", ""))
-        epochs = sweep.RECOVERY[steps]
-        flags = f"--data scenes-center --mask-ratio 0.918 --steps {steps} --tune-epochs {epochs}"
-        found = [sweep.seeds_of(load_runs(), flags, column) for column in tables.STAGES]
-        assert [f"{value:.1f}" for (value,) in found] == told and epochs * 40 == int(tuning)
-        seconds, tune = steps * step["gaussian", 0.918], step["none", 0.0]
-        short, whole = 450 * step["gaussian", 0.918] + 20 * tune, 470 * tune
-        taken = seconds + int(tuning) * tune
+def test_the_runs_of_questions_take_as_long_as_the_docs_say():
+    step = {(row["mask"], row["mask_ratio"]): row["step"] for row in load("cost")["seconds"]}
+    tune = step["none", 0.0]
+    short, whole = 450 * step["gaussian", 0.918] + 20 * tune, 470 * tune
+    for steps, epochs in sweep.RECOVERY.items():
+        taken = steps * step["gaussian", 0.918] + 40 * epochs * tune
         assert (round(taken / short, 1), round(taken / whole, 1)) == (3.5, 0.9)
-    assert len(rows) == 2
+    grown = parse(["--recipe", "compare", *sweep.GROWN.split()])  # as long as GLIP at 75 %
+    taken = grown.steps * step[sweep.SMALL, 0.75] + 40 * grown.tune_epochs * tune
+    assert taken == pytest.approx(450 * step["gaussian", 0.75] + 20 * tune, rel=0.01)
 
 
 def test_code_of_a_commit_is_unpacked_or_asked_for(tmp_path):

@@ -211,6 +211,36 @@ def cost_table(cost: dict) -> str:
     )
 
 
+def tuned(runs: list[dict], flags: str, column: str = STAGES[-1]) -> str:
+    """The mean and range of every seed of the comparison's recipe with these flags."""
+    found = sweep.seeds_of(runs, flags, column)
+    return mean_range((percent / 100 for percent in found), len(sweep.SEEDS))
+
+
+def recovery_table(runs: list[dict]) -> str:
+    """The paper's columns at 91.8 % masked, for steps of pre-training and of tuning."""
+    rows, common = [], f"--data {sweep.HOME} --mask-ratio {sweep.RATIOS[1]}"
+    for steps, epochs in ((sweep.COMPARED.steps, 0.5), *sweep.RECOVERY.items()):
+        flags = f"{common} --steps {steps} --tune-epochs {epochs}"
+        told = [tuned(runs, flags, column) for column in STAGES]
+        rows.append([f"{steps:,}", str(round(40 * epochs)), *told])
+    return table(["steps at 91.8 % masked", "steps of tuning", *STAGES], rows)
+
+
+def questions_table(runs: list[dict], sets: tuple[str, ...], rows: dict[str, str]) -> str:
+    """Zero-shot top-1 after tuning of rows of flags, on some sets."""
+    told = [[name, *(tuned(runs, f"--data {data} {flags}") for data in sets)]
+            for name, flags in rows.items()]  # fmt: skip
+    return table(["after tuning, top-1 (%)", *sets], told)
+
+
+CHANGING = {
+    "75 % masked in all steps": "", "32 pixels, then 64, no mask": f"--mask none {sweep.GROWN}",
+    **{f"`--mask-ratio {ends}`": f"--mask-ratio {ends}" for ends in sweep.ANNEALED},
+}  # fmt: skip
+TILED = {mask: f"--mask {mask}" for mask in ("none", "random", "gaussian", "gaze")}
+
+
 # --- Measurements ---------------------------------------------------------------------------------
 
 READERS = {"open_clip": "open_clip 3.3's pipeline", "decoder": "the decoder alone (simplejpeg)",
@@ -496,6 +526,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "compare": lambda: compare_table(load_runs(), load("cost")),
     "short": lambda: short_table(load_runs(), load("cost")),
     "cost": lambda: cost_table(load("cost")),
+    "recovery": lambda: recovery_table(load_runs()),
+    "changing": lambda: questions_table(load_runs(), (sweep.HOME, "emoji"), CHANGING),
+    "tiled": lambda: questions_table(load_runs(), (sweep.HOME, "scenes-tiled"), TILED),
     "data": lambda: data_table(load("bench")),
     "decoding": lambda: decoding_table(load("bench")),
     "training": lambda: training_table(load("bench")),
