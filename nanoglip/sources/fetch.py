@@ -120,8 +120,6 @@ def ascii_url(url: str) -> str:
 
 def check_picture(content: bytes) -> None:
     """Raise Refused for bytes that are no picture, too large a one, or a torn one."""
-    if content[:4] == b"\x89PNG":
-        content = pictures.without_texts(content)  # for which Pillow has limits
     try:
         pictures.check_scans(content)
         with Image.open(io.BytesIO(content), formats=pictures.FORMATS) as image, CHECKS_AT_ONCE:

@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from glip import InputError, tokenize
@@ -30,6 +30,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}  # in folders and tables
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # in shards
 PICTURE_CAP, CAPTION_CAP = 2**26, 2**20  # bytes of a picture, and of a .txt or .json
+# Pillow refuses a picture with more than a megabyte of text, or a zipped profile of that size.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PICTURE_CAP
 PIXEL_CAP = 2**26  # pixels of a picture; a header that claims more is refused
 TOO_LARGE = f"over {PIXEL_CAP:,} pixels, or none"
 SCANS_CAP = 100  # scans of a JPEG: each is decoded like a whole picture, and can be a few bytes
@@ -83,8 +85,6 @@ def decode(
     except Image.DecompressionBombError:
         raise BadPicture(TOO_LARGE) from None
     except Exception as error:  # decoders raise many kinds for torn and hostile bytes
-        if "MAX_TEXT" in str(error) and len(plain := without_texts(content)) < len(content):
-            return decode(plain, side, finish, crop)
         reason = type(error).__name__ if isinstance(error, MemoryError) else str(error)
         if "cannot identify" in reason or not reason:  # it names an address in memory
             reason = f"not one of {', '.join(FORMATS)}"
@@ -113,17 +113,6 @@ def check_scans(content: bytes) -> None:
         found = MARKER.search(content, place + int.from_bytes(content[place : place + 2], "big"))
     if scans > SCANS_CAP:
         raise BadPicture(f"over {SCANS_CAP} scans")
-
-
-def without_texts(png: bytes) -> bytes:
-    """A PNG without its texts and colour profile, whose size Pillow limits."""
-    kept, place = bytearray(png[:8]), 8
-    while place < len(png):
-        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
-        if png[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept += png[place:end]
-        place = end
-    return bytes(kept)
 
 
 def upright(image: Image.Image) -> Image.Image:
