@@ -10,7 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,7 +18,7 @@ import glip
 from glip import GLIP, InputError
 from nanoglip import distributed
 from nanoglip.cli import printable
-from nanoglip.files import FOREIGN, digest, flush_folder, room_for
+from nanoglip.files import FOREIGN, flush_folder, room_for
 from nanoglip.masker import Masker
 from nanoglip.sources.pictures import Source
 
@@ -66,11 +65,6 @@ def save_latest(folder: Path, model: GLIP, **record: object) -> None:
         os.replace(folder / "latest.pt", folder / "previous.pt")
     os.replace(folder / "next.pt", folder / "latest.pt")
     flush_folder(folder)
-
-
-def stamp_of(pairs: Source) -> str:
-    """A short key of the training data, which differs for other data."""
-    return digest([], pairs.stamp(np.arange(0)))[:16]
 
 
 def latest(out: Path, config: dict, free: set[str], pairs: Source, bf16: bool) -> dict:
@@ -128,7 +122,7 @@ def check_alike(
             f"{flag} {run}: this run multiplies in {'bf16' if state['bf16'] else 'fp32'}, which "
             "--precision auto does not do here: resume it on the kind of device it began on"
         )
-    if state["data_stamp"] != stamp_of(pairs):
+    if state["data_stamp"] != pairs.key():
         raise InputError(
             f"{flag} {run}: the data have changed since this run began; bring them back, or "
             f"choose another {flag}"

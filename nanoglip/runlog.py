@@ -473,7 +473,7 @@ class Report:
         more = {
             "heads": heads, "optimizers": optimizers, "pairs": dict(self.pairs), "bad": int(bad),
             "read": self.read * self.world,
-            "data_stamp": checkpoint.stamp_of(self.stage.batches.pairs),
+            "data_stamp": self.stage.batches.pairs.key(),
         }  # fmt: skip
         if self.kept(step):
             self.save(f"step-{step:06}.pt", model, step)

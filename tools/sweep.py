@@ -17,6 +17,7 @@ command, given again after the search, makes the runs with the best of them.
 """
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -77,18 +78,12 @@ class SweepConfig:
     list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # print the runs, start none
 
 
-def partner(ratio: float) -> int:
-    """Side in pixels of the small pictures whose patches are nearest to the K of a ratio."""
-    model = GLIPConfig.named(COMPARED.model)
-    patches = glip.num_keep(model.grid[0] * model.grid[1], ratio)
-    return model.patch_size * round(patches**0.5)
-
-
 def mask_flags(mask: str, ratio: float) -> list[str]:
     """The flags of train.py for a mask, or for the small pictures that cost as much."""
-    if mask == SMALL:  # tuned at the full size
-        full = GLIPConfig.named(COMPARED.model).image_size
-        return f"--mask none --image-size {partner(ratio)} --tune-image-size {full}".split()
+    if mask == SMALL:  # the square number of patches nearest to K, tuned at the full size
+        model = GLIPConfig.named(COMPARED.model)
+        side = model.patch_size * round(glip.num_keep(math.prod(model.grid), ratio) ** 0.5)
+        return f"--mask none --image-size {side} --tune-image-size {model.image_size}".split()
     if mask == ACLIP:
         return ["--mask", "attentive", "--aclip", "--mask-ratio", str(ratio)]
     return ["--mask", mask] + (["--mask-ratio", str(ratio)] if mask != "none" else [])

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from glip import InputError, encode_word, lengths, tokenize, words
 from nanoglip import files
-from nanoglip.files import cached, cached_array, digest, open_regular
+from nanoglip.files import cached, cached_array, open_regular
 from nanoglip.masks import Setting, required_inputs
 from nanoglip.sources.pictures import Source
 from nanoglip.text import TEXT_MASKS, mask_text
@@ -76,11 +76,6 @@ def captions_of(
         yield ids, pairs.texts(ids)
 
 
-def captions_key(pairs: Source) -> str:
-    """A short key, which differs for other captions."""
-    return digest([], pairs.stamp(np.arange(0)))[:16]
-
-
 def word_shares(pairs: Source) -> dict[str, float]:
     """Each word's share of all words in the training captions: one pass, kept in the cache."""
 
@@ -88,7 +83,7 @@ def word_shares(pairs: Source) -> dict[str, float]:
         texts = (text for _, block in captions_of(pairs, "counting words") for text in block)
         return Counter(word for text in texts for word in words(text))
 
-    counts = cached(files.CACHE / f"words-{captions_key(pairs)}.json", count)
+    counts = cached(files.CACHE / f"words-{pairs.key()}.json", count)
     total = sum(counts.values())
     return {word: n / total for word, n in counts.items()}
 
@@ -202,5 +197,5 @@ def caption_scores(pairs: Source, threshold: float) -> np.ndarray:
                 scores[i] = sum(chances[w] for w in found) / max(1, len(found))
         return scores
 
-    path = files.CACHE / f"scores-{captions_key(pairs)}-{threshold:g}.npy"
+    path = files.CACHE / f"scores-{pairs.key()}-{threshold:g}.npy"
     return cached_array(path, len(pairs), score)

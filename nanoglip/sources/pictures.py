@@ -202,6 +202,10 @@ class Source:
     def stamp(self, ids: np.ndarray) -> str:
         """A text that changes when captions change, or the pictures `ids`: a key for caches."""
 
+    def key(self) -> str:
+        """A short key of the data, which differs for other data."""
+        return digest([], self.stamp(np.arange(0)))[:16]
+
     def texts(self, ids: np.ndarray) -> list[str]:
         """Captions of pictures."""
         return [self.captions[i] for i in self.concept[ids]]
