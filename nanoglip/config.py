@@ -280,6 +280,7 @@ class TrainConfig(
 
 
 GROUPS = TrainConfig.__bases__[::-1]
+# What no result depends on.
 MACHINE = {f.name for group in (Machine, Preview, Output) for f in fields(group)} - {"precision"}
 
 # --- The command line -----------------------------------------------------------------------------

@@ -11,9 +11,9 @@ Equal time is computed from the cost of a step, which is measured once for each 
 runs (results/cost.json): a mask whose step costs more than GLIP's at the same ratio gets as many
 steps as cost the same. Where a step costs the same, one run serves both comparisons.
 
-The last runs are for notebooks and questions: other sigmas, fewer vendors, annealed ratios, tuning,
-scenes without a centre, optimizers. Their learning rates are searched on another vendor. The same
-command, given again after the search, makes the runs with the best of them.
+The last runs are for notebooks and questions: other sigmas, fewer vendors, annealed ratios, growing
+pictures, tuning, scenes without a centre, optimizers. The optimizers' learning rates are searched
+on another vendor. The same command, given again after the search, makes the runs with the best.
 """
 
 import json

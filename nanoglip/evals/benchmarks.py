@@ -320,7 +320,7 @@ Columns = dict[str, tuple[Encoder, Masker | None]]
 
 def preprocess(benchmark: Benchmark, i: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """A picture as in open_clip's evaluation, for each (height, width): (3, H, W) bytes."""
-    rgb = partial(Image.Image.convert, mode="RGB")  # ignores transparency and EXIF's rotation
+    rgb = partial(Image.Image.convert, mode="RGB")  # as open_clip: no alpha, no EXIF rotation
     try:
         image, found = Image.fromarray(decode(benchmark.read(i), 2**16, rgb)), []
         for height, width in sizes:
